@@ -1,0 +1,10 @@
+"""opd_jax: on-policy distillation of language models in JAX.
+
+The three pure functions of the method; the loop that joins them is `opd_jax.train`.
+"""
+
+from opd_jax.sample import sample_fn
+from opd_jax.score import teacher_logprob_fn
+from opd_jax.update import reverse_kl_update
+
+__all__ = ['reverse_kl_update', 'sample_fn', 'teacher_logprob_fn']

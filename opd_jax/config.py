@@ -1,0 +1,335 @@
+"""Experiment configs: the one template with every field, its checks, and typed config arguments.
+
+ConfigDict stops here: the rest of the package takes frozen dataclasses and keyword arguments.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from opd_jax import models, optim, tasks, teachers
+from opd_jax import update as update_lib
+from opd_jax.params import flatten
+
+SOURCES = ('student', 'teacher', 'dataset')
+STAGE = 'stage:'  # prefix of a path that names an earlier stage of the same pipeline
+
+
+class ConfigError(ValueError):
+  """A config that cannot run: names the field, the value and what is allowed."""
+
+
+def default_config() -> ConfigDict:
+  """Every field of a run, locked: assigning a field that is not here raises."""
+  c = ConfigDict()
+  c.name = 'run'
+  c.seed = 0
+  c.steps = 100  # batches; gradient steps are steps * optimizer.updates_per_batch
+
+  # Who learns. `path` is a Hugging Face directory or 'stage:NAME'; with path '' a fresh model is
+  # made from `fresh` (the fields of a config.json) with a character tokenizer.
+  c.student = ConfigDict()
+  c.student.path = ''
+  c.student.fresh = ConfigDict(dict(
+      model_type='qwen3', hidden_size=64, intermediate_size=192, num_hidden_layers=2,
+      num_attention_heads=4, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6,
+      rope_theta=100.0, tie_word_embeddings=False, max_position_embeddings=512))
+
+  # Who grades: kind is a file in opd_jax/teachers/, or 'none'.
+  c.teacher = ConfigDict()
+  c.teacher.kind = 'none'
+  c.teacher.path = ''
+
+  # How both compute.
+  c.compute = ConfigDict()
+  c.compute.dtype = 'float32'  # of activations; parameters and reductions are float32
+  c.compute.remat = False  # recompute each layer in the backward pass
+  c.compute.layer_unroll = 1  # layers per iteration of the scan over layers
+  c.compute.microbatch_rows = 0  # rows per forward/backward pass, 0 for the whole batch
+  c.compute.chunk_tokens = 4096  # tokens whose vocabulary rows exist at a time
+  c.compute.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, expert=1))  # -1: what is left
+  # Wait for each program before the next: 'auto' does on several fake CPU devices, where programs
+  # with collectives in flight together can deadlock.
+  c.compute.block = 'auto'
+
+  # What it learns on: name is a file in opd_jax/tasks/, options are its Options.
+  c.task = task_config('arithmetic')
+
+  c.data = ConfigDict()
+  c.data.source = 'student'  # who writes the completions: student, teacher or dataset
+  c.data.split = 'train'
+  c.data.limit = 0  # use only the first so many examples, 0 for all
+  c.data.prompts_per_step = 256
+  c.data.samples_per_prompt = 1
+  c.data.max_prompt_tokens = 12
+  c.data.max_new_tokens = 36
+
+  # How completions are sampled, in training and evaluation. The student is trained at this
+  # temperature too.
+  c.sample = ConfigDict(dict(temperature=1.0, top_p=1.0, top_k=0))
+
+  # See update.Objective for every field.
+  c.objective = ConfigDict({
+      f.name: f.default for f in dataclasses.fields(update_lib.Objective)
+      if f.name != 'temperature'})
+
+  c.optimizer = ConfigDict(dict(
+      name='adamw', learning_rate=1e-3, schedule='constant', final_learning_rate=0.0,
+      warmup_steps=0, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=1.0,
+      updates_per_batch=1))
+
+  c.eval = ConfigDict()
+  c.eval.every_steps = 0  # 0: only before the first and after the last step
+  c.eval.problems = 256
+  c.eval.samples_per_problem = 2
+  c.eval.pass_k = 2
+  c.eval.stop_at_sampled_accuracy = 0.0  # end the stage once reached, 0 for never
+
+  c.checkpoint = ConfigDict(dict(every_steps=100, keep_latest=2, keep_best=1,
+                                 best_metric='sampled_accuracy'))
+  c.log = ConfigDict()
+  c.log.every_steps = 1
+  c.log.plain_every_steps = 10  # lines on a console that is no terminal
+  c.log.transcripts = 3
+  c.log.max_sampler_gap = 0.0  # stop if sampler and scorer differ by more nats, 0 for never
+  c.lock()
+  return c
+
+
+def task_config(name: str, **options: Any) -> ConfigDict:
+  """The `task` group for a task, with all of its knobs spelled out.
+
+  Raises:
+    ValueError: an unknown task or knob.
+  """
+  values = dataclasses.asdict(tasks.options(tasks.get(name), options))
+  return ConfigDict(dict(name=name, options=ConfigDict(values)))
+
+
+def default_pipeline() -> ConfigDict:
+  """Named stages, each a config of `default_config`, run in `order` for every seed."""
+  c = ConfigDict()
+  c.name = 'pipeline'
+  c.seeds = (0,)
+  c.order = ()
+  c.stages = ConfigDict()
+  # What the report shows; every field names stages.
+  c.report = ConfigDict(dict(
+      base='',  # where everybody starts
+      teacher='',  # stage or directory whose accuracy is the goal
+      methods=(),  # the rows of the table and the curves of the picture
+      labels=(),  # their names, in the same order
+      levels=(0.9, 0.95)))  # shares of the teacher's accuracy to reach
+  return c
+
+
+def is_pipeline(c: ConfigDict) -> bool:
+  """Whether `c` is a pipeline rather than one run."""
+  return 'stages' in c
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+  """Parses the string after the colon of `--config file.py:arg`, strictly.
+
+  'tiny,seeds=3' sets `size='tiny'` (a bare word, where the experiment has a `size`) and seeds=3.
+  Values take the type of their default.
+
+  Raises:
+    ConfigError: an unknown name or a value of another type.
+  """
+  out = ConfigDict(defaults)
+  for part in filter(None, (arg or '').split(',')):
+    name, has_value, text = part.partition('=')
+    if not has_value and 'size' in defaults:
+      name, text = 'size', part
+    if name not in defaults:
+      raise ConfigError(f'config argument {part!r}: unknown name {name!r}; allowed: '
+                        f'{sorted(defaults)}')
+    default, value = defaults[name], text
+    if not isinstance(default, str):
+      try:
+        value = ast.literal_eval(text)
+      except (ValueError, SyntaxError):
+        value = text
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+      value = float(value)
+    if type(value) is not type(default):
+      raise ConfigError(f'config argument {part!r}: {name} takes a {type(default).__name__}')
+    out[name] = value
+  return out
+
+
+def to_dict(c: ConfigDict) -> dict[str, Any]:
+  """Plain JSON content (tuples become lists)."""
+  return json.loads(c.to_json())
+
+
+def make_objective(c: ConfigDict) -> update_lib.Objective:
+  """The pure code's Objective. The student's temperature is the sampler's, by construction; text
+  that the student did not write is scored at temperature 1."""
+  own = c.data.source == 'student'
+  return update_lib.Objective(**c.objective.to_dict(),
+                              temperature=c.sample.temperature if own else 1.0)
+
+
+def validate(c: ConfigDict, prefix: str = '') -> None:
+  """Checks everything that can be checked without loading anything.
+
+  Raises:
+    ConfigError: the first problem found.
+  """
+  try:
+    _check_fields(c, default_config(), prefix)
+    if c.steps < 1:
+      raise ConfigError(f'{prefix}steps={c.steps}; allowed: at least 1')
+    update_lib.check_objective(make_objective(c))
+    tasks.options(tasks.get(c.task.name), c.task.options.to_dict())
+    _check_roles(c)
+    _check_sizes(c)
+    optim.make_schedule(c.optimizer.schedule, c.optimizer.learning_rate or 1.0, 0.0, 0, 1)
+    if c.optimizer.name not in optim.OPTIMIZERS:
+      raise ConfigError(f'optimizer.name={c.optimizer.name!r}; allowed: {list(optim.OPTIMIZERS)}')
+    for part, path in (('student', c.student.path), ('teacher', c.teacher.path)):
+      if path and not path.startswith(STAGE) and not pathlib.Path(path).is_dir():
+        raise ConfigError(f'{part}.path={path!r} is not a directory; allowed: a Hugging Face '
+                          "checkpoint directory, or 'stage:NAME' in a pipeline")
+  except ConfigError:
+    raise
+  except (ValueError, TypeError) as e:
+    raise ConfigError(f'{prefix}{e}') from e
+
+
+def _check_fields(c, template, prefix):
+  free = ('student.fresh', 'task.options')  # checked by the family and by the task
+  for name, value in template.items():
+    field = f'{prefix}{name}'
+    if name not in c:
+      raise ConfigError(f'{field} is missing')
+    if isinstance(value, ConfigDict):
+      if not isinstance(c[name], ConfigDict):
+        raise ConfigError(f'{field}={c[name]!r}; allowed: a group with fields {sorted(value)}')
+      if not field.endswith(free):
+        _check_fields(c[name], value, f'{field}.')
+    elif type(c[name]) is not type(value):
+      raise ConfigError(f'{field}={c[name]!r} has type {type(c[name]).__name__}; allowed: '
+                        f'{type(value).__name__}')
+  unknown = sorted(set(c) - set(template))
+  if unknown:
+    raise ConfigError(f'unknown config keys {[prefix + k for k in unknown]}; allowed: '
+                      f'{[prefix + k for k in sorted(template)]}')
+
+
+def _check_roles(c):
+  o = make_objective(c)
+  if c.teacher.kind not in teachers.names():
+    raise ConfigError(f'teacher.kind={c.teacher.kind!r}; allowed: {teachers.names()}')
+  if c.data.source not in SOURCES:
+    raise ConfigError(f'data.source={c.data.source!r}; allowed: {list(SOURCES)}')
+  has_teacher = c.teacher.kind != teachers.NONE
+  if (o.needs_teacher or c.data.source == 'teacher') and not has_teacher:
+    raise ConfigError("teacher.kind='none' with objective.distill_coef="
+                      f'{o.distill_coef} and data.source={c.data.source!r}; allowed: one of '
+                      f'{teachers.names()[1:]}, or no use of a teacher')
+  if c.data.source != 'student' and o.importance != 'none':
+    raise ConfigError(f'objective.importance={o.importance!r} with data.source={c.data.source!r}: '
+                      "there is no ratio to the sampler's policy; allowed: 'none'")
+  if c.data.source != 'student' and o.needs_teacher and o.route == 'policy_gradient':
+    raise ConfigError("objective.route='policy_gradient' with data.source="
+                      f"{c.data.source!r}: the score-function estimate needs the student's own "
+                      "samples; allowed: data.source='student', or route='direct'")
+  if o.student_logprobs == 'sampler' and not (o.needs_teacher and o.route == 'policy_gradient'):
+    raise ConfigError("objective.student_logprobs='sampler' has no effect without a "
+                      "policy-gradient distillation term; allowed: 'rescored'")
+  if o.reward_coef and o.reward_baseline != 'none' and c.data.samples_per_prompt < 2:
+    raise ConfigError(f'data.samples_per_prompt={c.data.samples_per_prompt} with '
+                      f'objective.reward_baseline={o.reward_baseline!r}: a group of one has no '
+                      'baseline; allowed: at least 2')
+  if c.sample.temperature <= 0:
+    raise ConfigError(f'sample.temperature={c.sample.temperature}; allowed: above 0 (greedy '
+                      'accuracy is always evaluated too)')
+  if not 0 < c.sample.top_p <= 1 or c.sample.top_k < 0:
+    raise ConfigError(f'sample.top_p={c.sample.top_p}, top_k={c.sample.top_k}; allowed: top_p '
+                      'above 0 and at most 1, top_k at least 0 (0 for none)')
+
+
+def _check_sizes(c):
+  for field, low in (('data.prompts_per_step', 1), ('data.samples_per_prompt', 1),
+                     ('data.max_prompt_tokens', 1), ('data.max_new_tokens', 1), ('data.limit', 0),
+                     ('compute.microbatch_rows', 0), ('compute.chunk_tokens', 1),
+                     ('compute.layer_unroll', 1), ('optimizer.updates_per_batch', 1),
+                     ('optimizer.warmup_steps', 0), ('eval.problems', 1),
+                     ('eval.every_steps', 0), ('eval.samples_per_problem', 1),
+                     ('checkpoint.every_steps', 1), ('checkpoint.keep_latest', 1),
+                     ('checkpoint.keep_best', 0), ('log.every_steps', 1),
+                     ('log.plain_every_steps', 1), ('log.transcripts', 0)):
+    group, name = field.split('.')
+    if c[group][name] < low:
+      raise ConfigError(f'{field}={c[group][name]}; allowed: at least {low}')
+  rows = c.data.prompts_per_step * c.data.samples_per_prompt
+  if c.compute.microbatch_rows and rows % c.compute.microbatch_rows:
+    raise ConfigError(
+        f'compute.microbatch_rows={c.compute.microbatch_rows} does not divide the batch of {rows} '
+        f'rows (data.prompts_per_step={c.data.prompts_per_step} x data.samples_per_prompt='
+        f'{c.data.samples_per_prompt}); allowed: a divisor of {rows}, or 0 for the whole batch')
+  if not 1 <= c.eval.pass_k <= c.eval.samples_per_problem:
+    raise ConfigError(f'eval.pass_k={c.eval.pass_k}; allowed: 1 to eval.samples_per_problem='
+                      f'{c.eval.samples_per_problem}')
+  if c.compute.dtype not in ('float32', 'bfloat16'):
+    raise ConfigError(f"compute.dtype={c.compute.dtype!r}; allowed: ['float32', 'bfloat16']")
+  if c.compute.block not in ('auto', 'always', 'never'):
+    raise ConfigError(f"compute.block={c.compute.block!r}; allowed: ['auto', 'always', 'never']")
+  if c.optimizer.learning_rate < 0 or c.optimizer.final_learning_rate < 0:
+    raise ConfigError(f'optimizer.learning_rate={c.optimizer.learning_rate}, final_learning_rate='
+                      f'{c.optimizer.final_learning_rate}; allowed: at least 0')
+  if not c.student.path:
+    models.build({**c.student.fresh.to_dict(), 'vocab_size': 64})
+
+
+def validate_pipeline(c: ConfigDict) -> None:
+  """`validate` for every stage, and the references between them.
+
+  Raises:
+    ConfigError: the first problem found.
+  """
+  _check_fields(c, _pipeline_template(c), '')
+  if sorted(c.order) != sorted(c.stages):
+    raise ConfigError(f'order={c.order}; allowed: each of {sorted(c.stages)} once')
+  if len(set(c.seeds)) != len(c.seeds) or not c.seeds:
+    raise ConfigError(f'seeds={c.seeds}; allowed: at least one seed, each once')
+  done: list[str] = []
+  for name in c.order:
+    stage = c.stages[name]
+    for part in ('student', 'teacher'):
+      path = stage[part].path
+      if path.startswith(STAGE) and path[len(STAGE):] not in done:
+        raise ConfigError(f'stages.{name}.{part}.path={path!r}; allowed: an earlier stage, one of '
+                          f'{done}')
+    validate(stage, f'stages.{name}.')
+    done.append(name)
+  for field in ('base', 'teacher'):
+    value = c.report[field]
+    if value.startswith(STAGE) and value[len(STAGE):] not in done:
+      raise ConfigError(f'report.{field}={value!r}; allowed: a directory, or stage:NAME of {done}')
+  unknown = sorted(set(c.report.methods) - set(done))
+  if unknown or len(c.report.methods) != len(c.report.labels):
+    raise ConfigError(f'report.methods={c.report.methods}, labels={c.report.labels}; allowed: '
+                      f'stages of {done}, with one label each')
+
+
+def _pipeline_template(c):
+  template = default_pipeline()
+  template.stages = c.stages
+  return template
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+  """'field: old -> new' for every field in which two configs differ."""
+  a, b = flatten(a), flatten(b)
+  return [f'{k}: {a.get(k, "(absent)")!r} -> {b.get(k, "(absent)")!r}'
+          for k in sorted(set(a) | set(b)) if a.get(k, '(absent)') != b.get(k, '(absent)')]

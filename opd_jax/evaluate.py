@@ -1,0 +1,149 @@
+"""Evaluation on held-out problems: avg@k, pass@k, greedy accuracy, reverse KL to the teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+import numpy as np
+import scipy.stats
+
+from opd_jax import data, divergences, sample, score, sharding
+from opd_jax.types import Model, Params, Rollout
+
+
+def pass_at_k(rewards: np.ndarray, k: int) -> np.ndarray:
+  """The unbiased estimate of P(at least one of k samples is right), per problem.
+
+  1 - C(n - c, k) / C(n, k) with c of n samples right (Chen et al. 2021, arXiv 2107.03374, eq. 1).
+
+  Args:
+    rewards: [problems, n], 1 for right.
+    k: at most n.
+
+  Raises:
+    ValueError: k outside 1..n.
+  """
+  n = rewards.shape[1]
+  if not 1 <= k <= n:
+    raise ValueError(f'pass@k with k={k}; allowed: 1 to {n}, the samples per problem')
+  wrong = n - (rewards >= 1.0).sum(axis=1)
+  # The product form of the ratio of binomials: exact, and no overflow.
+  ratio = np.ones(len(rewards))
+  for i in range(k):
+    ratio *= np.maximum(wrong - i, 0) / (n - i)
+  return 1.0 - ratio
+
+
+def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+  """Bootstrap percentile interval of the mean over problems (the unit that was drawn)."""
+  if np.ptp(values) == 0.0:  # nothing to resample: scipy would warn and return NaN
+    return float(values[0]), float(values[0])
+  result = scipy.stats.bootstrap((values,), np.mean, confidence_level=level, method='percentile',
+                                 n_resamples=2000, rng=np.random.default_rng(0))
+  return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def exact_reverse_kl(params: Params, teacher_params: Params, rollout: Rollout, *, model: Model,
+                     teacher: Model, temperature: float, teacher_temperature: float,
+                     chunk_tokens: int) -> tuple[Array, Array]:
+  """Sums over the mask of sum_v p_S (log p_S - log p_T), and of the mask, by row."""
+  hidden = score.completion_hidden(model, params, rollout)
+  teacher_hidden = score.completion_hidden(teacher, teacher_params, rollout)
+  heads = model.head(params), teacher.head(teacher_params)
+
+  def chunk(mine, theirs):
+    return {'kl': divergences.reverse_kl(
+        score.log_softmax(mine, heads[0], temperature),
+        score.log_softmax(theirs, heads[1], teacher_temperature))}
+
+  kl = score.map_token_chunks(chunk, chunk_tokens, hidden, teacher_hidden)['kl']
+  return jnp.sum(score.to_rows(kl, rollout), axis=1), jnp.sum(rollout.mask, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How much to evaluate. Temperatures are those of the run; greedy decoding comes beside them."""
+
+  problems: int
+  samples_per_problem: int
+  pass_k: int
+  max_new_tokens: int
+  temperature: float
+  teacher_temperature: float
+  top_p: float
+  top_k: int
+  chunk_tokens: int
+
+
+class Evaluator:
+  """Compiled evaluation of one model on one fixed set of problems.
+
+  The same problems and the same random key every time, so that differences between steps are the
+  model's.
+  """
+
+  def __init__(self, settings: Settings, *, model: Model, teacher: Model | None, task: Any,
+               examples: data.Examples, tokenizer: Any, stop_tokens: tuple[int, ...],
+               pad_token: int, mesh: jax.sharding.Mesh, key: jax.Array):
+    self._settings, self._task, self._tokenizer, self._key = settings, task, tokenizer, key
+    self._mesh = mesh
+    n = min(settings.problems, len(examples))
+    self.rows = examples.rows[:n]
+    once = np.arange(n)
+    put = functools.partial(sharding.put, shardings=sharding.by_rows(mesh))
+    self._greedy_prompts = put(examples.prompts(once))
+    self._prompts = put(examples.prompts(np.repeat(once, settings.samples_per_problem)))
+    common = dict(model=model, max_new_tokens=settings.max_new_tokens, stop_tokens=stop_tokens,
+                  pad_token=pad_token)
+    rows = sharding.by_rows(mesh)
+    self._sample = jax.jit(functools.partial(
+        sample.sample_fn, temperature=settings.temperature, top_p=settings.top_p,
+        top_k=settings.top_k, **common), out_shardings=rows)
+    self._greedy = jax.jit(functools.partial(
+        sample.sample_fn, temperature=0.0, top_p=1.0, top_k=0, **common), out_shardings=rows)
+    self._kl = None
+    if teacher is not None:
+      self._kl = jax.jit(functools.partial(
+          exact_reverse_kl, model=model, teacher=teacher, temperature=settings.temperature,
+          teacher_temperature=settings.teacher_temperature, chunk_tokens=settings.chunk_tokens),
+                         out_shardings=sharding.replicated(mesh))
+
+  def __call__(self, params: Params, teacher_params: Params | None, transcripts: int
+               ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Returns (metrics, some transcripts).
+
+    Metrics: sampled_accuracy (avg@k), pass@k, greedy_accuracy, each with `_low`, `_high`;
+    reverse_kl (exact, nats a token, on the student's own samples); mean length; truncation rate.
+    """
+    s = self._settings
+    rollout = jax.block_until_ready(self._sample(params, self._prompts, self._key))
+    graded = [row for row in self.rows for _ in range(s.samples_per_problem)]
+    rewards, texts = data.grade(self._task, graded, rollout, self._tokenizer)
+    rewards = rewards.reshape(len(self.rows), s.samples_per_problem)
+    greedy = jax.block_until_ready(self._greedy(params, self._greedy_prompts, self._key))
+    greedy_rewards, _ = data.grade(self._task, self.rows, greedy, self._tokenizer)
+    out: dict[str, Any] = {}
+    for name, values in (('sampled_accuracy', rewards.mean(axis=1)),
+                         (f'pass_at_{s.pass_k}', pass_at_k(rewards, s.pass_k)),
+                         ('greedy_accuracy', greedy_rewards)):
+      values = values.astype(np.float64)
+      out[name] = float(values.mean())
+      out[f'{name}_low'], out[f'{name}_high'] = interval(values)
+    if self._kl is not None:
+      kl, count = map(np.asarray, self._kl(params, teacher_params, rollout))
+      out['reverse_kl'] = float(kl.sum() / count.sum())
+    out['length'] = float(np.asarray(rollout.mask).sum(axis=1).mean())
+    out['truncation_rate'] = float(1.0 - np.asarray(rollout.ended).mean())
+    shown = [{'prompt': self._task.prompt(graded[i]), 'completion': texts[i],
+              'reward': float(rewards.reshape(-1)[i])}
+             for i in range(0, transcripts * s.samples_per_problem, s.samples_per_problem)]
+    return out, shown
+
+  def compile_count(self) -> int:
+    """How many programs this evaluator has compiled."""
+    return sum(f._cache_size() for f in (self._sample, self._greedy, self._kl) if f is not None)

@@ -1,0 +1,69 @@
+"""The layers that decoder-only transformers share, as functions of arrays.
+
+Reductions (norms, softmax) are in float32 at least; under `jax_enable_x64` a float64 model stays
+float64 throughout, which is what the oracle tests use.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def einsum(subscripts: str, x: Array, weight: Array) -> Array:
+  """`jnp.einsum` in the dtype of the activations. Every weight of every model passes here, so a
+  new kind of weight (an adapter, a quantized matrix) is a new leaf type and one case here."""
+  return jnp.einsum(subscripts, x, weight.astype(x.dtype))
+
+
+def _reduction_dtype(x: Array) -> jnp.dtype:
+  return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def rms_norm(x: Float[Array, '... D'], weight: Float[Array, 'D'], eps: float
+             ) -> Float[Array, '... D']:
+  """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019), over the last axis."""
+  wide = x.astype(_reduction_dtype(x))
+  wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+  # Round before the gain, as the published checkpoints' own code does.
+  weight = jnp.reshape(weight, (1,) * (x.ndim - 1) + weight.shape)
+  return wide.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def rope_tables(positions: Int[Array, 'B S'], head_dim: int, theta: float, dtype: jnp.dtype
+                ) -> tuple[Float[Array, 'B S 1 h'], Float[Array, 'B S 1 h']]:
+  """cos and sin of position * theta^(-2i/H), i < H/2 (Su et al. 2021), for `apply_rope`."""
+  wide = jnp.promote_types(dtype, jnp.float32)
+  exponent = jnp.arange(0, head_dim, 2, dtype=wide) / head_dim
+  frequency = (1.0 / theta**exponent).reshape(1, 1, 1, -1)
+  angle = positions.astype(wide)[:, :, None, None] * frequency
+  return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
+
+
+def apply_rope(x: Float[Array, 'B S n H'], cos: Float[Array, 'B S 1 h'],
+               sin: Float[Array, 'B S 1 h']) -> Float[Array, 'B S n H']:
+  """Rotates the pairs (x[i], x[i + H/2]): the 'rotate half' layout of Hugging Face weights."""
+  first, second = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def attention(q: Float[Array, 'B S N H'], k: Float[Array, 'B K T H'], v: Float[Array, 'B K T H'],
+              allowed: Bool[Array, 'B S T']) -> Float[Array, 'B S N H']:
+  """Grouped-query attention, softmax(q k^T / sqrt(H)) v over the `allowed` key positions.
+
+  Query head n reads key head n // (N / K). A query with no allowed key (left padding) gets some
+  finite average, which nobody reads: -inf there would turn into NaN in the gradient.
+  """
+  batch, length, heads, width = q.shape
+  grouped = q.reshape(batch, length, k.shape[1], heads // k.shape[1], width)
+  logits = jnp.einsum('bskgh,bkth->bkgst', grouped, k).astype(_reduction_dtype(q))
+  logits = jnp.where(allowed[:, None, None], logits * width**-0.5, jnp.finfo(logits.dtype).min)
+  weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
+  return jnp.einsum('bkgst,bkth->bskgh', weights, v).reshape(q.shape)
+
+
+def swiglu(x: Float[Array, 'B S D'], gate: Array, up: Array, down: Array) -> Float[Array, 'B S D']:
+  """(silu(x gate) * (x up)) down (Shazeer 2020)."""
+  hidden = jax.nn.silu(einsum('bsd,df->bsf', x, gate)) * einsum('bsd,df->bsf', x, up)
+  return einsum('bsf,fd->bsd', hidden, down)

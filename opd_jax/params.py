@@ -1,0 +1,81 @@
+"""Parameters are nested dicts of arrays, described by one table of `ParamSpec` per model.
+
+From that table come initialization, shardings (`sharding.py`), import and export (`hf.py`), and
+the parameter count. Layers are stored stacked: a per-layer parameter has a leading axis 'layer'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+
+from opd_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+  """One parameter.
+
+  Attributes:
+    shape: of the array in memory; the first axis of a stacked parameter is the layer.
+    axes: the logical name of each axis, resolved to mesh axes by `sharding.py`; None replicates.
+    init: `jax.nn.initializers`-style function (key, shape, dtype) -> array.
+    hf_name: tensor name in a Hugging Face checkpoint; '{layer}' marks a stacked parameter.
+    hf_shape: shape of that tensor (of one layer).
+    hf_transpose: whether the tensor is transposed ([out, in] to [in, out]) before the reshape.
+    matmul: whether each token is multiplied by it, so that it counts in the FLOPs.
+  """
+
+  shape: tuple[int, ...]
+  axes: tuple[str | None, ...]
+  init: Callable[..., jax.Array]
+  hf_name: str
+  hf_shape: tuple[int, ...]
+  hf_transpose: bool = False
+  matmul: bool = False
+
+  def __post_init__(self):
+    if len(self.shape) != len(self.axes):
+      raise ValueError(f'{self.hf_name}: shape {self.shape} and axes {self.axes} differ in rank')
+    layers = self.shape[0] if self.stacked else 1
+    if math.prod(self.shape) != layers * math.prod(self.hf_shape):
+      raise ValueError(f'{self.hf_name}: {self.shape} cannot be stored as {self.hf_shape}')
+
+  @property
+  def stacked(self) -> bool:
+    return '{layer}' in self.hf_name
+
+
+def flatten(tree: Params) -> dict[str, Any]:
+  """Nested dicts to {'layers/q': leaf}, in the order of the table."""
+  return traverse_util.flatten_dict(tree, sep='/')
+
+
+def unflatten(flat: dict[str, Any]) -> Params:
+  """The inverse of `flatten`."""
+  return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def init_params(specs: dict[str, Any], key: jax.Array, dtype: Any = jnp.float32) -> Params:
+  """Fresh parameters. Each draws from `fold_in(key, its position in the table)`."""
+  flat = flatten(specs)
+  return unflatten({
+      name: spec.init(jax.random.fold_in(key, i), spec.shape, dtype)
+      for i, (name, spec) in enumerate(flat.items())})
+
+
+def abstract_params(specs: dict[str, Any], dtype: Any = jnp.float32) -> Params:
+  """The shapes of `init_params` without the arrays."""
+  return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), specs,
+                      is_leaf=lambda x: isinstance(x, ParamSpec))
+
+
+def count_params(specs: dict[str, Any], matmul_only: bool = False) -> int:
+  """Number of parameters; with `matmul_only`, those that multiply every token (the N of 2N)."""
+  return sum(math.prod(s.shape) for s in flatten(specs).values() if s.matmul or not matmul_only)

@@ -1,0 +1,160 @@
+"""`sample_fn`: prompts to completions, with the log-probability of what was truly sampled from."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from opd_jax.types import Model, Params, Prompts, Rollout
+
+_BLOCK = 256  # tokens per block of the two-level draw: near sqrt(V) for the vocabularies in use
+
+
+def truncate(logits: Float[Array, 'B V'], top_k: int, top_p: float) -> Float[Array, 'B V']:
+  """Sets to -inf what top-k and then nucleus sampling (Holtzman et al. 2019) exclude.
+
+  The nucleus is the smallest set of most likely tokens whose mass reaches `top_p`. Tokens that tie
+  with the last one kept are kept too.
+  """
+  if top_k:
+    kth = jax.lax.top_k(logits, top_k)[0][:, -1:]
+    logits = jnp.where(logits < kth, -jnp.inf, logits)
+  if top_p < 1.0:
+    ordered = -jnp.sort(-jax.nn.softmax(logits, axis=-1), axis=-1)
+    before = jnp.cumsum(ordered, axis=-1) - ordered
+    last = jnp.sum(before < top_p, axis=-1, keepdims=True) - 1
+    threshold = jnp.take_along_axis(ordered, last, axis=-1)
+    logits = jnp.where(jax.nn.softmax(logits, axis=-1) < threshold, -jnp.inf, logits)
+  return logits
+
+
+def draw(logits: Float[Array, 'B V'], key: PRNGKeyArray) -> Int[Array, 'B']:
+  """One draw per row from softmax(logits), by inverting the cumulative distribution twice.
+
+  First a block of tokens is drawn by its mass, then a token within it, each with a uniform of its
+  own. On CPU this is several times faster than Gumbel-argmax over a large vocabulary (one uniform
+  a block instead of one a token, and no argmax), and two levels keep the cumulative sums short,
+  hence exact to float32 rounding. A token of probability zero is never drawn.
+  """
+  batch, vocab = logits.shape
+  block = min(_BLOCK, vocab)
+  padded = jnp.pad(logits, ((0, 0), (0, -vocab % block)), constant_values=-jnp.inf)
+  weights = jnp.exp(padded - jnp.max(padded, axis=-1, keepdims=True)).reshape(batch, -1, block)
+  uniforms = jax.random.uniform(key, (2, batch), dtype=logits.dtype)
+
+  def invert(weights, uniform):
+    cumulative = jnp.cumsum(weights, axis=-1)
+    # uniform < 1, so the target stays below the total and an index of positive weight is found.
+    target = uniform[:, None] * cumulative[:, -1:]
+    return jnp.sum(cumulative <= target, axis=-1)
+
+  which = invert(jnp.sum(weights, axis=-1), uniforms[0])
+  within = jnp.take_along_axis(weights, which[:, None, None], axis=1)[:, 0]
+  return (which * block + invert(within, uniforms[1])).astype(jnp.int32)
+
+
+def choose(logits: Float[Array, 'B V'], key: PRNGKeyArray, *, temperature: float, top_p: float,
+           top_k: int) -> tuple[Int[Array, 'B'], Float[Array, 'B'], Float[Array, 'B']]:
+  """Samples a token a row.
+
+  Returns:
+    tokens; their log-probability under the distribution sampled from, which is
+    softmax(truncate(logits / temperature)); and the log of the mass that truncation kept, so that
+    log-probability + log-mass is the untruncated log-probability. Temperature 0 is greedy: a point
+    mass, with log-probability 0.
+  """
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  if temperature == 0.0:
+    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    zeros = jnp.zeros(tokens.shape, logits.dtype)
+    return tokens, zeros, zeros
+  full = logits / temperature
+  kept = truncate(full, top_k, top_p)
+  tokens = draw(kept, key)
+  kept_total = jax.nn.logsumexp(kept, axis=-1)
+  chosen = jnp.take_along_axis(kept, tokens[:, None], axis=-1)[:, 0]
+  mass = jnp.zeros_like(chosen)
+  if top_k or top_p < 1.0:
+    mass = kept_total - jax.nn.logsumexp(full, axis=-1)
+  return tokens, chosen - kept_total, mass
+
+
+def positions_of(valid: Bool[Array, 'B S']) -> Int[Array, 'B S']:
+  """Positions that count from 0 at the first real token; the left padding shares position 0."""
+  return jnp.maximum(jnp.cumsum(valid.astype(jnp.int32), axis=-1) - 1, 0)
+
+
+def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Model,
+              max_new_tokens: int, temperature: float, top_p: float, top_k: int,
+              stop_tokens: tuple[int, ...], pad_token: int) -> Rollout:
+  """Samples one completion a row: a prefill, then a decode loop that stops when all rows ended.
+
+  Args:
+    params: of `model`.
+    prompts: tokens [B, P], left-padded.
+    key: token t of row b depends on (key, t, b) only.
+    model: static.
+    max_new_tokens: C, the room for the completion.
+    temperature, top_p, top_k: of the sampling distribution; 1.0, 1.0, 0 is the model itself.
+    stop_tokens: ids that end a row; the stop token belongs to the completion and to the mask.
+    pad_token: what fills a row after its end.
+
+  Returns:
+    A `Rollout` with T = P + C.
+  """
+  batch, prompt_length = prompts.tokens.shape
+  room = max_new_tokens
+  knobs = dict(temperature=temperature, top_p=top_p, top_k=top_k)
+  stops = jnp.array(stop_tokens, jnp.int32)
+  head = model.head(params)
+
+  def is_stop(tokens):
+    return jnp.any(tokens[:, None] == stops[None, :], axis=-1)
+
+  def logits_of(hidden):
+    return jnp.einsum('bd,dv->bv', hidden, head.astype(hidden.dtype))
+
+  prompt_sizes = jnp.sum(prompts.valid.astype(jnp.int32), axis=-1)
+  hidden, cache = model.forward(
+      params, prompts.tokens, positions_of(prompts.valid), prompts.valid,
+      model.init_cache(batch, prompt_length + room))
+  token, logprob, mass = choose(logits_of(hidden[:, -1]), jax.random.fold_in(key, 0), **knobs)
+
+  def fill(first, value):
+    return jnp.full((batch, room), value, first.dtype).at[:, 0].set(first)
+
+  out = dict(tokens=fill(token, pad_token), alive=fill(jnp.ones(batch, bool), False),
+             logprobs=fill(logprob, 0), mass=fill(mass, 0))
+  # Unrolled layers: a scan would copy the whole cache in and out at every token.
+  decode_params = model.unstack(params)
+
+  def body(carry):
+    step, token, done, cache, out = carry
+    hidden, cache = model.forward(decode_params, token[:, None], (prompt_sizes + step - 1)[:, None],
+                                  ~done[:, None], cache)
+    token, logprob, mass = choose(logits_of(hidden[:, 0]), jax.random.fold_in(key, step), **knobs)
+    token = jnp.where(done, pad_token, token)
+    new = dict(tokens=token, alive=~done, logprobs=jnp.where(done, 0, logprob),
+               mass=jnp.where(done, 0, mass))
+    out = {name: jax.lax.dynamic_update_slice_in_dim(out[name], new[name][:, None], step, axis=1)
+           for name in out}
+    return step + 1, token, done | is_stop(token), cache, out
+
+  def running(carry):
+    step, _, done, _, _ = carry
+    return (step < room) & ~jnp.all(done)
+
+  _, _, done, _, out = jax.lax.while_loop(
+      running, body, (jnp.int32(1), token, is_stop(token), cache, out))
+
+  def per_token(completion):  # [B, C] -> [B, T-1]: entry t belongs to tokens[:, t + 1]
+    return jnp.pad(completion, ((0, 0), (prompt_length - 1, 0)))
+
+  return Rollout(
+      tokens=jnp.concatenate([prompts.tokens, out['tokens']], axis=1),
+      valid=jnp.concatenate([prompts.valid, out['alive']], axis=1),
+      mask=per_token(out['alive'].astype(jnp.float32)),
+      sampler_logprobs=per_token(out['logprobs']),
+      kept_logmass=per_token(out['mass']),
+      ended=done, prompt_length=prompt_length)

@@ -1,0 +1,128 @@
+"""From hidden states to log-probabilities, in chunks of tokens, and `teacher_logprob_fn`.
+
+A vocabulary-sized row exists only for `chunk_tokens` tokens at a time, forwards and backwards
+(`jax.checkpoint`): nothing here ever holds a [B, T, V] array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from opd_jax.sample import positions_of
+from opd_jax.types import Model, Params, Rollout, Scores
+
+
+def log_softmax(hidden: Float[Array, 'n D'], head: Float[Array, 'D V'], temperature: float
+                ) -> Float[Array, 'n V']:
+  """log softmax(hidden head / temperature), in float32 at least."""
+  logits = jnp.einsum('nd,dv->nv', hidden, head.astype(hidden.dtype))
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  return jax.nn.log_softmax(logits / temperature, axis=-1)
+
+
+def entropy_of(logprobs: Float[Array, 'n V']) -> Float[Array, 'n']:
+  """-sum_v p log p, in nats."""
+  return -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+
+
+def pick(logprobs: Float[Array, 'n V'], targets: Int[Array, 'n']) -> Float[Array, 'n']:
+  """logprobs[i, targets[i]]."""
+  return jnp.take_along_axis(logprobs, targets[:, None], axis=-1)[:, 0]
+
+
+def map_token_chunks(fn: Callable[..., dict[str, Array]], chunk_tokens: int, *arrays: Array
+                     ) -> dict[str, Array]:
+  """Applies `fn` to [n, ...] chunks of arrays [B, C, ...]; returns its outputs as [B, C].
+
+  The backward pass recomputes each chunk, so memory is that of one chunk whatever B and C are.
+  """
+  batch, length = arrays[0].shape[:2]
+  total = batch * length
+  chunk = min(chunk_tokens, total)
+  count = -(-total // chunk)
+
+  def split(a):
+    flat = a.reshape(total, *a.shape[2:])
+    flat = jnp.pad(flat, ((0, count * chunk - total),) + ((0, 0),) * (flat.ndim - 1))
+    return flat.reshape(count, chunk, *a.shape[2:])
+
+  body = jax.checkpoint(lambda xs: fn(*xs))
+  out = jax.lax.map(body, tuple(map(split, arrays)))
+  return {name: a.reshape(-1)[:total].reshape(batch, length) for name, a in out.items()}
+
+
+def completion_hidden(model: Model, params: Params, rollout: Rollout) -> Float[Array, 'B C D']:
+  """The final hidden states that predict the completion, teacher-forced on the rollout."""
+  # The last token predicts nothing that is scored, and the prompt's predictions are not either.
+  tokens, valid = rollout.tokens[:, :-1], rollout.valid[:, :-1]
+  hidden, _ = model.forward(params, tokens, positions_of(valid), valid, None)
+  return hidden[:, rollout.prompt_length - 1:]
+
+
+def to_rows(completion: Float[Array, 'B C'], rollout: Rollout) -> Float[Array, 'B t']:
+  """[B, C] to the [B, T-1] convention, zero where the mask is."""
+  padded = jnp.pad(completion, ((0, 0), (rollout.prompt_length - 1, 0)))
+  return jnp.where(rollout.mask > 0, padded, 0.0)
+
+
+def split_rows(tree: Any, microbatch_rows: int) -> Any:
+  """Leaves [B, ...] to [B / m, m, ...] for a loop over microbatches; m = 0 means all rows.
+
+  Raises:
+    ValueError: m does not divide B.
+  """
+  rows = jax.tree.leaves(tree)[0].shape[0]
+  size = microbatch_rows or rows
+  if rows % size:
+    raise ValueError(f'microbatch_rows={size} does not divide the {rows} rows of the batch')
+  # Interleaved ([m, B/m] swapped), so that a batch sharded over devices by rows stays spread over
+  # all of them in every microbatch.
+  return jax.tree.map(
+      lambda a: a.reshape(size, rows // size, *a.shape[1:]).swapaxes(0, 1), tree)
+
+
+def join_rows(tree: Any) -> Any:
+  """The inverse of `split_rows`."""
+  return jax.tree.map(
+      lambda a: a.swapaxes(0, 1).reshape(a.shape[0] * a.shape[1], *a.shape[2:]), tree)
+
+
+def teacher_logprob_fn(params: Params, rollout: Rollout, *, model: Model, temperature: float,
+                       want_hidden: bool, chunk_tokens: int, microbatch_rows: int) -> Scores:
+  """Grades a rollout with one forward pass of a model that did not (need to) write it.
+
+  The same function, and so the same compiled program, scores the student when a policy-gradient
+  advantage needs log p_S: only then is log p_T - log p_S exactly zero for a teacher equal to the
+  student.
+
+  Args:
+    params: of `model`.
+    rollout: B rows.
+    model: static.
+    temperature: of the scored distribution.
+    want_hidden: return the hidden states [B, C, D] for a full-vocabulary divergence and leave the
+      head to the update, instead of the log-probs of the sampled tokens.
+    chunk_tokens: tokens whose vocabulary rows exist at a time.
+    microbatch_rows: rows per forward pass, 0 for all.
+  """
+
+  def score(rows: Rollout) -> Scores:
+    hidden = completion_hidden(model, params, rows)
+    if want_hidden:
+      return Scores(logprobs=None, entropy=None, hidden=hidden)
+    head = model.head(params)
+
+    def chunk(hidden, targets):
+      logprobs = log_softmax(hidden, head, temperature)
+      return {'logprobs': pick(logprobs, targets), 'entropy': entropy_of(logprobs)}
+
+    out = map_token_chunks(chunk, chunk_tokens, hidden, rows.completion_targets)
+    return Scores(logprobs=to_rows(out['logprobs'], rows), entropy=to_rows(out['entropy'], rows),
+                  hidden=None)
+
+  return join_rows(jax.lax.map(score, split_rows(rollout, microbatch_rows)))

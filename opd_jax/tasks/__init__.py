@@ -1,0 +1,46 @@
+"""Tasks, one file each, found by name.
+
+A task module offers
+  Options: a frozen dataclass, the knobs (`config.task.options`);
+  load(split, options) -> datasets.Dataset of examples; the split 'eval' is the held-out one, and
+    the 'corpus' split, where a task has one, also has a column 'completion';
+  prompt(example) -> the text a student is given;
+  grade(example, text) -> the reward of a completed answer, 0 to 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pathlib
+from types import ModuleType
+from typing import Any
+
+
+def names() -> list[str]:
+  """The tasks there are: the files of this folder."""
+  return sorted(p.stem for p in pathlib.Path(__file__).parent.glob('*.py') if p.stem[0] != '_')
+
+
+def get(name: str) -> ModuleType:
+  """The task called `name`.
+
+  Raises:
+    ValueError: there is none; lists those there are.
+  """
+  if name not in names():
+    raise ValueError(f'task.name={name!r}; allowed: {names()}')
+  return importlib.import_module(f'opd_jax.tasks.{name}')
+
+
+def options(task: ModuleType, values: dict[str, Any]) -> Any:
+  """The task's Options.
+
+  Raises:
+    ValueError: a knob that the task does not have, or a value that it refuses.
+  """
+  known = [f.name for f in dataclasses.fields(task.Options)]
+  unknown = sorted(set(values) - set(known))
+  if unknown:
+    raise ValueError(f'task.options has unknown fields {unknown}; allowed: {known}')
+  return task.Options(**values)

@@ -1,0 +1,16 @@
+"""The student itself as it was before training, frozen: self-distillation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opd_jax.teachers import Teacher
+
+
+def load(path: str, student: Teacher, options: dict[str, Any]) -> Teacher:
+  """Returns the student; `path` must be empty, since it would have no effect."""
+  del options
+  if path:
+    raise ValueError(f"teacher.path={path!r} has no effect with teacher.kind='initial_student'; "
+                     "allowed: ''")
+  return student

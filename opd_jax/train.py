@@ -1,0 +1,459 @@
+"""The training loop. Read from top to bottom, it is the algorithm:
+
+    prompts -> sample_fn (the student writes) -> teacher_logprob_fn (the teacher grades every token)
+            -> update_fn (the student moves towards the teacher) -> metrics
+
+Supervised learning takes its rows from a data set or from the teacher, reinforcement learning takes
+its weights from a verifier; they are the same loop. What is not here: a replay buffer, a value
+network, a rollout server. The student that samples is the student that is updated, one step later.
+
+Every jax.jit of the loop is in `compile_step`. The random key of a step is fold_in(seed, step).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+import optax
+
+from opd_jax import config as config_lib
+from opd_jax import (checkpoint, data, evaluate, flops, hf, metrics, models, optim, params, sample,
+                     score, sharding, tasks, teachers, tokenizer, update)
+from opd_jax.types import Model, TrainState
+
+INIT, SAMPLE, EVAL = range(3)  # what a random key is for
+CONFIG, RESULT, EXPORT = 'config.json', 'result.json', 'export'
+
+
+class NonFiniteError(FloatingPointError):
+  """The loss or the gradient is not finite; the message has the step."""
+
+
+class Preempted(Exception):
+  """SIGTERM or SIGINT arrived; a checkpoint of the step it interrupted is on disk."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What `build` makes of a config: everything that stays the same during a run."""
+
+  student: teachers.Teacher  # model, initial host parameters, tokenizer
+  teacher: teachers.Teacher | None
+  task: Any
+  objective: update.Objective
+  mesh: jax.sharding.Mesh
+  examples: data.Examples
+  evaluator: evaluate.Evaluator
+  optimizer: optax.GradientTransformation
+  stop_tokens: tuple[int, ...]
+  pad_token: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """The compiled functions of the loop."""
+
+  sample: Callable[..., Any]
+  score_teacher: Callable[..., Any]
+  score_student: Callable[..., Any]
+  update: Callable[..., Any]
+  init: Callable[..., Any]
+
+  def compile_count(self) -> int:
+    """How many programs are compiled; one a function that is in use, or something retraces."""
+    loop = {self.sample, self.score_teacher, self.score_student, self.update}
+    return sum(f._cache_size() for f in loop)
+
+
+def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
+  """Runs one config to its end, from the start or from where it was interrupted.
+
+  Args:
+    c: a config with the fields of `config.default_config`.
+    workdir: for checkpoints, metrics, the final model (`export/`) and result.json.
+
+  Returns:
+    The content of result.json: evaluations before and after, FLOPs, steps.
+
+  Raises:
+    ConfigError: before anything expensive starts.
+    NonFiniteError: with the step; the last good checkpoint is kept.
+    Preempted: after saving.
+  """
+  workdir = pathlib.Path(workdir)
+  # --- Check, and return at once if there is nothing to do ---
+  config_lib.validate(c)
+  claim_workdir(c, workdir)
+  if (workdir / RESULT).exists():
+    return json.loads((workdir / RESULT).read_text())
+
+  # --- Build: models, data, programs; then the newest checkpoint, or a fresh state ---
+  s = build(c)
+  programs, state_shape = compile_step(c, s)
+  store = checkpoint.Checkpoints(
+      workdir / 'checkpoints', keep_latest=c.checkpoint.keep_latest,
+      keep_best=c.checkpoint.keep_best, best_metric=c.checkpoint.best_metric)
+  teacher_params = teacher_head = None
+  if s.teacher is not None:
+    teacher_params = sharding.put(
+        s.teacher.params, sharding.param_shardings(s.teacher.model.specs, s.mesh))
+    teacher_head = s.teacher.model.head(teacher_params) if s.objective.needs_hidden else None
+  restored = store.restore_latest(state_shape)
+  if restored is None:
+    state = programs.init(sharding.put(
+        s.student.params, sharding.param_shardings(s.student.model.specs, s.mesh)))
+    host = {'step': 0, 'flops': {'student': 0.0, 'sampling': 0.0, 'teacher': 0.0},
+            'evals': [], 'config': config_lib.to_dict(c)}
+  else:
+    state, host = restored
+  start = host['step']
+  writer = metrics.Writer(workdir, start if restored else None)
+  display = metrics.Display(c.name, c.steps, c.log.plain_every_steps)
+  if restored:
+    display.say(f'{c.name}: resumed from the checkpoint of step {start}')
+  key = jax.random.key(c.seed)
+  # On several fake CPU devices, programs with collectives must not be in flight together.
+  crowded = jax.default_backend() == 'cpu' and s.mesh.size > 1
+  blocking = c.compute.block == 'always' or (c.compute.block == 'auto' and crowded)
+  wait = jax.block_until_ready if blocking else lambda x: x
+  clock = metrics.Clock()
+
+  def evaluation(step: int, title: str | None) -> dict[str, Any]:
+    began = time.perf_counter()
+    values, shown = s.evaluator(state.params, teacher_params,
+                                c.log.transcripts if title else 0)
+    row = {**values, 'flops': dict(host['flops'])}
+    writer.write('eval', step, row)
+    display.evaluation(step, values)
+    display.transcripts(title or '', shown)
+    host['evals'].append({'step': step, **row})
+    clock.pause(time.perf_counter() - began)
+    return values
+
+  def process(step: int, values: dict[str, Any]) -> None:
+    """The metrics of the update that produced `step`: checked, counted, written, shown."""
+    values = jax.device_get(values)
+    lengths, prompt_lengths = values.pop('lengths'), values.pop('prompt_lengths')
+    row = {name: float(v) for name, v in values.items()}
+    check_finite(row, step, c.log.max_sampler_gap)
+    spent = flops.step_flops(
+        s.student.model, s.teacher.model if s.teacher else None, lengths + prompt_lengths,
+        source=c.data.source, teacher_scores=s.objective.needs_teacher,
+        student_rescores=s.objective.needs_student_scores, updates=c.optimizer.updates_per_batch)
+    for name, amount in spent.items():
+      host['flops'][name] += amount
+    row |= {'length': float(lengths.mean()), 'flops': dict(host['flops']),
+            'compiles': programs.compile_count(), 'perf': clock.read(1, int(lengths.sum()))}
+    if step % c.log.every_steps == 0:
+      writer.write('train', step, row)
+    display.progress(step, row)
+
+  def save(step: int, values: dict[str, Any] | None) -> None:
+    host['step'] = step
+    best = None if values is None else {c.checkpoint.best_metric: values[c.checkpoint.best_metric]}
+    store.save(state, step, host, best)
+
+  # --- The loop ---
+  with interrupts() as interrupted, jax.set_mesh(s.mesh):
+    try:
+      if start == 0 and not host['evals']:
+        evaluation(0, 'before training:')
+      step, pending, reached = start, None, host.get('stopped_at') is not None
+      while step < c.steps and not reached:
+        indices = s.examples.indices(step, c.data.prompts_per_step).repeat(
+            c.data.samples_per_prompt)
+        # The rows: written by the student, by the teacher, or given.
+        rows_sharding = sharding.by_rows(s.mesh)
+        if c.data.source == 'dataset':
+          rollout = sharding.put(s.examples.given(indices), rows_sharding)
+        else:
+          prompts = sharding.put(s.examples.prompts(indices), rows_sharding)
+          writer_params = state.params if c.data.source == 'student' else teacher_params
+          rollout = wait(programs.sample(writer_params, prompts, fold_in(key, SAMPLE, step)))
+        # The grades: of every token by the teacher, or of the whole answer by the verifier.
+        teacher_scores = student_scores = rewards = None
+        if s.objective.needs_teacher:
+          teacher_scores = wait(programs.score_teacher(teacher_params, rollout))
+        if s.objective.needs_student_scores:
+          student_scores = wait(programs.score_student(state.params, rollout))
+        if s.objective.reward_coef:
+          graded, _ = data.grade(s.task, [s.examples.rows[i] for i in indices], rollout,
+                                 s.student.tokenizer)
+          rewards = sharding.put(graded, rows_sharding)
+        # The step.
+        for _ in range(c.optimizer.updates_per_batch):
+          state, values = wait(programs.update(
+              state, rollout, teacher_scores, student_scores, rewards, teacher_head))
+        step += 1
+        # Read the metrics of the previous step while the device works on this one, unless the host
+        # must look at this one anyway.
+        if pending is not None:
+          process(*pending)
+        pending = (step, values)
+        due = bool(c.eval.every_steps) and step % c.eval.every_steps == 0
+        if due or step % c.checkpoint.every_steps == 0 or step == c.steps or interrupted():
+          process(*pending)
+          pending, latest = None, None
+          if due or step == c.steps:
+            middle = c.steps // 2 <= step < c.steps // 2 + max(c.eval.every_steps, 1)
+            title = ('after training:' if step == c.steps
+                     else 'halfway:' if middle and not interrupted() else None)
+            latest = evaluation(step, title)
+            if 0 < c.eval.stop_at_sampled_accuracy <= latest['sampled_accuracy']:
+              reached, host['stopped_at'] = True, step
+              display.say(f'{c.name}: sampled accuracy {latest["sampled_accuracy"]:.3f} reached '
+                          f'{c.eval.stop_at_sampled_accuracy} at step {step}; stopping')
+          began = time.perf_counter()
+          save(step, latest)
+          clock.pause(time.perf_counter() - began)
+        if interrupted():
+          store.wait()
+          raise Preempted(f'{c.name}: interrupted at step {step}; its checkpoint is in '
+                          f'{workdir / "checkpoints"}; the same command resumes')
+      result = finish(c, s, state, host, workdir)
+    finally:
+      store.close()
+      writer.close()
+      display.close()
+  return result
+
+
+def fold_in(key: jax.Array, purpose: int, step: int) -> jax.Array:
+  """The key for one purpose at one step; no key is ever stored."""
+  return jax.random.fold_in(jax.random.fold_in(key, purpose), step)
+
+
+def claim_workdir(c: ConfigDict, workdir: pathlib.Path) -> None:
+  """Writes the config into a new work directory, or checks that it is the one already there.
+
+  Raises:
+    ConfigError: the directory holds another config's run, or cannot be written.
+  """
+  mine = config_lib.to_dict(c)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if (workdir / CONFIG).exists():
+      theirs = json.loads((workdir / CONFIG).read_text())
+      if theirs != mine:
+        changes = '; '.join(config_lib.differences(theirs, mine)[:8])
+        raise config_lib.ConfigError(
+            f'workdir={str(workdir)!r} holds a run of another config ({changes}); allowed: a new '
+            'directory, or the config that the run was started with')
+    else:
+      partial = workdir / f'.{CONFIG}.partial'
+      partial.write_text(json.dumps(mine, indent=2, sort_keys=True) + '\n')
+      partial.rename(workdir / CONFIG)
+  except OSError as e:
+    raise config_lib.ConfigError(f'workdir={str(workdir)!r} cannot be used: {e}; allowed: a '
+                                 'directory that can be created and written') from e
+
+
+def build(c: ConfigDict) -> Setup:
+  """Loads the models and the data, and checks that they fit together.
+
+  Raises:
+    ConfigError: with the field, the value and what is allowed.
+  """
+  try:
+    mesh = sharding.make_mesh(c.compute.mesh.to_dict())
+    rows = c.data.prompts_per_step * c.data.samples_per_prompt
+    per_pass = c.compute.microbatch_rows or rows
+    if per_pass % sharding.row_shards(mesh):
+      raise ValueError(f'compute.mesh splits rows {sharding.row_shards(mesh)} ways, which does not '
+                       f'divide the {per_pass} rows of a pass (compute.microbatch_rows, or data.'
+                       'prompts_per_step x samples_per_prompt)')
+    student = load_student(c)
+    teacher = get_teacher(c, student)
+    task = tasks.get(c.task.name)
+    options = tasks.options(task, c.task.options.to_dict())
+    room = dict(tokenizer=student.tokenizer, max_prompt_tokens=c.data.max_prompt_tokens,
+                max_new_tokens=c.data.max_new_tokens, seed=c.seed)
+    split = task.load(c.data.split, options)
+    if c.data.limit:
+      split = split.select(range(min(c.data.limit, len(split))))
+    examples = data.Examples(task, split, **room)
+    held_out = task.load('eval', options)
+    held_out = held_out.select(range(min(c.eval.problems, len(held_out))))
+    held_out = data.Examples(task, held_out, **room)
+    if len(held_out) % sharding.row_shards(mesh):
+      raise ValueError(f'compute.mesh splits rows {sharding.row_shards(mesh)} ways, which does not '
+                       f'divide eval.problems={len(held_out)}')
+  except config_lib.ConfigError:
+    raise
+  except (ValueError, FileNotFoundError, FileExistsError) as e:
+    raise config_lib.ConfigError(str(e)) from e
+  objective = config_lib.make_objective(c)
+  stop_tokens = (student.tokenizer.eos_token_id,)
+  pad_token = tokenizer.pad_id(student.tokenizer)
+  evaluator = evaluate.Evaluator(
+      evaluate.Settings(
+          problems=c.eval.problems, samples_per_problem=c.eval.samples_per_problem,
+          pass_k=c.eval.pass_k, max_new_tokens=c.data.max_new_tokens,
+          temperature=c.sample.temperature,
+          teacher_temperature=c.objective.teacher_temperature, top_p=c.sample.top_p,
+          top_k=c.sample.top_k, chunk_tokens=c.compute.chunk_tokens),
+      model=student.model, teacher=teacher.model if teacher else None, task=task,
+      examples=held_out, tokenizer=student.tokenizer, stop_tokens=stop_tokens,
+      pad_token=pad_token, mesh=mesh, key=fold_in(jax.random.key(c.seed), EVAL, 0))
+  gradient_steps = c.steps * c.optimizer.updates_per_batch
+  schedule = optim.make_schedule(
+      c.optimizer.schedule, c.optimizer.learning_rate, c.optimizer.final_learning_rate,
+      c.optimizer.warmup_steps, gradient_steps)
+  optimizer = optim.make_optimizer(
+      c.optimizer.name, schedule, b1=c.optimizer.b1, b2=c.optimizer.b2, eps=c.optimizer.eps,
+      weight_decay=c.optimizer.weight_decay, clip_norm=c.optimizer.clip_norm)
+  return Setup(student=student, teacher=teacher, task=task, objective=objective, mesh=mesh,
+               examples=examples, evaluator=evaluator, optimizer=optimizer,
+               stop_tokens=stop_tokens, pad_token=pad_token)
+
+
+def compute_options(c: ConfigDict) -> dict[str, Any]:
+  """The `models.build` options of a config."""
+  return dict(dtype=jnp.dtype(c.compute.dtype), remat=c.compute.remat,
+              layer_unroll=c.compute.layer_unroll)
+
+
+def load_student(c: ConfigDict) -> teachers.Teacher:
+  """The student before training: a checkpoint, or fresh parameters from the seed."""
+  if c.student.path:
+    return teachers.load('checkpoint', c.student.path, None, compute_options(c))
+  characters = tokenizer.character_tokenizer()
+  model = models.build({**c.student.fresh.to_dict(), 'vocab_size': len(characters)},
+                       **compute_options(c))
+  fresh = params.init_params(model.specs, fold_in(jax.random.key(c.seed), INIT, 0))
+  return teachers.Teacher(model, jax.device_get(fresh), characters)
+
+
+def get_teacher(c: ConfigDict, student: teachers.Teacher) -> teachers.Teacher | None:
+  """The teacher, if there is one.
+
+  Raises:
+    ValueError: its vocabulary is not the student's.
+  """
+  if c.teacher.kind == teachers.NONE:
+    return None
+  teacher = teachers.load(c.teacher.kind, c.teacher.path, student, compute_options(c))
+  sizes = student.model.config.vocab_size, teacher.model.config.vocab_size
+  if sizes[0] != sizes[1] or not tokenizer.same_vocabulary(student.tokenizer, teacher.tokenizer):
+    raise ValueError(
+        f'teacher.path={c.teacher.path!r}: its vocabulary ({sizes[1]} entries) is not the '
+        f"student's ({sizes[0]} entries); allowed: a teacher that maps the same strings to the "
+        'same token ids')
+  return teacher
+
+
+def compile_step(c: ConfigDict, s: Setup) -> tuple[Programs, TrainState]:
+  """The jitted functions of the loop, and the abstract train state with its shardings.
+
+  Output shardings are pinned: left to the compiler they may differ from the inputs', and the second
+  step would compile everything again.
+  """
+  rows, scalar = sharding.by_rows(s.mesh), sharding.replicated(s.mesh)
+  model = s.student.model
+  weights = sharding.param_shardings(model.specs, s.mesh)
+  shapes = params.abstract_params(model.specs)
+
+  def init(p):
+    return TrainState(step=jnp.int32(0), params=p, opt_state=s.optimizer.init(p))
+
+  abstract = jax.eval_shape(init, shapes)
+  opt_shardings = optax.tree_utils.tree_map_params(
+      s.optimizer, lambda _, sharding: sharding, abstract.opt_state, weights,
+      transform_non_params=lambda _: scalar)
+  state = TrainState(step=scalar, params=weights, opt_state=opt_shardings)
+  sampler = s.teacher.model if c.data.source == 'teacher' else model
+  sample_fn = jax.jit(functools.partial(
+      sample.sample_fn, model=sampler, max_new_tokens=c.data.max_new_tokens,
+      temperature=c.sample.temperature, top_p=c.sample.top_p, top_k=c.sample.top_k,
+      stop_tokens=s.stop_tokens, pad_token=s.pad_token), out_shardings=rows)
+  batching = dict(chunk_tokens=c.compute.chunk_tokens, microbatch_rows=c.compute.microbatch_rows)
+
+  def scorer(m: Model, temperature: float):
+    return jax.jit(functools.partial(
+        score.teacher_logprob_fn, model=m, temperature=temperature,
+        want_hidden=s.objective.needs_hidden, **batching), out_shardings=rows)
+
+  score_student = score_teacher = scorer(model, s.objective.temperature)
+  if s.teacher is not None:
+    # A teacher of the student's own shape is graded by the very same program: then log p_T - log
+    # p_S is exactly zero for a teacher equal to the student, and so is the policy gradient.
+    same = (s.teacher.model.config == model.config
+            and s.objective.teacher_temperature == s.objective.temperature)
+    if not same:
+      score_teacher = scorer(s.teacher.model, s.objective.teacher_temperature)
+  update_fn = jax.jit(
+      functools.partial(update.update_fn, model=model, optimizer=s.optimizer,
+                        objective=s.objective, group_size=c.data.samples_per_prompt, **batching),
+      donate_argnums=0, out_shardings=(state, scalar))
+  # Not donated: the evaluator and a fixed-point test may still look at the initial parameters.
+  init_fn = jax.jit(init, out_shardings=state)
+  abstract = jax.tree.map(
+      lambda x, sh: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sh), abstract, state)
+  return Programs(sample=sample_fn, score_teacher=score_teacher, score_student=score_student,
+                  update=update_fn, init=init_fn), abstract
+
+
+def check_finite(row: dict[str, float], step: int, max_gap: float) -> None:
+  """Stops the run rather than train on nonsense.
+
+  Raises:
+    NonFiniteError: the loss or the gradient norm is not finite.
+    FloatingPointError: sampler and scorer disagree by more than `log.max_sampler_gap`.
+  """
+  bad = {n: row[n] for n in ('loss', 'grad_norm', 'update_norm') if not math.isfinite(row[n])}
+  if bad:
+    raise NonFiniteError(f'step {step}: {bad} is not finite; training stopped, the last good '
+                         'checkpoint is kept')
+  if max_gap and row['gap_max'] > max_gap:
+    raise FloatingPointError(
+        f"step {step}: sampler and scorer differ by {row['gap_max']:.3g} nats; log.max_sampler_gap"
+        f'={max_gap}')
+
+
+class interrupts:  # noqa: N801, used as a function: `with interrupts() as interrupted`
+  """Turns SIGTERM and the first SIGINT into a flag that the loop reads between steps."""
+
+  def __enter__(self) -> Callable[[], bool]:
+    seen: list[int] = []
+    self._old = {}
+
+    def handle(number, frame):
+      seen.append(number)
+      signal.signal(number, self._old[number])  # a second one ends the process
+
+    try:
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._old[number] = signal.signal(number, handle)
+    except ValueError:  # not the main thread: the caller's business
+      pass
+    return lambda: bool(seen)
+
+  def __exit__(self, *exc: Any) -> None:
+    for number, old in self._old.items():
+      signal.signal(number, old)
+
+
+def finish(c: ConfigDict, s: Setup, state: TrainState, host: dict[str, Any], workdir: pathlib.Path
+           ) -> dict[str, Any]:
+  """Writes the final model as a Hugging Face directory, then result.json, which ends the run."""
+  if not (workdir / EXPORT).exists():
+    hf.write_checkpoint(workdir / EXPORT, s.student.model,
+                        jax.tree.map(np.asarray, state.params), s.student.tokenizer)
+  result = {'name': c.name, 'seed': c.seed, 'steps': host['step'], 'before': host['evals'][0],
+            'after': host['evals'][-1], 'evals': host['evals'], 'flops': host['flops']}
+  partial = workdir / f'.{RESULT}.partial'
+  partial.write_text(json.dumps(result, indent=2) + '\n')
+  partial.rename(workdir / RESULT)
+  return result

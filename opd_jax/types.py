@@ -1,0 +1,98 @@
+"""The letters, the containers and the one convention that every module shares.
+
+Letters used in shapes and einsum strings, everywhere with the same meaning:
+
+  B  rows (one row is one prompt and one completion)
+  P  prompt length after left padding            C  room for the completion
+  T  = P + C, the whole row                      S  positions of one forward call
+  D  model width    V  vocabulary    F  feed-forward width    L  layers
+  N  query heads    K  key/value heads    G = N / K queries per key head    H  head width
+
+**The [B, T-1] convention.** Every per-token array has shape [B, T-1], and entry t belongs to the
+prediction of `tokens[:, t + 1]` from `tokens[:, :t + 1]`. Nothing in this code base shifts a second
+time. Masks are 1 on tokens that the policy chose: EOS is in; prompt and padding are out.
+
+The fields of the containers are commented, not annotated with jaxtyping: JAX rebuilds these
+dataclasses with sharding or shape objects as leaves, which a run-time check would refuse.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from flax import struct
+import jax
+
+Params = Any  # nested dicts of arrays
+
+
+@struct.dataclass
+class Prompts:
+  """Prompts of one batch, padded on the left to a common length."""
+
+  tokens: jax.Array  # int32 [B, P]
+  valid: jax.Array  # bool [B, P], False on the padding
+
+
+@struct.dataclass
+class Rollout:
+  """Prompts and completions, with what the sampler knows about its own choices."""
+
+  tokens: jax.Array  # int32 [B, T]
+  valid: jax.Array  # bool [B, T], True on prompt and completion (EOS included)
+  mask: jax.Array  # float32 [B, T-1], 1 where tokens[:, t+1] was chosen by the policy
+  sampler_logprobs: jax.Array  # float32 [B, T-1], of the distribution truly sampled from
+  kept_logmass: jax.Array  # float32 [B, T-1], log of the mass that top-p/top-k kept (0 without)
+  ended: jax.Array  # bool [B], True if a stop token was produced within the room C
+  prompt_length: int = struct.field(pytree_node=False)  # P
+
+  @property
+  def completion_targets(self) -> jax.Array:
+    """The tokens in the completion slots, int32 [B, C]."""
+    return self.tokens[:, self.prompt_length:]
+
+
+@struct.dataclass
+class Scores:
+  """What one model says about a rollout. Absent outputs are None, never zeros."""
+
+  logprobs: jax.Array | None  # float32 [B, T-1], log-probability of tokens[:, t+1]
+  entropy: jax.Array | None  # float32 [B, T-1], in nats
+  hidden: jax.Array | None  # [B, C, D], the final hidden states that predict the completion
+
+
+@struct.dataclass
+class TrainState:
+  """Everything that training changes, and so everything that a checkpoint holds."""
+
+  step: jax.Array  # int32 [], gradient steps taken
+  params: Params
+  opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """A causal language model as three pure functions and a table.
+
+  Attributes:
+    family: the Hugging Face `model_type`, which is also the name of the file in `models/`.
+    config: the family's frozen configuration; `config.vocab_size` is V.
+    specs: nested dict of `params.ParamSpec`, the one table of shapes, axes, init and file names.
+    forward: (params, tokens [B,S], positions [B,S], valid [B,S], cache | None)
+      -> (hidden [B,S,D], cache | None).
+    head: (params) -> output matrix [D, V].
+    init_cache: (batch, length) -> an empty key/value cache with `length` slots.
+    unstack: (params) -> the same parameters with the layers as a tuple, for unrolled decoding.
+    to_hf: () -> the dict of a Hugging Face config.json.
+  """
+
+  family: str
+  config: Any
+  specs: dict[str, Any]
+  forward: Callable[..., tuple[jax.Array, Any]]
+  head: Callable[[Params], jax.Array]
+  init_cache: Callable[[int, int], Any]
+  unstack: Callable[[Params], Params]
+  to_hf: Callable[[], dict[str, Any]]

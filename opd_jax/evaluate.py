@@ -69,7 +69,6 @@ def exact_reverse_kl(params: Params, teacher_params: Params, rollout: Rollout, *
 class Settings:
   """How much to evaluate. Temperatures are those of the run; greedy decoding comes beside them."""
 
-  problems: int
   samples_per_problem: int
   pass_k: int
   max_new_tokens: int
@@ -92,9 +91,8 @@ class Evaluator:
                pad_token: int, mesh: jax.sharding.Mesh, key: jax.Array):
     self._settings, self._task, self._tokenizer, self._key = settings, task, tokenizer, key
     self._mesh = mesh
-    n = min(settings.problems, len(examples))
-    self.rows = examples.rows[:n]
-    once = np.arange(n)
+    self.rows = examples.rows
+    once = np.arange(len(examples))
     put = functools.partial(sharding.put, shardings=sharding.by_rows(mesh))
     self._greedy_prompts = put(examples.prompts(once))
     self._prompts = put(examples.prompts(np.repeat(once, settings.samples_per_problem)))
@@ -134,7 +132,7 @@ class Evaluator:
       values = values.astype(np.float64)
       out[name] = float(values.mean())
       out[f'{name}_low'], out[f'{name}_high'] = interval(values)
-    if self._kl is not None:
+    if self._kl is not None and teacher_params is not None:
       kl, count = map(np.asarray, self._kl(params, teacher_params, rollout))
       out['reverse_kl'] = float(kl.sum() / count.sum())
     out['length'] = float(np.asarray(rollout.mask).sum(axis=1).mean())

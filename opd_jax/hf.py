@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,10 +14,26 @@ import numpy as np
 import safetensors
 from safetensors.flax import save_file
 
+from opd_jax import models, tokenizer as tokenizer_lib
 from opd_jax.params import ParamSpec, flatten, unflatten
 from opd_jax.types import Model, Params
 
 WEIGHTS = 'model.safetensors'
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+  """What a checkpoint directory holds: a model, its parameters on the host, its tokenizer."""
+
+  model: Model
+  params: Params
+  tokenizer: Any
+
+
+def load(path: str | os.PathLike[str], options: dict[str, Any]) -> LoadedModel:
+  """Reads a whole checkpoint directory; `options` are those of `models.build`."""
+  model = models.build(read_config(path), **options)
+  return LoadedModel(model, read_params(path, model), tokenizer_lib.load(path))
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

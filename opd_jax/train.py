@@ -49,13 +49,14 @@ class Preempted(Exception):
 class Setup:
   """What `build` makes of a config: everything that stays the same during a run."""
 
-  student: teachers.Teacher  # model, initial host parameters, tokenizer
-  teacher: teachers.Teacher | None
+  student: hf.LoadedModel  # before training
+  teacher: hf.LoadedModel | None
   task: Any
   objective: update.Objective
   mesh: jax.sharding.Mesh
   examples: data.Examples
   evaluator: evaluate.Evaluator
+  teacher_evaluator: evaluate.Evaluator | None
   optimizer: optax.GradientTransformation
   stop_tokens: tuple[int, ...]
   pad_token: int
@@ -168,7 +169,12 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   # --- The loop ---
   with interrupts() as interrupted, jax.set_mesh(s.mesh):
     try:
-      if start == 0 and not host['evals']:
+      if restored is None:
+        if s.teacher_evaluator is not None:
+          host['teacher'], _ = s.teacher_evaluator(teacher_params, None, 0)
+          display.say(f"{c.name}: the teacher's sampled accuracy is "
+                      f"{host['teacher']['sampled_accuracy']:.3f}, greedy "
+                      f"{host['teacher']['greedy_accuracy']:.3f}")
         evaluation(0, 'before training:')
       step, pending, reached = start, None, host.get('stopped_at') is not None
       while step < c.steps and not reached:
@@ -277,16 +283,8 @@ def build(c: ConfigDict) -> Setup:
     student = load_student(c)
     teacher = get_teacher(c, student)
     task = tasks.get(c.task.name)
-    options = tasks.options(task, c.task.options.to_dict())
-    room = dict(tokenizer=student.tokenizer, max_prompt_tokens=c.data.max_prompt_tokens,
-                max_new_tokens=c.data.max_new_tokens, seed=c.seed)
-    split = task.load(c.data.split, options)
-    if c.data.limit:
-      split = split.select(range(min(c.data.limit, len(split))))
-    examples = data.Examples(task, split, **room)
-    held_out = task.load('eval', options)
-    held_out = held_out.select(range(min(c.eval.problems, len(held_out))))
-    held_out = data.Examples(task, held_out, **room)
+    examples = load_examples(c, c.data.split, c.data.limit, student.tokenizer)
+    held_out = load_examples(c, 'eval', c.eval.problems, student.tokenizer)
     if len(held_out) % sharding.row_shards(mesh):
       raise ValueError(f'compute.mesh splits rows {sharding.row_shards(mesh)} ways, which does not '
                        f'divide eval.problems={len(held_out)}')
@@ -294,19 +292,13 @@ def build(c: ConfigDict) -> Setup:
     raise
   except (ValueError, FileNotFoundError, FileExistsError) as e:
     raise config_lib.ConfigError(str(e)) from e
-  objective = config_lib.make_objective(c)
   stop_tokens = (student.tokenizer.eos_token_id,)
   pad_token = tokenizer.pad_id(student.tokenizer)
-  evaluator = evaluate.Evaluator(
-      evaluate.Settings(
-          problems=c.eval.problems, samples_per_problem=c.eval.samples_per_problem,
-          pass_k=c.eval.pass_k, max_new_tokens=c.data.max_new_tokens,
-          temperature=c.sample.temperature,
-          teacher_temperature=c.objective.teacher_temperature, top_p=c.sample.top_p,
-          top_k=c.sample.top_k, chunk_tokens=c.compute.chunk_tokens),
-      model=student.model, teacher=teacher.model if teacher else None, task=task,
-      examples=held_out, tokenizer=student.tokenizer, stop_tokens=stop_tokens,
-      pad_token=pad_token, mesh=mesh, key=fold_in(jax.random.key(c.seed), EVAL, 0))
+  evaluator = make_evaluator(c, student, teacher and teacher.model, held_out, mesh)
+  teacher_evaluator = None
+  if teacher is not None:  # a teacher of the student's shape is evaluated by the same programs
+    same = teacher.model.config == student.model.config
+    teacher_evaluator = evaluator if same else make_evaluator(c, teacher, None, held_out, mesh)
   gradient_steps = c.steps * c.optimizer.updates_per_batch
   schedule = optim.make_schedule(
       c.optimizer.schedule, c.optimizer.learning_rate, c.optimizer.final_learning_rate,
@@ -314,9 +306,36 @@ def build(c: ConfigDict) -> Setup:
   optimizer = optim.make_optimizer(
       c.optimizer.name, schedule, b1=c.optimizer.b1, b2=c.optimizer.b2, eps=c.optimizer.eps,
       weight_decay=c.optimizer.weight_decay, clip_norm=c.optimizer.clip_norm)
-  return Setup(student=student, teacher=teacher, task=task, objective=objective, mesh=mesh,
-               examples=examples, evaluator=evaluator, optimizer=optimizer,
+  return Setup(student=student, teacher=teacher, task=task, mesh=mesh,
+               objective=config_lib.make_objective(c),
+               examples=examples, evaluator=evaluator, teacher_evaluator=teacher_evaluator,
+               optimizer=optimizer,
                stop_tokens=stop_tokens, pad_token=pad_token)
+
+
+def load_examples(c: ConfigDict, split: str, limit: int, tokens: Any) -> data.Examples:
+  """The first `limit` examples of a split (0 for all), encoded."""
+  task = tasks.get(c.task.name)
+  rows = task.load(split, tasks.options(task, c.task.options.to_dict()))
+  if limit:
+    rows = rows.select(range(min(limit, len(rows))))
+  return data.Examples(task, rows, tokens, max_prompt_tokens=c.data.max_prompt_tokens,
+                       max_new_tokens=c.data.max_new_tokens, seed=c.seed)
+
+
+def make_evaluator(c: ConfigDict, student: hf.LoadedModel, teacher: Model | None,
+                   examples: data.Examples, mesh: jax.sharding.Mesh) -> evaluate.Evaluator:
+  """Evaluation of models shaped like `student` on the held-out examples."""
+  settings = evaluate.Settings(
+      samples_per_problem=c.eval.samples_per_problem, pass_k=c.eval.pass_k,
+      max_new_tokens=c.data.max_new_tokens, temperature=c.sample.temperature,
+      teacher_temperature=c.objective.teacher_temperature, top_p=c.sample.top_p,
+      top_k=c.sample.top_k, chunk_tokens=c.compute.chunk_tokens)
+  return evaluate.Evaluator(
+      settings, model=student.model, teacher=teacher, task=tasks.get(c.task.name),
+      examples=examples, tokenizer=student.tokenizer,
+      stop_tokens=(student.tokenizer.eos_token_id,), pad_token=tokenizer.pad_id(student.tokenizer),
+      mesh=mesh, key=fold_in(jax.random.key(c.seed), EVAL, 0))
 
 
 def compute_options(c: ConfigDict) -> dict[str, Any]:
@@ -325,18 +344,18 @@ def compute_options(c: ConfigDict) -> dict[str, Any]:
               layer_unroll=c.compute.layer_unroll)
 
 
-def load_student(c: ConfigDict) -> teachers.Teacher:
+def load_student(c: ConfigDict) -> hf.LoadedModel:
   """The student before training: a checkpoint, or fresh parameters from the seed."""
   if c.student.path:
-    return teachers.load('checkpoint', c.student.path, None, compute_options(c))
+    return hf.load(c.student.path, compute_options(c))
   characters = tokenizer.character_tokenizer()
   model = models.build({**c.student.fresh.to_dict(), 'vocab_size': len(characters)},
                        **compute_options(c))
   fresh = params.init_params(model.specs, fold_in(jax.random.key(c.seed), INIT, 0))
-  return teachers.Teacher(model, jax.device_get(fresh), characters)
+  return hf.LoadedModel(model, jax.device_get(fresh), characters)
 
 
-def get_teacher(c: ConfigDict, student: teachers.Teacher) -> teachers.Teacher | None:
+def get_teacher(c: ConfigDict, student: hf.LoadedModel) -> hf.LoadedModel | None:
   """The teacher, if there is one.
 
   Raises:
@@ -445,6 +464,37 @@ class interrupts:  # noqa: N801, used as a function: `with interrupts() as inter
       signal.signal(number, old)
 
 
+def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any]:
+  """Evaluates a Hugging Face directory on a run's held-out problems, as the run would.
+
+  Args:
+    c: a run's config; its task, room, sampling and evaluation settings are used.
+    path: the model.
+    teacher_path: another directory to measure the reverse KL to, or ''.
+
+  Raises:
+    ConfigError: a path that is no checkpoint directory.
+  """
+  for name, value in (('model', path), ('teacher', teacher_path)):
+    if (value or name == 'model') and not pathlib.Path(value).is_dir():
+      raise config_lib.ConfigError(f'{name}={value!r}; allowed: a Hugging Face directory')
+  config_lib.validate(c)
+  mesh = sharding.make_mesh(c.compute.mesh.to_dict())
+  student = hf.load(path, compute_options(c))
+  teacher = hf.load(teacher_path, compute_options(c)) if teacher_path else None
+  evaluator = make_evaluator(c, student, teacher and teacher.model,
+                             load_examples(c, 'eval', c.eval.problems, student.tokenizer), mesh)
+  weights = [m and sharding.put(m.params, sharding.param_shardings(m.model.specs, mesh))
+             for m in (student, teacher)]
+  display = metrics.Display(path, 0, 1)
+  with jax.set_mesh(mesh):
+    values, shown = evaluator(*weights, c.log.transcripts)
+  display.transcripts('transcripts:', shown)
+  display.close()
+  print(json.dumps(values, indent=2))
+  return values
+
+
 def finish(c: ConfigDict, s: Setup, state: TrainState, host: dict[str, Any], workdir: pathlib.Path
            ) -> dict[str, Any]:
   """Writes the final model as a Hugging Face directory, then result.json, which ends the run."""
@@ -452,7 +502,7 @@ def finish(c: ConfigDict, s: Setup, state: TrainState, host: dict[str, Any], wor
     hf.write_checkpoint(workdir / EXPORT, s.student.model,
                         jax.tree.map(np.asarray, state.params), s.student.tokenizer)
   result = {'name': c.name, 'seed': c.seed, 'steps': host['step'], 'before': host['evals'][0],
-            'after': host['evals'][-1], 'evals': host['evals'], 'flops': host['flops']}
+            'after': host['evals'][-1], 'teacher': host.get('teacher'), 'evals': host['evals'], 'flops': host['flops']}
   partial = workdir / f'.{RESULT}.partial'
   partial.write_text(json.dumps(result, indent=2) + '\n')
   partial.rename(workdir / RESULT)

@@ -92,13 +92,14 @@ def solve(problem: str) -> int:
 
 def write_chain(problem: str, rng: random.Random | None = None, error: float = 0.0) -> str:
   """The chain of thought and the answer; with `error`, each step is off by 1, 2 or 10 with that
-  probability (clipped to 0..99) and the chain carries on from the wrong value."""
+  probability and the chain carries on from the wrong value. Results are clipped to 0..99."""
   value, signed = _steps(problem)
   parts = []
   for operand in signed:
     result = value + operand
     if error and rng.random() < error:
-      result = min(max(result + rng.choice((-10, -2, -1, 1, 2, 10)), 0), 99)
+      result += rng.choice((-10, -2, -1, 1, 2, 10))
+    result = min(max(result, 0), 99)  # a wrong value may lead a right step out of the range
     parts.append(f'{value}{"+" if operand > 0 else "-"}{abs(operand)}={result}')
     value = result
   return ';'.join(parts) + f'#{value}'

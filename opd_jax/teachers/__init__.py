@@ -1,30 +1,20 @@
 """Kinds of teacher, one file each, found by name.
 
 A teacher module offers
-  load(path, student, options) -> Teacher, where `student` is the student's (model, host params,
-  tokenizer) before training, and `options` the compute options of `models.build`.
-The student's vocabulary must be the teacher's; `get_teacher` in `train.py` compares the two.
+  load(path, student, options) -> hf.LoadedModel, where `student` is the student before training and
+  `options` are the compute options of `models.build`.
+The teacher's vocabulary must be the student's; `train.get_teacher` compares the two.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import pathlib
 from typing import Any
 
-from opd_jax.types import Model, Params
+from opd_jax.hf import LoadedModel
 
 NONE = 'none'
-
-
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-  """A model that grades, with its host parameters and tokenizer."""
-
-  model: Model
-  params: Params
-  tokenizer: Any
 
 
 def names() -> list[str]:
@@ -33,7 +23,7 @@ def names() -> list[str]:
   return [NONE, *sorted(p.stem for p in here.glob('*.py') if p.stem[0] != '_')]
 
 
-def load(kind: str, path: str, student: Teacher, options: dict[str, Any]) -> Teacher:
+def load(kind: str, path: str, student: LoadedModel, options: dict[str, Any]) -> LoadedModel:
   """The teacher of a kind.
 
   Raises:

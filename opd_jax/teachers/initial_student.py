@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from opd_jax.teachers import Teacher
+from opd_jax.hf import LoadedModel
 
 
-def load(path: str, student: Teacher, options: dict[str, Any]) -> Teacher:
+def load(path: str, student: LoadedModel, options: dict[str, Any]) -> LoadedModel:
   """Returns the student; `path` must be empty, since it would have no effect."""
   del options
   if path:

@@ -1,0 +1,103 @@
+"""`opd <command>`: the console. Flags live here and nowhere else.
+
+    opd train --config experiments/quickstart.py [--workdir DIR] [--config.FIELD=VALUE ...]
+    opd evaluate --config experiments/quickstart.py --stage opd --model DIR [--teacher DIR]
+    opd report --config experiments/dense_vs_rl.py:tiny,seeds=3 --workdir DIR
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pathlib
+import platform
+import sys
+
+# glibc hands XLA's per-step buffers back to the kernel and faults them in again; these settings
+# keep them. They only work when set before the process starts.
+_MALLOC = {'MALLOC_ARENA_MAX': '1', 'MALLOC_MMAP_MAX_': '0',
+           'MALLOC_TRIM_THRESHOLD_': str(2**33), 'MALLOC_TOP_PAD_': str(2**28)}
+COMMANDS = ('train', 'evaluate', 'report')
+
+
+def main() -> None:
+  """Entry point of the console command."""
+  if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+    asked = f'unknown command {sys.argv[1]!r}; ' if len(sys.argv) > 1 and sys.argv[1][0] != '-' else ''
+    print(f'{asked}usage: opd {{{",".join(COMMANDS)}}} --config FILE[:ARGUMENT] '
+          '[--workdir DIR] [--config.FIELD=VALUE ...]', file=sys.stderr)
+    sys.exit(0 if '--help' in sys.argv[1:2] else 2)
+  keep_allocations()
+  from absl import app
+  define_flags()
+  command = sys.argv.pop(1)
+  app.run(lambda argv: sys.exit(dispatch(command, argv)))
+
+
+def keep_allocations() -> None:
+  """Starts this process again with `_MALLOC` in its environment: on Linux with glibc, when JAX will
+  run on the CPU and the user has set none of them."""
+  accelerator = any(pathlib.Path('/dev').glob(p) for p in ('nvidia[0-9]*', 'accel[0-9]*', 'vfio/*'))
+  if (platform.libc_ver()[0] != 'glibc' or any(name in os.environ for name in _MALLOC)
+      or (accelerator and os.environ.get('JAX_PLATFORMS') != 'cpu')):
+    return
+  os.environ.update(_MALLOC)
+  os.execv(sys.executable, [sys.executable, '-m', 'opd_jax', *sys.argv[1:]])
+
+
+def define_flags() -> None:
+  """Every flag of every command."""
+  from absl import flags
+  from ml_collections import config_flags
+  config_flags.DEFINE_config_file('config', None, 'Experiment config, FILE or FILE:ARGUMENT.',
+                                  lock_config=True)
+  flags.DEFINE_string('workdir', None, 'Where the run lives; default: runs/EXPERIMENT.')
+  flags.DEFINE_string('stage', None, 'evaluate: the stage of a pipeline whose settings to use.')
+  flags.DEFINE_string('model', '', 'evaluate: the Hugging Face directory to evaluate.')
+  flags.DEFINE_string('teacher', '', 'evaluate: another, to measure the reverse KL to.')
+  flags.mark_flag_as_required('config')
+
+
+def set_up_jax() -> None:
+  """The compilation cache: a second start of the same programs compiles nothing."""
+  import jax
+  if not jax.config.jax_compilation_cache_dir:
+    root = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+    jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(root) / 'opd_jax' / 'xla'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+  logging.getLogger('absl').setLevel(logging.WARNING)  # orbax narrates every file
+
+
+def dispatch(command: str, argv: list[str]) -> int:
+  """Runs a command; returns the exit status. Errors of the user's making are one line."""
+  from absl import flags
+  from opd_jax import config as config_lib
+  if len(argv) > 1:
+    print(f'error: unexpected arguments {argv[1:]}', file=sys.stderr)
+    return 2
+  c, workdir = flags.FLAGS.config, flags.FLAGS.workdir
+  workdir = pathlib.Path(workdir or pathlib.Path('runs') / c.name)
+  os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # it asks for torch, which is not needed
+  set_up_jax()
+  from opd_jax import pipeline, report, train
+  try:
+    if command == 'train':
+      (pipeline.run if config_lib.is_pipeline(c) else train.train)(c, workdir)
+      print(f'done: {workdir}')
+    elif command == 'report':
+      report.write(c, workdir)
+    else:
+      train.evaluate_model(pipeline.pick_stage(c, flags.FLAGS.stage), flags.FLAGS.model,
+                           flags.FLAGS.teacher)
+  except (config_lib.ConfigError, FloatingPointError) as e:
+    print(f'error: {e}', file=sys.stderr)
+    return 2
+  except train.Preempted as e:
+    print(e, file=sys.stderr)
+    return 143  # what a shell reports for a process that SIGTERM ended
+  return 0
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,67 @@
+"""Experiments of several runs: named stages, once for every seed, then the report.
+
+Each stage is an ordinary run with a config and a work directory of its own
+(`WORKDIR/seed_S/STAGE`), so it resumes by itself, and one that has finished is not run again.
+"""
+
+from __future__ import annotations
+
+import copy
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from opd_jax import config as config_lib
+from opd_jax import report, train
+
+
+def run(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
+  """Runs every stage for every seed, then writes the report.
+
+  Raises:
+    ConfigError: before the first stage starts, whichever stage is wrong.
+  """
+  workdir = pathlib.Path(workdir)
+  config_lib.validate_pipeline(c)
+  for seed in c.seeds:
+    for name in c.order:
+      train.claim_workdir(stage_config(c, name, seed, workdir), stage_dir(workdir, name, seed))
+  for seed in c.seeds:
+    for name in c.order:
+      train.train(stage_config(c, name, seed, workdir), stage_dir(workdir, name, seed))
+  return report.write(c, workdir)
+
+
+def stage_dir(workdir: pathlib.Path, name: str, seed: int) -> pathlib.Path:
+  """The work directory of a stage."""
+  return workdir / f'seed_{seed}' / name
+
+
+def stage_config(c: ConfigDict, name: str, seed: int, workdir: pathlib.Path) -> ConfigDict:
+  """The stage's config as it runs: its name, its seed, and 'stage:X' paths resolved."""
+  stage = copy.deepcopy(c.stages[name])
+  stage.name, stage.seed = name, seed
+  for part in ('student', 'teacher'):
+    stage[part].path = resolve(stage[part].path, seed, workdir)
+  return stage
+
+
+def pick_stage(c: ConfigDict, name: str | None) -> ConfigDict:
+  """The config of a stage; the config of a single run is returned as it is.
+
+  Raises:
+    ConfigError: no such stage.
+  """
+  if not config_lib.is_pipeline(c):
+    return c
+  if name not in c.stages:
+    raise config_lib.ConfigError(f'stage={name!r}; allowed: {sorted(c.stages)}')
+  return c.stages[name]
+
+
+def resolve(path: str, seed: int, workdir: pathlib.Path) -> str:
+  """'stage:NAME' to the directory of that stage's final model; other paths as they are."""
+  if not path.startswith(config_lib.STAGE):
+    return path
+  return str(stage_dir(workdir, path.removeprefix(config_lib.STAGE), seed) / train.EXPORT)

@@ -1,0 +1,218 @@
+"""The end of an experiment: a table on the terminal, report.md, report.json and curves.png."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+import numpy as np
+import scipy.stats
+
+from opd_jax import metrics
+
+BASE, TEACHER = 'base', 'teacher'
+# One accuracy name a column; the interval stands beside each.
+ACCURACIES = ('sampled_accuracy', 'greedy_accuracy')
+
+
+def total(flops: dict[str, float]) -> float:
+  """Student training, sampling and teacher together."""
+  return sum(flops.values())
+
+
+def reach(evals: list[dict[str, Any]], level: float) -> tuple[float, float] | None:
+  """(steps, FLOPs) at which the sampled accuracy first reaches `level`, interpolated linearly from
+  the evaluation before; None if it never does."""
+  before = None
+  for e in evals:
+    point = e['step'], total(e['flops']), e['sampled_accuracy']
+    if point[2] >= level:
+      if before is None or point[2] == before[2]:
+        return point[:2]
+      share = (level - before[2]) / (point[2] - before[2])
+      return tuple(b + share * (p - b) for b, p in zip(before[:2], point[:2], strict=True))
+    before = point
+  return None
+
+
+def spread(values: list[float | None]) -> dict[str, Any] | None:
+  """Mean and 95 % t-interval over seeds; None unless every seed has a value."""
+  if not values or any(v is None for v in values):
+    return None
+  mean = float(np.mean(values))
+  out = {'mean': mean, 'values': list(map(float, values))}
+  if len(values) > 1:
+    half = float(scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values))
+    out |= {'low': mean - half, 'high': mean + half}
+  return out
+
+
+def summarize(c: ConfigDict, results: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
+  """The numbers of the report from the stages' result.json, {seed: {stage: result}}."""
+  seeds = list(results)
+  graded = [m for m in c.report.methods if all(results[s][m].get('teacher') for s in seeds)]
+  if not graded:
+    raise ValueError(f'report.methods={c.report.methods}: none of them has a teacher to compare '
+                     'with; allowed: at least one stage with teacher.kind other than none')
+  goals = {s: results[s][graded[0]]['teacher']['sampled_accuracy'] for s in seeds}
+
+  def row(label: str, evals: list[dict[str, Any]], flops: list[float | None],
+          steps: list[int | None]) -> dict[str, Any]:
+    out: dict[str, Any] = {'label': label}
+    for name in (*ACCURACIES, 'reverse_kl'):
+      out[name] = spread([e.get(name) for e in evals])
+      if len(evals) == 1 and f'{name}_low' in evals[0]:
+        # One seed: the interval is over problems.
+        out[name] |= {end: evals[0][f'{name}_{end}'] for end in ('low', 'high')}
+    out['steps'], out['flops'] = spread(steps), spread(flops)
+    return out
+
+  none = [None] * len(seeds)
+  rows = {BASE: row('base', [results[s][graded[0]]['before'] for s in seeds], none, none)}
+  for method, label in zip(c.report.methods, c.report.labels, strict=True):
+    runs = [results[s][method] for s in seeds]
+    rows[method] = row(label, [r['after'] for r in runs], [total(r['flops']) for r in runs],
+                       [r['steps'] for r in runs])
+    rows[method]['reach'] = {}
+    for level in c.report.levels:
+      hits = [reach(r['evals'], level * goals[s]) for r, s in zip(runs, seeds, strict=True)]
+      rows[method]['reach'][str(level)] = {
+          'seeds_reached': sum(h is not None for h in hits),
+          'steps': spread([h and h[0] for h in hits]), 'flops': spread([h and h[1] for h in hits])}
+  if c.report.teacher not in [f'stage:{m}' for m in c.report.methods]:
+    rows[TEACHER] = row('teacher', [results[s][graded[0]]['teacher'] for s in seeds], none, none)
+  return {'name': c.name, 'seeds': seeds, 'levels': list(c.report.levels), 'rows': rows,
+          'reference': reference(c), 'ratios': ratios(c, rows)}
+
+
+def reference(c: ConfigDict) -> str | None:
+  """The stage that made the teacher, if it is one of the methods: what the others are compared
+  with."""
+  made = c.report.teacher.removeprefix('stage:')
+  return made if made in c.report.methods else None
+
+
+def ratios(c: ConfigDict, rows: dict[str, Any]) -> dict[str, Any]:
+  """How many times more steps and FLOPs the reference method needed, seed by seed."""
+  ref = reference(c)
+  out: dict[str, Any] = {}
+  for method in c.report.methods if ref else ():
+    for level in map(str, c.report.levels):
+      for unit in ('steps', 'flops'):
+        mine, theirs = (rows[m]['reach'][level][unit] for m in (method, ref))
+        if method != ref and mine and theirs:
+          out.setdefault(method, {}).setdefault(level, {})[unit] = spread(
+              [t / m for t, m in zip(theirs['values'], mine['values'], strict=True)])
+  return out
+
+
+def _number(value: dict[str, Any] | None, form: str) -> str:
+  if value is None:
+    return '–'
+  text = form.format(value['mean'])
+  if 'low' in value:
+    text += f" [{form.format(value['low'])}, {form.format(value['high'])}]"
+  return text
+
+
+def tables(summary: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+  """The tables of the report as (title, columns, rows of text)."""
+  scaled = lambda v: v and {k: np.array(x) / 1e9 for k, x in v.items()}  # noqa: E731
+  many = len(summary['seeds']) > 1
+  what = (f'mean and 95 % t-interval over seeds {summary["seeds"]}' if many else
+          f'seed {summary["seeds"][0]}, 95 % bootstrap interval over problems')
+  rows = [[r['label'], _number(r['sampled_accuracy'], '{:.3f}'),
+           _number(r['greedy_accuracy'], '{:.3f}'), _number(r['reverse_kl'], '{:.4f}'),
+           _number(r['steps'] and {'mean': r['steps']['mean']}, '{:.0f}'),
+           _number(r['flops'] and {'mean': r['flops']['mean'] / 1e9}, '{:.0f}')]
+          for r in summary['rows'].values()]
+  out = [(f'{summary["name"]} ({what})',
+          ['', 'sampled accuracy', 'greedy accuracy', 'reverse KL (nats/token)', 'steps', 'GFLOP'],
+          rows)]
+  if not summary['reference']:
+    return out
+  columns, body = [''], {m: [r['label']] for m, r in summary['rows'].items() if 'reach' in r}
+  for level in map(str, summary['levels']):
+    share = f'{float(level):.0%}'
+    columns += [f'steps to {share}', f'GFLOP to {share}', 'fewer steps', 'less compute']
+    for method, line in body.items():
+      hit = summary['rows'][method]['reach'][level]
+      ratio = summary['ratios'].get(method, {}).get(level, {})
+      if hit['steps'] is None and many:
+        line += [f"{hit['seeds_reached']} of {len(summary['seeds'])} seeds", '–', '–', '–']
+      else:
+        line += [_number(hit['steps'], '{:.0f}'), _number(scaled(hit['flops']), '{:.0f}'),
+                 _number(ratio.get('steps'), '{:.1f}x'), _number(ratio.get('flops'), '{:.1f}x')]
+  out.append(("To a share of the teacher's sampled accuracy, against the run that made the teacher",
+              columns, list(body.values())))
+  return out
+
+
+def markdown(title: str, columns: list[str], rows: list[list[str]]) -> str:
+  """One table as Markdown."""
+  lines = [f'**{title}**', '', '| ' + ' | '.join(columns) + ' |',
+           '|' + '---|' * len(columns)]
+  return '\n'.join(lines + ['| ' + ' | '.join(row) + ' |' for row in rows]) + '\n'
+
+
+def draw(c: ConfigDict, results: dict[int, dict[str, dict[str, Any]]], path: pathlib.Path) -> None:
+  """Sampled accuracy against gradient steps and against FLOPs, one line a seed, and the mean."""
+  import matplotlib
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+  figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+  seeds = list(results)
+  goals = [r['teacher']['sampled_accuracy'] for s in seeds for m in c.report.methods
+           if (r := results[s][m]).get('teacher')]
+  for i, (method, label) in enumerate(zip(c.report.methods, c.report.labels, strict=True)):
+    curves = [[(e['step'], total(e['flops']) / 1e9, e['sampled_accuracy'])
+               for e in results[s][method]['evals']] for s in seeds]
+    mean = np.mean([curve[:min(map(len, curves))] for curve in curves], axis=0)
+    for axis, x in zip(axes, (0, 1), strict=True):
+      for curve in curves if len(seeds) > 1 else ():
+        axis.plot(*np.array(curve)[:, (x, 2)].T, color=f'C{i}', alpha=0.25, linewidth=0.8)
+      axis.plot(mean[:, x], mean[:, 2], color=f'C{i}', label=label, linewidth=1.8)
+  for axis, name in zip(axes, ('gradient steps', 'GFLOP (training, sampling and teacher)'),
+                        strict=True):
+    axis.axhline(np.mean(goals), color='black', linestyle='--', linewidth=1, label='teacher')
+    axis.set_xlabel(name)
+    axis.set_xscale('symlog', linthresh=10)
+    axis.set_xlim(left=0)
+    axis.grid(alpha=0.3)
+  axes[0].set_ylabel('sampled accuracy, held-out problems')
+  axes[0].set_ylim(0, 1)
+  axes[1].legend(loc='lower right', fontsize=9)
+  figure.suptitle(f'{c.name}, seed{"s" if len(seeds) > 1 else ""} '
+                  + ', '.join(map(str, seeds)), fontsize=11)
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+def write(c: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+  """Prints the tables and writes report.md, report.json and curves.png into the work directory.
+
+  Raises:
+    FileNotFoundError: a stage of the report has not finished; names it.
+  """
+  workdir = pathlib.Path(workdir)
+  results: dict[int, dict[str, dict[str, Any]]] = {}
+  for seed in c.seeds:
+    results[seed] = {}
+    for method in c.report.methods:
+      file = workdir / f'seed_{seed}' / method / 'result.json'
+      if not file.exists():
+        raise FileNotFoundError(f'stage {method} of seed {seed} has not finished ({file} is '
+                                'missing); run `opd train` with this config and work directory')
+      results[seed][method] = json.loads(file.read_text())
+  summary = summarize(c, results)
+  parts = tables(summary)
+  for part in parts:
+    metrics.print_table(*part)
+  (workdir / 'report.md').write_text('\n'.join(markdown(*part) for part in parts))
+  (workdir / 'report.json').write_text(json.dumps(summary, indent=2) + '\n')
+  draw(c, results, workdir / 'curves.png')
+  print(f'picture: {workdir / "curves.png"}')
+  return summary

@@ -23,10 +23,11 @@ COMMANDS = ('train', 'evaluate', 'report')
 def main() -> None:
   """Entry point of the console command."""
   if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-    asked = f'unknown command {sys.argv[1]!r}; ' if len(sys.argv) > 1 and sys.argv[1][0] != '-' else ''
-    print(f'{asked}usage: opd {{{",".join(COMMANDS)}}} --config FILE[:ARGUMENT] '
-          '[--workdir DIR] [--config.FIELD=VALUE ...]', file=sys.stderr)
-    sys.exit(0 if '--help' in sys.argv[1:2] else 2)
+    asked = sys.argv[1:2]
+    if asked and asked[0] not in ('-h', '--help'):
+      print(f'error: command {asked[0]!r}; allowed: {list(COMMANDS)}', file=sys.stderr)
+    print(__doc__, file=sys.stderr)
+    sys.exit(0 if asked and asked[0] in ('-h', '--help') else 2)
   keep_allocations()
   from absl import app
   define_flags()
@@ -66,12 +67,14 @@ def set_up_jax() -> None:
     jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(root) / 'opd_jax' / 'xla'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
-  logging.getLogger('absl').setLevel(logging.WARNING)  # orbax narrates every file
+  for chatty in ('absl', 'matplotlib', 'orbax'):  # they narrate every file
+    logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def dispatch(command: str, argv: list[str]) -> int:
   """Runs a command; returns the exit status. Errors of the user's making are one line."""
   from absl import flags
+
   from opd_jax import config as config_lib
   if len(argv) > 1:
     print(f'error: unexpected arguments {argv[1:]}', file=sys.stderr)
@@ -93,7 +96,7 @@ def dispatch(command: str, argv: list[str]) -> int:
   except (config_lib.ConfigError, FloatingPointError) as e:
     print(f'error: {e}', file=sys.stderr)
     return 2
-  except train.Preempted as e:
+  except train.PreemptedError as e:
     print(e, file=sys.stderr)
     return 143  # what a shell reports for a process that SIGTERM ended
   return 0

@@ -89,8 +89,9 @@ class Checkpoints:
       except Exception as e:  # tensorstore, orbax and JSON each raise their own
         self._set_aside(step, e)
     if steps:
-      raise RuntimeError(f'no checkpoint in {self._path} can be read; all of {steps} were moved to '
-                         f"{self._path.parent / 'damaged'}. Remove the work directory to start anew")
+      raise RuntimeError(f'no checkpoint in {self._path} can be read; all of {steps} were moved '
+                         f"to {self._path.parent / 'damaged'}. Remove the work directory to start "
+                         'anew')
     return None
 
   def _set_aside(self, step: int, error: Exception) -> None:

@@ -239,6 +239,9 @@ def _check_roles(c):
   if c.data.source != 'student' and o.importance != 'none':
     raise ConfigError(f'objective.importance={o.importance!r} with data.source={c.data.source!r}: '
                       "there is no ratio to the sampler's policy; allowed: 'none'")
+  if c.data.source != 'student' and c.log.max_sampler_gap:
+    raise ConfigError(f'log.max_sampler_gap={c.log.max_sampler_gap} has no effect with data.source='
+                      f"{c.data.source!r}; allowed: 0, or data.source='student'")
   if c.data.source != 'student' and o.needs_teacher and o.route == 'policy_gradient':
     raise ConfigError("objective.route='policy_gradient' with data.source="
                       f"{c.data.source!r}: the score-function estimate needs the student's own "

@@ -16,6 +16,11 @@ from opd_jax import tokenizer as tokenizer_lib
 from opd_jax.types import Prompts, Rollout
 
 
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, size: int) -> np.ndarray:
+  return np.random.default_rng((seed, epoch)).permutation(size)
+
+
 class Examples:
   """The examples of a split, encoded: prompts, and completions where the split has them."""
 
@@ -49,18 +54,16 @@ class Examples:
     longest = max(range(len(encoded)), key=lambda i: len(encoded[i]))
     if len(encoded[longest]) > room:
       count = sum(len(ids) > room for ids in encoded)
-      raise ValueError(f'{field}={room}: {count} of {len(encoded)} examples do not fit, the longest '
-                       f'with {len(encoded[longest])} tokens: {text(longest)!r}; allowed: at least '
-                       f'{len(encoded[longest])}')
-
-  @functools.lru_cache(maxsize=2)
-  def _order(self, epoch: int) -> np.ndarray:
-    return np.random.default_rng((self._seed, epoch)).permutation(len(self))
+      raise ValueError(
+          f'{field}={room}: {count} of {len(encoded)} examples do not fit, the longest with '
+          f'{len(encoded[longest])} tokens: {text(longest)!r}; allowed: at least '
+          f'{len(encoded[longest])}')
 
   def indices(self, step: int, count: int) -> np.ndarray:
     """The examples of a step that takes `count` of them, int [count]."""
     places = np.arange(step * count, (step + 1) * count)
-    return np.array([self._order(int(p // len(self)))[p % len(self)] for p in places])
+    return np.array([_order(self._seed, int(p // len(self)), len(self))[p % len(self)]
+                     for p in places])
 
   def prompts(self, indices: np.ndarray) -> Prompts:
     """Left-padded prompts, NumPy arrays [B, P]."""

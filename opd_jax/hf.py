@@ -14,7 +14,8 @@ import numpy as np
 import safetensors
 from safetensors.flax import save_file
 
-from opd_jax import models, tokenizer as tokenizer_lib
+from opd_jax import models
+from opd_jax import tokenizer as tokenizer_lib
 from opd_jax.params import ParamSpec, flatten, unflatten
 from opd_jax.types import Model, Params
 

@@ -17,7 +17,7 @@ def make_schedule(kind: str, peak: float, final: float, warmup_steps: int, total
   elif kind == 'linear':
     main = optax.linear_schedule(peak, final, after)
   elif kind == 'cosine':
-    main = optax.cosine_decay_schedule(peak, after, alpha=final / peak)
+    main = optax.cosine_decay_schedule(peak, after, alpha=final / peak if peak else 0.0)
   else:
     raise ValueError(f'optimizer.schedule={kind!r}; allowed: {list(SCHEDULES)}')
   if not warmup_steps:

@@ -6,9 +6,9 @@ the parameter count. Layers are stored stacked: a per-layer parameter has a lead
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 from flax import traverse_util

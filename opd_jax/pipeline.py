@@ -28,7 +28,11 @@ def run(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     for name in c.order:
       train.claim_workdir(stage_config(c, name, seed, workdir), stage_dir(workdir, name, seed))
   for seed in c.seeds:
-    for name in c.order:
+    for i, name in enumerate(c.order, 1):
+      many = f'seed {seed}, ' if len(c.seeds) > 1 else ''
+      done = (stage_dir(workdir, name, seed) / train.RESULT).exists()
+      print(f'== {many}stage {i}/{len(c.order)}: {name}{" (finished before)" if done else ""}',
+            flush=True)
       train.train(stage_config(c, name, seed, workdir), stage_dir(workdir, name, seed))
   return report.write(c, workdir)
 

@@ -12,6 +12,7 @@ Every jax.jit of the loop is in `compile_step`. The random key of a step is fold
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import json
@@ -19,7 +20,6 @@ import math
 import pathlib
 import signal
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,9 +28,25 @@ from ml_collections import ConfigDict
 import numpy as np
 import optax
 
+from opd_jax import (
+  checkpoint,
+  data,
+  evaluate,
+  flops,
+  hf,
+  metrics,
+  models,
+  optim,
+  params,
+  sample,
+  score,
+  sharding,
+  tasks,
+  teachers,
+  tokenizer,
+  update,
+)
 from opd_jax import config as config_lib
-from opd_jax import (checkpoint, data, evaluate, flops, hf, metrics, models, optim, params, sample,
-                     score, sharding, tasks, teachers, tokenizer, update)
 from opd_jax.types import Model, TrainState
 
 INIT, SAMPLE, EVAL = range(3)  # what a random key is for
@@ -41,7 +57,7 @@ class NonFiniteError(FloatingPointError):
   """The loss or the gradient is not finite; the message has the step."""
 
 
-class Preempted(Exception):
+class PreemptedError(Exception):
   """SIGTERM or SIGINT arrived; a checkpoint of the step it interrupted is on disk."""
 
 
@@ -91,7 +107,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   Raises:
     ConfigError: before anything expensive starts.
     NonFiniteError: with the step; the last good checkpoint is kept.
-    Preempted: after saving.
+    PreemptedError: after saving.
   """
   workdir = pathlib.Path(workdir)
   # --- Check, and return at once if there is nothing to do ---
@@ -167,7 +183,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     store.save(state, step, host, best)
 
   # --- The loop ---
-  with interrupts() as interrupted, jax.set_mesh(s.mesh):
+  with Interrupts() as interrupted, jax.set_mesh(s.mesh):
     try:
       if restored is None:
         if s.teacher_evaluator is not None:
@@ -199,9 +215,12 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
                                  s.student.tokenizer)
           rewards = sharding.put(graded, rows_sharding)
         # The step.
+        first = {}
         for _ in range(c.optimizer.updates_per_batch):
           state, values = wait(programs.update(
               state, rollout, teacher_scores, student_scores, rewards, teacher_head))
+          first = first or {name: v for name, v in values.items() if name.startswith('gap')}
+        values |= first  # later updates move away from the sampler on purpose
         step += 1
         # Read the metrics of the previous step while the device works on this one, unless the host
         # must look at this one anyway.
@@ -209,13 +228,13 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
           process(*pending)
         pending = (step, values)
         due = bool(c.eval.every_steps) and step % c.eval.every_steps == 0
-        if due or step % c.checkpoint.every_steps == 0 or step == c.steps or interrupted():
+        stop = interrupted()
+        if due or step % c.checkpoint.every_steps == 0 or step == c.steps or stop:
           process(*pending)
           pending, latest = None, None
           if due or step == c.steps:
             middle = c.steps // 2 <= step < c.steps // 2 + max(c.eval.every_steps, 1)
-            title = ('after training:' if step == c.steps
-                     else 'halfway:' if middle and not interrupted() else None)
+            title = 'after training:' if step == c.steps else 'halfway:' if middle else None
             latest = evaluation(step, title)
             if 0 < c.eval.stop_at_sampled_accuracy <= latest['sampled_accuracy']:
               reached, host['stopped_at'] = True, step
@@ -224,9 +243,9 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
           began = time.perf_counter()
           save(step, latest)
           clock.pause(time.perf_counter() - began)
-        if interrupted():
+        if stop:
           store.wait()
-          raise Preempted(f'{c.name}: interrupted at step {step}; its checkpoint is in '
+          raise PreemptedError(f'{c.name}: interrupted at step {step}; its checkpoint is in '
                           f'{workdir / "checkpoints"}; the same command resumes')
       result = finish(c, s, state, host, workdir)
     finally:
@@ -414,7 +433,8 @@ def compile_step(c: ConfigDict, s: Setup) -> tuple[Programs, TrainState]:
       score_teacher = scorer(s.teacher.model, s.objective.teacher_temperature)
   update_fn = jax.jit(
       functools.partial(update.update_fn, model=model, optimizer=s.optimizer,
-                        objective=s.objective, group_size=c.data.samples_per_prompt, **batching),
+                        objective=s.objective, group_size=c.data.samples_per_prompt,
+                        on_policy=c.data.source == 'student', **batching),
       donate_argnums=0, out_shardings=(state, scalar))
   # Not donated: the evaluator and a fixed-point test may still look at the initial parameters.
   init_fn = jax.jit(init, out_shardings=state)
@@ -435,13 +455,13 @@ def check_finite(row: dict[str, float], step: int, max_gap: float) -> None:
   if bad:
     raise NonFiniteError(f'step {step}: {bad} is not finite; training stopped, the last good '
                          'checkpoint is kept')
-  if max_gap and row['gap_max'] > max_gap:
+  if max_gap and not row['gap_max'] <= max_gap:  # a NaN gap stops too
     raise FloatingPointError(
         f"step {step}: sampler and scorer differ by {row['gap_max']:.3g} nats; log.max_sampler_gap"
         f'={max_gap}')
 
 
-class interrupts:  # noqa: N801, used as a function: `with interrupts() as interrupted`
+class Interrupts:
   """Turns SIGTERM and the first SIGINT into a flag that the loop reads between steps."""
 
   def __enter__(self) -> Callable[[], bool]:
@@ -501,8 +521,9 @@ def finish(c: ConfigDict, s: Setup, state: TrainState, host: dict[str, Any], wor
   if not (workdir / EXPORT).exists():
     hf.write_checkpoint(workdir / EXPORT, s.student.model,
                         jax.tree.map(np.asarray, state.params), s.student.tokenizer)
-  result = {'name': c.name, 'seed': c.seed, 'steps': host['step'], 'before': host['evals'][0],
-            'after': host['evals'][-1], 'teacher': host.get('teacher'), 'evals': host['evals'], 'flops': host['flops']}
+  result = {'name': c.name, 'seed': c.seed, 'steps': host['step'], 'flops': host['flops'],
+            'before': host['evals'][0], 'after': host['evals'][-1], 'evals': host['evals'],
+            'teacher': host.get('teacher')}
   partial = workdir / f'.{RESULT}.partial'
   partial.write_text(json.dumps(result, indent=2) + '\n')
   partial.rename(workdir / RESULT)

@@ -18,8 +18,8 @@ dataclasses with sharding or shape objects as leaves, which a run-time check wou
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 from flax import struct

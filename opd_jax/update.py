@@ -247,7 +247,7 @@ def loss_fn(params: Params, rollout: Rollout, weights: Float[Array, 'B t'],
 def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, student: Scores | None,
               rewards: Float[Array, 'B'] | None, teacher_head: Float[Array, 'E V'] | None, *,
               model: Model, optimizer: optax.GradientTransformation, objective: Objective,
-              group_size: int, chunk_tokens: int, microbatch_rows: int
+              group_size: int, on_policy: bool, chunk_tokens: int, microbatch_rows: int
               ) -> tuple[TrainState, dict[str, Array]]:
   """One gradient step on `objective`, accumulated over microbatches.
 
@@ -261,6 +261,8 @@ def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, stude
     teacher_head: [D_teacher, V], with the hidden states.
     model, optimizer, objective: static.
     group_size: samples per prompt.
+    on_policy: the student itself wrote the rows, so that comparing it with the sampler means
+      something.
     chunk_tokens: tokens whose vocabulary rows exist at a time.
     microbatch_rows: rows per forward and backward pass, 0 for all. The gradient is the full
       batch's whatever it is: weights are normalized over the global batch before the split.
@@ -286,7 +288,7 @@ def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, stude
 
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  metrics = batch_metrics(objective, rollout, teacher, aux)
+  metrics = batch_metrics(objective, on_policy, rollout, teacher, aux)
   metrics |= {'loss': loss, 'grad_norm': optax.global_norm(grads),
               'update_norm': optax.global_norm(updates)}
   if rewards is not None:
@@ -306,15 +308,16 @@ def reverse_kl_update(state: TrainState, rollout: Rollout, teacher: Scores, stud
   """
   objective = Objective(route='direct', support='full') if exact else Objective()
   return update_fn(state, rollout, teacher, student, None, teacher_head, objective=objective,
-                   group_size=1, **settings)
+                   group_size=1, on_policy=True, **settings)
 
 
-def batch_metrics(o: Objective, rollout: Rollout, teacher: Scores | None,
+def batch_metrics(o: Objective, on_policy: bool, rollout: Rollout, teacher: Scores | None,
                   aux: dict[str, Float[Array, 'B t']]) -> dict[str, Array]:
   """Token means over the mask (nats a token where it is a KL or an entropy).
 
-  reverse_kl is the sample estimate log p_S - log p_T; reverse_kl_exact, where the full vocabulary
-  was at hand, the divergence itself. gap_max and gap_mean compare sampler and scorer.
+  `divergence` is exact, over the full vocabulary. On the student's own samples only: `reverse_kl`,
+  the sample estimate log p_S - log p_T; `gap_*`, how far sampler and scorer are apart; `ratio_*`,
+  the importance ratio. `lengths` and `prompt_lengths` are int32 [B].
   """
   mask = rollout.mask
   count = jnp.maximum(jnp.sum(mask), 1.0)
@@ -322,25 +325,27 @@ def batch_metrics(o: Objective, rollout: Rollout, teacher: Scores | None,
   def mean(x):
     return jnp.sum(x * mask) / count
 
-  ratio = jnp.exp(aux['logratio'])
-  gap = jnp.abs(aux['logprobs'] - (rollout.sampler_logprobs + rollout.kept_logmass)) * mask
   out = {
       'entropy_student': mean(aux['entropy']),
       'logprob': mean(aux['logprobs']),
-      'gap_mean': mean(gap), 'gap_max': jnp.max(gap),
-      'ratio_mean': mean(ratio), 'ratio_max': jnp.max(jnp.where(mask > 0, ratio, 0.0)),
-      'ratio_min': jnp.min(jnp.where(mask > 0, ratio, jnp.inf)),
       'truncation_rate': 1.0 - jnp.mean(rollout.ended.astype(jnp.float32)),
       'lengths': jnp.sum(mask, axis=1).astype(jnp.int32),
       'prompt_lengths': jnp.sum(rollout.valid[:, :rollout.prompt_length], axis=1),
   }
+  if o.needs_teacher:
+    exact = o.needs_hidden
+    out['entropy_teacher'] = mean(aux['teacher_entropy'] if exact else teacher.entropy)
+    if exact:
+      out['divergence'] = mean(aux['divergence'])
+    if on_policy:
+      theirs = aux['teacher_logprobs'] if exact else teacher.logprobs
+      out['reverse_kl'] = mean(aux['logprobs'] - theirs)
+  if not on_policy:
+    return out
+  gap = jnp.abs(aux['logprobs'] - (rollout.sampler_logprobs + rollout.kept_logmass)) * mask
+  ratio = jnp.where(mask > 0, jnp.exp(aux['logratio']), 1.0)
+  out |= {'gap_mean': mean(gap), 'gap_max': jnp.max(gap), 'ratio_mean': mean(ratio),
+          'ratio_max': jnp.max(ratio), 'ratio_min': jnp.min(ratio)}
   if o.importance == 'ppo_clip':
     out['clip_rate'] = mean((jnp.abs(ratio - 1.0) > o.clip_epsilon).astype(jnp.float32))
-  if o.needs_hidden:
-    out['divergence'] = mean(aux['divergence'])
-    out['reverse_kl'] = mean(aux['logprobs'] - aux['teacher_logprobs'])
-    out['entropy_teacher'] = mean(aux['teacher_entropy'])
-  elif o.needs_teacher:
-    out['reverse_kl'] = mean(aux['logprobs'] - teacher.logprobs)
-    out['entropy_teacher'] = mean(teacher.entropy)
   return out

@@ -58,7 +58,7 @@ def base_clean() -> ConfigDict:
   supervised(c)
   c.optimizer.learning_rate = 4e-3
   c.optimizer.warmup_steps = 50
-  c.eval.every_steps = 50
+  c.eval.every_steps = 25
   c.eval.stop_at_sampled_accuracy = 0.43
   return c
 
@@ -89,14 +89,15 @@ def supervised(c: ConfigDict) -> None:
 def teacher() -> ConfigDict:
   """GRPO with the verifier's reward."""
   c = tiny()
-  c.steps = 500
+  c.steps = 400
   c.student.path = 'stage:base'
   c.data.prompts_per_step, c.data.samples_per_prompt = 32, 8
   c.objective.distill_coef = 0.0
   c.objective.reward_coef = 1.0
   c.objective.importance = 'ppo_clip'
-  c.optimizer.learning_rate = 4e-4
-  c.eval.every_steps = 20
+  c.optimizer.learning_rate, c.optimizer.final_learning_rate = 8e-4, 8e-5
+  c.optimizer.schedule = 'linear'
+  c.eval.every_steps = 10
   return c
 
 
@@ -106,6 +107,7 @@ def distil() -> ConfigDict:
   c.student.path = 'stage:base'
   c.teacher.kind, c.teacher.path = 'checkpoint', 'stage:teacher'
   c.optimizer.schedule = 'linear'
+  c.optimizer.warmup_steps = 10
   c.eval.every_steps = 5
   return c
 

@@ -121,11 +121,12 @@ def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params,
   for name, spec in flatten(model.specs).items():
     parts = _to_tensors(spec, np.asarray(arrays[name]))
     tensors.update(zip(_tensor_names(spec), map(jnp.asarray, parts), strict=True))
-  save_file(tensors, str(partial / WEIGHTS), metadata={'format': 'pt'})
   ids = {'eos_token_id': tokenizer.eos_token_id, 'pad_token_id': tokenizer.pad_token_id}
   dtype = {'dtype': str(next(iter(tensors.values())).dtype)}
   for file, content in (('config.json', {**model.to_hf(), **ids, **dtype}),
                         ('generation_config.json', ids)):
     (partial / file).write_text(json.dumps(content, indent=2, sort_keys=True) + '\n')
+  save_file(tensors, str(partial / WEIGHTS), metadata={'format': 'pt'})
+  (partial / WEIGHTS).chmod((partial / 'generation_config.json').stat().st_mode)  # made private
   tokenizer.save_pretrained(str(partial))
   os.replace(partial, path)

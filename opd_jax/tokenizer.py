@@ -37,6 +37,8 @@ def load(path: str | os.PathLike[str]) -> Any:
   if not (pathlib.Path(path) / 'tokenizer_config.json').exists():
     raise FileNotFoundError(f'no tokenizer in {path} (tokenizer_config.json is missing)')
   tokenizer = _transformers().AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+  for how_it_was_loaded in ('local_files_only', 'is_local'):  # or save_pretrained would store it
+    tokenizer.init_kwargs.pop(how_it_was_loaded, None)
   if tokenizer.eos_token_id is None:
     raise ValueError(f'the tokenizer in {path} has no eos_token, so no completion could end')
   return tokenizer

@@ -7,13 +7,14 @@ Each stage is an ordinary run with a config and a work directory of its own
 from __future__ import annotations
 
 import copy
+import json
 import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from opd_jax import config as config_lib
-from opd_jax import report, train
+from opd_jax import report, tokenizer, train
 
 
 def run(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -24,6 +25,7 @@ def run(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   """
   workdir = pathlib.Path(workdir)
   config_lib.validate_pipeline(c)
+  check_data(c)
   for seed in c.seeds:
     for name in c.order:
       train.claim_workdir(stage_config(c, name, seed, workdir), stage_dir(workdir, name, seed))
@@ -35,6 +37,32 @@ def run(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
             flush=True)
       train.train(stage_config(c, name, seed, workdir), stage_dir(workdir, name, seed))
   return report.write(c, workdir)
+
+
+def check_data(c: ConfigDict) -> None:
+  """Encodes every later stage's examples once, so that a prompt that does not fit the last stage is
+  found before the first one has run (which looks at its own at once).
+
+  Raises:
+    ConfigError: names the stage and the field.
+  """
+  seen = set()
+  for name in c.order[1:]:
+    stage = origin = c.stages[name]
+    while origin.student.path.startswith(config_lib.STAGE):
+      origin = c.stages[origin.student.path.removeprefix(config_lib.STAGE)]
+    key = json.dumps([config_lib.to_dict(stage.task), config_lib.to_dict(stage.data),
+                      stage.eval.problems, origin.student.path])
+    if key in seen:
+      continue
+    seen.add(key)
+    path = origin.student.path
+    tokens = tokenizer.load(path) if path else tokenizer.character_tokenizer()
+    try:
+      train.load_examples(stage, stage.data.split, stage.data.limit, tokens)
+      train.load_examples(stage, 'eval', stage.eval.problems, tokens)
+    except ValueError as e:
+      raise config_lib.ConfigError(f'stages.{name}: {e}') from e
 
 
 def stage_dir(workdir: pathlib.Path, name: str, seed: int) -> pathlib.Path:

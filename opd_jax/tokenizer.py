@@ -52,7 +52,8 @@ def pad_id(tokenizer: Any) -> int:
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
   """Token ids without special tokens."""
   try:
-    return tokenizer(texts, add_special_tokens=False)['input_ids'] if texts else []
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False,
+                     return_token_type_ids=False)['input_ids'] if texts else []
   except Exception as e:  # the Rust side raises bare Exceptions
     raise ValueError(f'the tokenizer cannot encode one of {texts[:3]}...: {e}') from e
 

@@ -83,7 +83,7 @@ def dispatch(command: str, argv: list[str]) -> int:
   workdir = pathlib.Path(workdir or pathlib.Path('runs') / c.name)
   os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # it asks for torch, which is not needed
   set_up_jax()
-  from opd_jax import pipeline, report, train
+  from opd_jax import build, pipeline, report, train
   try:
     if command == 'train':
       (pipeline.run if config_lib.is_pipeline(c) else train.train)(c, workdir)
@@ -91,7 +91,7 @@ def dispatch(command: str, argv: list[str]) -> int:
     elif command == 'report':
       report.write(c, workdir)
     else:
-      train.evaluate_model(pipeline.pick_stage(c, flags.FLAGS.stage), flags.FLAGS.model,
+      build.evaluate_model(pipeline.pick_stage(c, flags.FLAGS.stage), flags.FLAGS.model,
                            flags.FLAGS.teacher)
   except (config_lib.ConfigError, FloatingPointError) as e:
     print(f'error: {e}', file=sys.stderr)

@@ -42,9 +42,7 @@ def default_config() -> ConfigDict:
       rope_theta=100.0, tie_word_embeddings=False, max_position_embeddings=512))
 
   # Who grades: kind is a file in opd_jax/teachers/, or 'none'.
-  c.teacher = ConfigDict()
-  c.teacher.kind = 'none'
-  c.teacher.path = ''
+  c.teacher = ConfigDict(dict(kind='none', path=''))
 
   # How both compute.
   c.compute = ConfigDict()
@@ -84,6 +82,12 @@ def default_config() -> ConfigDict:
       warmup_steps=0, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=1.0,
       updates_per_batch=1))
 
+  _add_bookkeeping(c)
+  c.lock()
+  return c
+
+
+def _add_bookkeeping(c: ConfigDict) -> None:
   c.eval = ConfigDict()
   c.eval.every_steps = 0  # 0: only before the first and after the last step
   c.eval.problems = 256
@@ -98,8 +102,6 @@ def default_config() -> ConfigDict:
   c.log.plain_every_steps = 10  # lines on a console that is no terminal
   c.log.transcripts = 3
   c.log.max_sampler_gap = 0.0  # stop if sampler and scorer differ by more nats, 0 for never
-  c.lock()
-  return c
 
 
 def task_config(name: str, **options: Any) -> ConfigDict:

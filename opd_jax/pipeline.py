@@ -13,8 +13,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from opd_jax import build, report, tokenizer, train
 from opd_jax import config as config_lib
-from opd_jax import report, tokenizer, train
 
 
 def run(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def run(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   check_data(c)
   for seed in c.seeds:
     for name in c.order:
-      train.claim_workdir(stage_config(c, name, seed, workdir), stage_dir(workdir, name, seed))
+      build.claim_workdir(stage_config(c, name, seed, workdir), stage_dir(workdir, name, seed))
   for seed in c.seeds:
     for i, name in enumerate(c.order, 1):
       many = f'seed {seed}, ' if len(c.seeds) > 1 else ''
@@ -59,8 +59,8 @@ def check_data(c: ConfigDict) -> None:
     path = origin.student.path
     tokens = tokenizer.load(path) if path else tokenizer.character_tokenizer()
     try:
-      train.load_examples(stage, stage.data.split, stage.data.limit, tokens)
-      train.load_examples(stage, 'eval', stage.eval.problems, tokens)
+      build.load_examples(stage, stage.data.split, stage.data.limit, tokens)
+      build.load_examples(stage, 'eval', stage.eval.problems, tokens)
     except ValueError as e:
       raise config_lib.ConfigError(f'stages.{name}: {e}') from e
 

@@ -103,14 +103,12 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
   Returns:
     A `Rollout` with T = P + C.
   """
-  batch, prompt_length = prompts.tokens.shape
-  room = max_new_tokens
+  (batch, prompt_length), room = prompts.tokens.shape, max_new_tokens
   knobs = dict(temperature=temperature, top_p=top_p, top_k=top_k)
-  stops = jnp.array(stop_tokens, jnp.int32)
   head = model.head(params)
 
   def is_stop(tokens):
-    return jnp.any(tokens[:, None] == stops[None, :], axis=-1)
+    return jnp.isin(tokens, jnp.array(stop_tokens, jnp.int32))
 
   def logits_of(hidden):
     return jnp.einsum('bd,dv->bv', hidden, head.astype(hidden.dtype))
@@ -147,6 +145,12 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
 
   _, _, done, _, out = jax.lax.while_loop(
       running, body, (jnp.int32(1), token, is_stop(token), cache, out))
+
+  return _as_rollout(prompts, out, done)
+
+
+def _as_rollout(prompts: Prompts, out: dict[str, Array], done: Array) -> Rollout:
+  prompt_length = prompts.tokens.shape[1]
 
   def per_token(completion):  # [B, C] -> [B, T-1]: entry t belongs to tokens[:, t + 1]
     return jnp.pad(completion, ((0, 0), (prompt_length - 1, 0)))

@@ -1,0 +1,222 @@
+"""From a config to everything that stays the same during a run: models, data, mesh, optimizer.
+
+This is where a ConfigDict ends: what `train.py` and the pure code get are models, arrays and frozen
+dataclasses. Whatever does not fit together is refused here, before the first program is compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import optax
+
+from opd_jax import config as config_lib
+from opd_jax import (
+  data,
+  evaluate,
+  hf,
+  metrics,
+  models,
+  optim,
+  params,
+  sharding,
+  tasks,
+  teachers,
+  tokenizer,
+  update,
+)
+from opd_jax.types import Model
+
+INIT, SAMPLE, EVAL = range(3)  # what a random key is for
+CONFIG = 'config.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What `build` makes of a config: everything that stays the same during a run."""
+
+  student: hf.LoadedModel  # before training
+  teacher: hf.LoadedModel | None
+  task: Any
+  objective: update.Objective
+  mesh: jax.sharding.Mesh
+  examples: data.Examples
+  evaluator: evaluate.Evaluator
+  teacher_evaluator: evaluate.Evaluator | None
+  optimizer: optax.GradientTransformation
+  stop_tokens: tuple[int, ...]
+  pad_token: int
+
+
+def fold_in(key: jax.Array, purpose: int, step: int) -> jax.Array:
+  """The key for one purpose at one step; no key is ever stored."""
+  return jax.random.fold_in(jax.random.fold_in(key, purpose), step)
+
+
+def claim_workdir(c: ConfigDict, workdir: pathlib.Path) -> None:
+  """Writes the config into a new work directory, or checks that it is the one already there.
+
+  Raises:
+    ConfigError: the directory holds another config's run, or cannot be written.
+  """
+  mine = config_lib.to_dict(c)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if (workdir / CONFIG).exists():
+      theirs = json.loads((workdir / CONFIG).read_text())
+      if theirs != mine:
+        changes = '; '.join(config_lib.differences(theirs, mine)[:8])
+        raise config_lib.ConfigError(
+            f'workdir={str(workdir)!r} holds a run of another config ({changes}); allowed: a new '
+            'directory, or the config that the run was started with')
+    else:
+      partial = workdir / f'.{CONFIG}.partial'
+      partial.write_text(json.dumps(mine, indent=2, sort_keys=True) + '\n')
+      partial.rename(workdir / CONFIG)
+  except OSError as e:
+    raise config_lib.ConfigError(f'workdir={str(workdir)!r} cannot be used: {e}; allowed: a '
+                                 'directory that can be created and written') from e
+
+
+def build(c: ConfigDict) -> Setup:
+  """Loads the models and the data, and checks that they fit together.
+
+  Raises:
+    ConfigError: with the field, the value and what is allowed.
+  """
+  try:
+    mesh = sharding.make_mesh(c.compute.mesh.to_dict())
+    rows = c.data.prompts_per_step * c.data.samples_per_prompt
+    per_pass = c.compute.microbatch_rows or rows
+    if per_pass % sharding.row_shards(mesh):
+      raise ValueError(f'compute.mesh splits rows {sharding.row_shards(mesh)} ways, which does not '
+                       f'divide the {per_pass} rows of a pass (compute.microbatch_rows, or data.'
+                       'prompts_per_step x samples_per_prompt)')
+    student = load_student(c)
+    teacher = get_teacher(c, student)
+    task = tasks.get(c.task.name)
+    examples = load_examples(c, c.data.split, c.data.limit, student.tokenizer)
+    held_out = load_examples(c, 'eval', c.eval.problems, student.tokenizer)
+    if len(held_out) % sharding.row_shards(mesh):
+      raise ValueError(f'compute.mesh splits rows {sharding.row_shards(mesh)} ways, which does not '
+                       f'divide eval.problems={len(held_out)}')
+  except config_lib.ConfigError:
+    raise
+  except (ValueError, FileNotFoundError, FileExistsError) as e:
+    raise config_lib.ConfigError(str(e)) from e
+  stop_tokens = (student.tokenizer.eos_token_id,)
+  pad_token = tokenizer.pad_id(student.tokenizer)
+  evaluator = make_evaluator(c, student, teacher and teacher.model, held_out, mesh)
+  teacher_evaluator = None
+  if teacher is not None:  # a teacher of the student's shape is evaluated by the same programs
+    same = teacher.model.config == student.model.config
+    teacher_evaluator = evaluator if same else make_evaluator(c, teacher, None, held_out, mesh)
+  gradient_steps = c.steps * c.optimizer.updates_per_batch
+  schedule = optim.make_schedule(
+      c.optimizer.schedule, c.optimizer.learning_rate, c.optimizer.final_learning_rate,
+      c.optimizer.warmup_steps, gradient_steps)
+  optimizer = optim.make_optimizer(
+      c.optimizer.name, schedule, b1=c.optimizer.b1, b2=c.optimizer.b2, eps=c.optimizer.eps,
+      weight_decay=c.optimizer.weight_decay, clip_norm=c.optimizer.clip_norm)
+  return Setup(student=student, teacher=teacher, task=task, mesh=mesh,
+               objective=config_lib.make_objective(c),
+               examples=examples, evaluator=evaluator, teacher_evaluator=teacher_evaluator,
+               optimizer=optimizer,
+               stop_tokens=stop_tokens, pad_token=pad_token)
+
+
+def load_examples(c: ConfigDict, split: str, limit: int, tokens: Any) -> data.Examples:
+  """The first `limit` examples of a split (0 for all), encoded."""
+  task = tasks.get(c.task.name)
+  rows = task.load(split, tasks.options(task, c.task.options.to_dict()))
+  if limit:
+    rows = rows.select(range(min(limit, len(rows))))
+  return data.Examples(task, rows, tokens, max_prompt_tokens=c.data.max_prompt_tokens,
+                       max_new_tokens=c.data.max_new_tokens, seed=c.seed)
+
+
+def make_evaluator(c: ConfigDict, student: hf.LoadedModel, teacher: Model | None,
+                   examples: data.Examples, mesh: jax.sharding.Mesh) -> evaluate.Evaluator:
+  """Evaluation of models shaped like `student` on the held-out examples."""
+  settings = evaluate.Settings(
+      samples_per_problem=c.eval.samples_per_problem, pass_k=c.eval.pass_k,
+      max_new_tokens=c.data.max_new_tokens, temperature=c.sample.temperature,
+      teacher_temperature=c.objective.teacher_temperature, top_p=c.sample.top_p,
+      top_k=c.sample.top_k, chunk_tokens=c.compute.chunk_tokens)
+  return evaluate.Evaluator(
+      settings, model=student.model, teacher=teacher, task=tasks.get(c.task.name),
+      examples=examples, tokenizer=student.tokenizer,
+      stop_tokens=(student.tokenizer.eos_token_id,), pad_token=tokenizer.pad_id(student.tokenizer),
+      mesh=mesh, key=fold_in(jax.random.key(c.seed), EVAL, 0))
+
+
+def compute_options(c: ConfigDict) -> dict[str, Any]:
+  """The `models.build` options of a config."""
+  return dict(dtype=jnp.dtype(c.compute.dtype), remat=c.compute.remat,
+              layer_unroll=c.compute.layer_unroll)
+
+
+def load_student(c: ConfigDict) -> hf.LoadedModel:
+  """The student before training: a checkpoint, or fresh parameters from the seed."""
+  if c.student.path:
+    return hf.load(c.student.path, compute_options(c))
+  characters = tokenizer.character_tokenizer()
+  model = models.build({**c.student.fresh.to_dict(), 'vocab_size': len(characters)},
+                       **compute_options(c))
+  fresh = params.init_params(model.specs, fold_in(jax.random.key(c.seed), INIT, 0))
+  return hf.LoadedModel(model, jax.device_get(fresh), characters)
+
+
+def get_teacher(c: ConfigDict, student: hf.LoadedModel) -> hf.LoadedModel | None:
+  """The teacher, if there is one.
+
+  Raises:
+    ValueError: its vocabulary is not the student's.
+  """
+  if c.teacher.kind == teachers.NONE:
+    return None
+  teacher = teachers.load(c.teacher.kind, c.teacher.path, student, compute_options(c))
+  sizes = student.model.config.vocab_size, teacher.model.config.vocab_size
+  if sizes[0] != sizes[1] or not tokenizer.same_vocabulary(student.tokenizer, teacher.tokenizer):
+    raise ValueError(
+        f'teacher.path={c.teacher.path!r}: its vocabulary ({sizes[1]} entries) is not the '
+        f"student's ({sizes[0]} entries); allowed: a teacher that maps the same strings to the "
+        'same token ids')
+  return teacher
+
+
+def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any]:
+  """Evaluates a Hugging Face directory on a run's held-out problems, as the run would.
+
+  Args:
+    c: a run's config; its task, room, sampling and evaluation settings are used.
+    path: the model.
+    teacher_path: another directory to measure the reverse KL to, or ''.
+
+  Raises:
+    ConfigError: a path that is no checkpoint directory.
+  """
+  for name, value in (('model', path), ('teacher', teacher_path)):
+    if (value or name == 'model') and not pathlib.Path(value).is_dir():
+      raise config_lib.ConfigError(f'{name}={value!r}; allowed: a Hugging Face directory')
+  config_lib.validate(c)
+  mesh = sharding.make_mesh(c.compute.mesh.to_dict())
+  student = hf.load(path, compute_options(c))
+  teacher = hf.load(teacher_path, compute_options(c)) if teacher_path else None
+  evaluator = make_evaluator(c, student, teacher and teacher.model,
+                             load_examples(c, 'eval', c.eval.problems, student.tokenizer), mesh)
+  weights = [m and sharding.put(m.params, sharding.param_shardings(m.model.specs, mesh))
+             for m in (student, teacher)]
+  display = metrics.Display(path, 0, 1)
+  with jax.set_mesh(mesh):
+    values, shown = evaluator(*weights, c.log.transcripts)
+  display.transcripts('transcripts:', shown)
+  display.close()
+  print(json.dumps(values, indent=2))
+  return values

@@ -32,7 +32,7 @@ def main() -> None:
   from absl import app
   define_flags()
   command = sys.argv.pop(1)
-  app.run(lambda argv: sys.exit(dispatch(command, argv)))
+  app.run(lambda argv: sys.exit(dispatch(command, argv)), flags_parser=parse_flags)
 
 
 def keep_allocations() -> None:
@@ -59,6 +59,38 @@ def define_flags() -> None:
   flags.mark_flag_as_required('config')
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses the command line; a mistake in it is one line, not a traceback."""
+  from absl import flags
+  try:
+    rest = flags.FLAGS(argv)
+    name = flags.FLAGS['config'].value.name  # a file that cannot be read is noticed only here
+    return rest if name else argv
+  except (AttributeError, KeyError):
+    print(f'error: {unknown_field(argv)}', file=sys.stderr)
+  except (flags.Error, TypeError, ValueError, OSError) as e:
+    # What a config file itself raises arrives as a traceback in the text.
+    print(f"error: {str(e).strip().rpartition('ConfigError: ')[2]}", file=sys.stderr)
+  sys.exit(2)
+
+
+def unknown_field(argv: list[str]) -> str:
+  """Which --config.FIELD of the command line does not exist, and what does in its place."""
+  import runpy
+  words = [word for flag in argv for word in flag.split('=', 1)]
+  file, _, argument = words[words.index('--config') + 1].partition(':')
+  config = runpy.run_path(file)['get_config'](*filter(None, [argument]))
+  for word in words:
+    path = word.lstrip('-').split('.')
+    here = config
+    for i, field in enumerate(path[1:] if path[0] == 'config' else [], 1):
+      if field not in here:
+        group = '.'.join(path[:i])
+        return f'{word}: {group} has no field {field!r}; allowed: {sorted(here)}'
+      here = here[field]
+  return f'the flags {argv[1:]} cannot be read'
+
+
 def set_up_jax() -> None:
   """The compilation cache: a second start of the same programs compiles nothing."""
   import jax
@@ -67,8 +99,8 @@ def set_up_jax() -> None:
     jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(root) / 'opd_jax' / 'xla'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
-  for chatty in ('absl', 'matplotlib', 'orbax'):  # they narrate every file
-    logging.getLogger(chatty).setLevel(logging.WARNING)
+  for logger in (logging.getLogger(), logging.getLogger('absl')):
+    logger.setLevel(logging.WARNING)  # libraries narrate every file and every missing backend
 
 
 def dispatch(command: str, argv: list[str]) -> int:

@@ -186,10 +186,10 @@ def validate(c: ConfigDict, prefix: str = '') -> None:
   Raises:
     ConfigError: the first problem found.
   """
+  _check_fields(c, default_config(), prefix)
   try:
-    _check_fields(c, default_config(), prefix)
     if c.steps < 1:
-      raise ConfigError(f'{prefix}steps={c.steps}; allowed: at least 1')
+      raise ConfigError(f'steps={c.steps}; allowed: at least 1')
     update_lib.check_objective(make_objective(c))
     tasks.options(tasks.get(c.task.name), c.task.options.to_dict())
     _check_roles(c)
@@ -201,8 +201,6 @@ def validate(c: ConfigDict, prefix: str = '') -> None:
       if path and not path.startswith(STAGE) and not pathlib.Path(path).is_dir():
         raise ConfigError(f'{part}.path={path!r} is not a directory; allowed: a Hugging Face '
                           "checkpoint directory, or 'stage:NAME' in a pipeline")
-  except ConfigError:
-    raise
   except (ValueError, TypeError) as e:
     raise ConfigError(f'{prefix}{e}') from e
 

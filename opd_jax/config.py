@@ -123,8 +123,7 @@ def default_pipeline() -> ConfigDict:
   c.stages = ConfigDict()
   # What the report shows; every field names stages.
   c.report = ConfigDict(dict(
-      base='',  # where everybody starts
-      teacher='',  # stage or directory whose accuracy is the goal
+      teacher='',  # 'stage:NAME' of the method that made the teacher, '' if none of them did
       methods=(),  # the rows of the table and the curves of the picture
       labels=(),  # their names, in the same order
       levels=(0.9, 0.95)))  # shares of the teacher's accuracy to reach
@@ -315,14 +314,13 @@ def validate_pipeline(c: ConfigDict) -> None:
                           f'{done}')
     validate(stage, f'stages.{name}.')
     done.append(name)
-  for field in ('base', 'teacher'):
-    value = c.report[field]
-    if value.startswith(STAGE) and value[len(STAGE):] not in done:
-      raise ConfigError(f'report.{field}={value!r}; allowed: a directory, or stage:NAME of {done}')
+  made = c.report.teacher
+  if made and not (made.startswith(STAGE) and made[len(STAGE):] in done):
+    raise ConfigError(f"report.teacher={made!r}; allowed: '', or 'stage:NAME' of {done}")
   unknown = sorted(set(c.report.methods) - set(done))
-  if unknown or len(c.report.methods) != len(c.report.labels):
+  if unknown or not c.report.methods or len(c.report.methods) != len(c.report.labels):
     raise ConfigError(f'report.methods={c.report.methods}, labels={c.report.labels}; allowed: '
-                      f'stages of {done}, with one label each')
+                      f'at least one stage of {done}, with one label each')
 
 
 def _pipeline_template(c):

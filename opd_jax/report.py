@@ -53,10 +53,7 @@ def summarize(c: ConfigDict, results: dict[int, dict[str, dict[str, Any]]]) -> d
   """The numbers of the report from the stages' result.json, {seed: {stage: result}}."""
   seeds = list(results)
   graded = [m for m in c.report.methods if all(results[s][m].get('teacher') for s in seeds)]
-  if not graded:
-    raise ValueError(f'report.methods={c.report.methods}: none of them has a teacher to compare '
-                     'with; allowed: at least one stage with teacher.kind other than none')
-  goals = {s: results[s][graded[0]]['teacher']['sampled_accuracy'] for s in seeds}
+  goals = {s: results[s][graded[0]]['teacher']['sampled_accuracy'] for s in seeds if graded}
 
   def row(label: str, evals: list[dict[str, Any]], flops: list[float | None],
           steps: list[int | None]) -> dict[str, Any]:
@@ -70,28 +67,29 @@ def summarize(c: ConfigDict, results: dict[int, dict[str, dict[str, Any]]]) -> d
     return out
 
   none = [None] * len(seeds)
-  rows = {BASE: row('base', [results[s][graded[0]]['before'] for s in seeds], none, none)}
+  start = (*graded, *c.report.methods)[0]
+  rows = {BASE: row('base', [results[s][start]['before'] for s in seeds], none, none)}
   for method, label in zip(c.report.methods, c.report.labels, strict=True):
     runs = [results[s][method] for s in seeds]
     rows[method] = row(label, [r['after'] for r in runs], [total(r['flops']) for r in runs],
                        [r['steps'] for r in runs])
     rows[method]['reach'] = {}
-    for level in c.report.levels:
+    for level in c.report.levels if graded else ():
       hits = [reach(r['evals'], level * goals[s]) for r, s in zip(runs, seeds, strict=True)]
       rows[method]['reach'][str(level)] = {
           'seeds_reached': sum(h is not None for h in hits),
           'steps': spread([h and h[0] for h in hits]), 'flops': spread([h and h[1] for h in hits])}
-  if c.report.teacher not in [f'stage:{m}' for m in c.report.methods]:
+  if graded and c.report.teacher not in [f'stage:{m}' for m in c.report.methods]:
     rows[TEACHER] = row('teacher', [results[s][graded[0]]['teacher'] for s in seeds], none, none)
   return {'name': c.name, 'seeds': seeds, 'levels': list(c.report.levels), 'rows': rows,
           'reference': reference(c), 'ratios': ratios(c, rows)}
 
 
 def reference(c: ConfigDict) -> str | None:
-  """The stage that made the teacher, if it is one of the methods: what the others are compared
+  """The stage that made the teacher, if it is one of several methods: what the others are compared
   with."""
   made = c.report.teacher.removeprefix('stage:')
-  return made if made in c.report.methods else None
+  return made if made in c.report.methods and len(c.report.methods) > 1 else None
 
 
 def ratios(c: ConfigDict, rows: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +174,8 @@ def draw(c: ConfigDict, results: dict[int, dict[str, dict[str, Any]]], path: pat
       axis.plot(mean[:, x], mean[:, 2], color=f'C{i}', label=label, linewidth=1.8)
   for axis, name in zip(axes, ('gradient steps', 'GFLOP (training, sampling and teacher)'),
                         strict=True):
-    axis.axhline(np.mean(goals), color='black', linestyle='--', linewidth=1, label='teacher')
+    if goals:
+      axis.axhline(np.mean(goals), color='black', linestyle='--', linewidth=1, label='teacher')
     axis.set_xlabel(name)
     axis.set_xscale('symlog', linthresh=10)
     axis.set_xlim(left=0)

@@ -134,6 +134,7 @@ def opd_exact_small() -> ConfigDict:
   c = opd_exact()
   c.steps = 120
   c.data.prompts_per_step = 64
+  c.optimizer.learning_rate, c.optimizer.final_learning_rate = 2e-3, 2e-4
   return c
 
 

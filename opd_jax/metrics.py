@@ -142,7 +142,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]],
   """A table on the terminal."""
   table = Table(title=title, title_justify='left')
   for i, column in enumerate(columns):
-    table.add_column(column, justify='left' if i == 0 else 'right', no_wrap=True)
+    table.add_column(column, justify='left' if i == 0 else 'right', overflow='fold')
   for row in rows:
     table.add_row(*row)
   (console or Console(highlight=False, width=None if sys.stdout.isatty() else 140)).print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -37,15 +38,16 @@ def reach(evals: list[dict[str, Any]], level: float) -> tuple[float, float] | No
   return None
 
 
-def spread(values: list[float | None]) -> dict[str, Any] | None:
-  """Mean and 95 % t-interval over seeds; None unless every seed has a value."""
+def spread(values: list[float | None], upper: float = math.inf) -> dict[str, Any] | None:
+  """Mean and 95 % t-interval over seeds, cut at 0 and `upper`; None unless every seed has a value.
+  (Everything reported here is at least 0.)"""
   if not values or any(v is None for v in values):
     return None
   mean = float(np.mean(values))
   out = {'mean': mean, 'values': list(map(float, values))}
   if len(values) > 1:
     half = float(scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values))
-    out |= {'low': mean - half, 'high': mean + half}
+    out |= {'low': max(mean - half, 0.0), 'high': min(mean + half, upper)}
   return out
 
 
@@ -59,7 +61,7 @@ def summarize(c: ConfigDict, results: dict[int, dict[str, dict[str, Any]]]) -> d
           steps: list[int | None]) -> dict[str, Any]:
     out: dict[str, Any] = {'label': label}
     for name in (*ACCURACIES, 'reverse_kl'):
-      out[name] = spread([e.get(name) for e in evals])
+      out[name] = spread([e.get(name) for e in evals], 1.0 if name in ACCURACIES else math.inf)
       if len(evals) == 1 and f'{name}_low' in evals[0]:
         # One seed: the interval is over problems.
         out[name] |= {end: evals[0][f'{name}_{end}'] for end in ('low', 'high')}
@@ -115,36 +117,40 @@ def _number(value: dict[str, Any] | None, form: str) -> str:
   return text
 
 
+def giga(flops: dict[str, Any] | None) -> dict[str, Any] | None:
+  """A `spread` of FLOPs in GFLOP."""
+  return flops and {name: np.asarray(value) / 1e9 for name, value in flops.items()}
+
+
 def tables(summary: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
   """The tables of the report as (title, columns, rows of text)."""
-  scaled = lambda v: v and {k: np.array(x) / 1e9 for k, x in v.items()}  # noqa: E731
   many = len(summary['seeds']) > 1
   what = (f'mean and 95 % t-interval over seeds {summary["seeds"]}' if many else
           f'seed {summary["seeds"][0]}, 95 % bootstrap interval over problems')
   rows = [[r['label'], _number(r['sampled_accuracy'], '{:.3f}'),
            _number(r['greedy_accuracy'], '{:.3f}'), _number(r['reverse_kl'], '{:.4f}'),
            _number(r['steps'] and {'mean': r['steps']['mean']}, '{:.0f}'),
-           _number(r['flops'] and {'mean': r['flops']['mean'] / 1e9}, '{:.0f}')]
+           _number(giga(r['flops'] and {'mean': r['flops']['mean']}), '{:.0f}')]
           for r in summary['rows'].values()]
   out = [(f'{summary["name"]} ({what})',
           ['', 'sampled accuracy', 'greedy accuracy', 'reverse KL (nats/token)', 'steps', 'GFLOP'],
           rows)]
   if not summary['reference']:
     return out
-  columns, body = [''], {m: [r['label']] for m, r in summary['rows'].items() if 'reach' in r}
   for level in map(str, summary['levels']):
-    share = f'{float(level):.0%}'
-    columns += [f'steps to {share}', f'GFLOP to {share}', 'fewer steps', 'less compute']
-    for method, line in body.items():
-      hit = summary['rows'][method]['reach'][level]
-      ratio = summary['ratios'].get(method, {}).get(level, {})
+    body = []
+    for method, row in summary['rows'].items():
+      if 'reach' not in row:
+        continue
+      hit, ratio = row['reach'][level], summary['ratios'].get(method, {}).get(level, {})
+      steps = _number(hit['steps'], '{:.0f}')
       if hit['steps'] is None and many:
-        line += [f"{hit['seeds_reached']} of {len(summary['seeds'])} seeds", '–', '–', '–']
-      else:
-        line += [_number(hit['steps'], '{:.0f}'), _number(scaled(hit['flops']), '{:.0f}'),
-                 _number(ratio.get('steps'), '{:.1f}x'), _number(ratio.get('flops'), '{:.1f}x')]
-  out.append(("To a share of the teacher's sampled accuracy, against the run that made the teacher",
-              columns, list(body.values())))
+        steps = f"reached by {hit['seeds_reached']} of {len(summary['seeds'])} seeds"
+      body.append([row['label'], steps, _number(giga(hit['flops']), '{:.0f}'),
+                   _number(ratio.get('steps'), '{:.1f}x'), _number(ratio.get('flops'), '{:.1f}x')])
+    out.append((f"To {float(level):.0%} of the teacher's sampled accuracy; ratios to the run that "
+                'made the teacher',
+                ['', 'gradient steps', 'GFLOP', 'fewer steps', 'less compute'], body))
   return out
 
 

@@ -59,8 +59,8 @@ def fold_in(key: jax.Array, purpose: int, step: int) -> jax.Array:
   return jax.random.fold_in(jax.random.fold_in(key, purpose), step)
 
 
-def claim_workdir(c: ConfigDict, workdir: pathlib.Path) -> None:
-  """Writes the config into a new work directory, or checks that it is the one already there.
+def check_workdir(c: ConfigDict, workdir: pathlib.Path) -> None:
+  """Checks that a work directory is new, or holds a run of this very config.
 
   Raises:
     ConfigError: the directory holds another config's run, or cannot be written.
@@ -68,20 +68,33 @@ def claim_workdir(c: ConfigDict, workdir: pathlib.Path) -> None:
   mine = config_lib.to_dict(c)
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    if (workdir / CONFIG).exists():
-      theirs = json.loads((workdir / CONFIG).read_text())
-      if theirs != mine:
-        changes = '; '.join(config_lib.differences(theirs, mine)[:8])
-        raise config_lib.ConfigError(
-            f'workdir={str(workdir)!r} holds a run of another config ({changes}); allowed: a new '
-            'directory, or the config that the run was started with')
-    else:
-      partial = workdir / f'.{CONFIG}.partial'
-      partial.write_text(json.dumps(mine, indent=2, sort_keys=True) + '\n')
-      partial.rename(workdir / CONFIG)
+    (workdir / f'.{CONFIG}.partial').write_text(json.dumps(mine, indent=2, sort_keys=True) + '\n')
+    if not (workdir / CONFIG).exists():
+      return
+    theirs = json.loads((workdir / CONFIG).read_text())
+  except (OSError, json.JSONDecodeError) as e:
+    raise config_lib.ConfigError(
+        f'workdir={str(workdir)!r} cannot be used ({CONFIG}: {e}); allowed: a directory that can '
+        'be created and written, and holds nothing or a run of this config') from e
+  if theirs != mine:
+    changes = '; '.join(config_lib.differences(theirs, mine)[:8])
+    raise config_lib.ConfigError(
+        f'workdir={str(workdir)!r} holds a run of another config ({changes}); allowed: a new '
+        'directory, or the config that the run was started with')
+
+
+def claim_workdir(c: ConfigDict, workdir: pathlib.Path) -> None:
+  """`check_workdir`, and then the directory belongs to this config.
+
+  Raises:
+    ConfigError: see `check_workdir`.
+  """
+  check_workdir(c, workdir)
+  try:
+    (workdir / f'.{CONFIG}.partial').rename(workdir / CONFIG)
   except OSError as e:
     raise config_lib.ConfigError(f'workdir={str(workdir)!r} cannot be used: {e}; allowed: a '
-                                 'directory that can be created and written') from e
+                                 'directory that can be written') from e
 
 
 def build(c: ConfigDict) -> Setup:
@@ -100,9 +113,20 @@ def build(c: ConfigDict) -> Setup:
                        'prompts_per_step x samples_per_prompt)')
     student = load_student(c)
     teacher = get_teacher(c, student)
+    for loaded in filter(None, (student, teacher)):
+      longest = loaded.model.config.max_position_embeddings
+      if c.data.max_prompt_tokens + c.data.max_new_tokens > longest:
+        raise ValueError(
+            f'data.max_prompt_tokens={c.data.max_prompt_tokens} + data.max_new_tokens='
+            f'{c.data.max_new_tokens}; allowed: together at most {longest}, the '
+            'max_position_embeddings of student and teacher')
     task = tasks.get(c.task.name)
     examples = load_examples(c, c.data.split, c.data.limit, student.tokenizer)
     held_out = load_examples(c, 'eval', c.eval.problems, student.tokenizer)
+    if c.data.source == 'dataset' and not examples.has_completions:
+      raise ValueError(f"data.split={c.data.split!r}: data.source='dataset' needs a split with "
+                       f'completions; allowed: one with a column \'completion\', and not only '
+                       f'{sorted(examples.rows[0])}')
     if len(held_out) % sharding.row_shards(mesh):
       raise ValueError(f'compute.mesh splits rows {sharding.row_shards(mesh)} ways, which does not '
                        f'divide eval.problems={len(held_out)}')
@@ -135,8 +159,12 @@ def load_examples(c: ConfigDict, split: str, limit: int, tokens: Any) -> data.Ex
   """The first `limit` examples of a split (0 for all), encoded."""
   task = tasks.get(c.task.name)
   rows = task.load(split, tasks.options(task, c.task.options.to_dict()))
+  if limit > len(rows):
+    field = 'eval.problems' if split == 'eval' else 'data.limit'
+    raise ValueError(f'{field}={limit}; allowed: at most {len(rows)}, the examples of the split '
+                     f'{split!r}')
   if limit:
-    rows = rows.select(range(min(limit, len(rows))))
+    rows = rows.select(range(limit))
   return data.Examples(task, rows, tokens, max_prompt_tokens=c.data.max_prompt_tokens,
                        max_new_tokens=c.data.max_new_tokens, seed=c.seed)
 
@@ -165,7 +193,11 @@ def compute_options(c: ConfigDict) -> dict[str, Any]:
 def load_student(c: ConfigDict) -> hf.LoadedModel:
   """The student before training: a checkpoint, or fresh parameters from the seed."""
   if c.student.path:
-    return hf.load(c.student.path, compute_options(c))
+    try:
+      return hf.load(c.student.path, compute_options(c))
+    except (ValueError, FileNotFoundError) as e:
+      raise ValueError(f'student.path={c.student.path!r}: {e}; allowed: a Hugging Face checkpoint '
+                       'directory') from e
   characters = tokenizer.character_tokenizer()
   model = models.build({**c.student.fresh.to_dict(), 'vocab_size': len(characters)},
                        **compute_options(c))
@@ -181,7 +213,11 @@ def get_teacher(c: ConfigDict, student: hf.LoadedModel) -> hf.LoadedModel | None
   """
   if c.teacher.kind == teachers.NONE:
     return None
-  teacher = teachers.load(c.teacher.kind, c.teacher.path, student, compute_options(c))
+  try:
+    teacher = teachers.load(c.teacher.kind, c.teacher.path, student, compute_options(c))
+  except FileNotFoundError as e:
+    raise ValueError(f'teacher.path={c.teacher.path!r}: {e}; allowed: a Hugging Face checkpoint '
+                     'directory') from e
   sizes = student.model.config.vocab_size, teacher.model.config.vocab_size
   if sizes[0] != sizes[1] or not tokenizer.same_vocabulary(student.tokenizer, teacher.tokenizer):
     raise ValueError(

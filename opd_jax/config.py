@@ -189,13 +189,13 @@ def validate(c: ConfigDict, prefix: str = '') -> None:
   try:
     if c.steps < 1:
       raise ConfigError(f'steps={c.steps}; allowed: at least 1')
+    if c.seed < 0:
+      raise ConfigError(f'seed={c.seed}; allowed: at least 0')
     update_lib.check_objective(make_objective(c))
     tasks.options(tasks.get(c.task.name), c.task.options.to_dict())
     _check_roles(c)
     _check_sizes(c)
-    optim.make_schedule(c.optimizer.schedule, c.optimizer.learning_rate or 1.0, 0.0, 0, 1)
-    if c.optimizer.name not in optim.OPTIMIZERS:
-      raise ConfigError(f'optimizer.name={c.optimizer.name!r}; allowed: {list(optim.OPTIMIZERS)}')
+    _check_optimizer(c.optimizer)
     for part, path in (('student', c.student.path), ('teacher', c.teacher.path)):
       if path and not path.startswith(STAGE) and not pathlib.Path(path).is_dir():
         raise ConfigError(f'{part}.path={path!r} is not a directory; allowed: a Hugging Face '
@@ -224,6 +224,22 @@ def _check_fields(c, template, prefix):
                       f'{[prefix + k for k in sorted(template)]}')
 
 
+def _check_optimizer(c):
+  if c.name not in optim.OPTIMIZERS:
+    raise ConfigError(f'optimizer.name={c.name!r}; allowed: {list(optim.OPTIMIZERS)}')
+  if c.schedule not in optim.SCHEDULES:
+    raise ConfigError(f'optimizer.schedule={c.schedule!r}; allowed: {list(optim.SCHEDULES)}')
+  for field in ('learning_rate', 'final_learning_rate', 'weight_decay', 'clip_norm'):
+    if c[field] < 0:
+      raise ConfigError(f'optimizer.{field}={c[field]}; allowed: at least 0')
+  if c.schedule == 'constant' and c.final_learning_rate:
+    raise ConfigError(f'optimizer.final_learning_rate={c.final_learning_rate} has no effect with '
+                      "optimizer.schedule='constant'; allowed: 0")
+  if c.name == 'sgd' and c.weight_decay:
+    raise ConfigError(f'optimizer.weight_decay={c.weight_decay} has no effect with '
+                      "optimizer.name='sgd'; allowed: 0")
+
+
 def _check_roles(c):
   o = make_objective(c)
   if c.teacher.kind not in teachers.names():
@@ -231,6 +247,9 @@ def _check_roles(c):
   if c.data.source not in SOURCES:
     raise ConfigError(f'data.source={c.data.source!r}; allowed: {list(SOURCES)}')
   has_teacher = c.teacher.kind != teachers.NONE
+  if c.teacher.path and not has_teacher:
+    raise ConfigError(f"teacher.path={c.teacher.path!r} has no effect with teacher.kind='none'; "
+                      "allowed: ''")
   if (o.needs_teacher or c.data.source == 'teacher') and not has_teacher:
     raise ConfigError("teacher.kind='none' with objective.distill_coef="
                       f'{o.distill_coef} and data.source={c.data.source!r}; allowed: one of '
@@ -286,9 +305,13 @@ def _check_sizes(c):
     raise ConfigError(f"compute.dtype={c.compute.dtype!r}; allowed: ['float32', 'bfloat16']")
   if c.compute.block not in ('auto', 'always', 'never'):
     raise ConfigError(f"compute.block={c.compute.block!r}; allowed: ['auto', 'always', 'never']")
-  if c.optimizer.learning_rate < 0 or c.optimizer.final_learning_rate < 0:
-    raise ConfigError(f'optimizer.learning_rate={c.optimizer.learning_rate}, final_learning_rate='
-                      f'{c.optimizer.final_learning_rate}; allowed: at least 0')
+  if c.eval.stop_at_sampled_accuracy and not c.eval.every_steps:
+    raise ConfigError(f'eval.stop_at_sampled_accuracy={c.eval.stop_at_sampled_accuracy} has no '
+                      'effect with eval.every_steps=0; allowed: 0, or eval.every_steps above 0')
+  accuracies = ['sampled_accuracy', 'greedy_accuracy', f'pass_at_{c.eval.pass_k}']
+  if c.checkpoint.best_metric not in accuracies:
+    raise ConfigError(f'checkpoint.best_metric={c.checkpoint.best_metric!r}; allowed: '
+                      f'{accuracies}')
   if not c.student.path:
     models.build({**c.student.fresh.to_dict(), 'vocab_size': 64})
 
@@ -302,8 +325,8 @@ def validate_pipeline(c: ConfigDict) -> None:
   _check_fields(c, _pipeline_template(c), '')
   if sorted(c.order) != sorted(c.stages):
     raise ConfigError(f'order={c.order}; allowed: each of {sorted(c.stages)} once')
-  if len(set(c.seeds)) != len(c.seeds) or not c.seeds:
-    raise ConfigError(f'seeds={c.seeds}; allowed: at least one seed, each once')
+  if len(set(c.seeds)) != len(c.seeds) or not c.seeds or min(c.seeds) < 0:
+    raise ConfigError(f'seeds={c.seeds}; allowed: at least one seed of at least 0, each once')
   done: list[str] = []
   for name in c.order:
     stage = c.stages[name]

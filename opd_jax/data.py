@@ -49,6 +49,11 @@ class Examples:
   def __len__(self) -> int:
     return len(self.rows)
 
+  @property
+  def has_completions(self) -> bool:
+    """Whether the split comes with completions, so that `given` works."""
+    return self._completions is not None
+
   @staticmethod
   def _check(field, encoded, room, text):
     longest = max(range(len(encoded)), key=lambda i: len(encoded[i]))
@@ -82,9 +87,6 @@ class Examples:
     Nobody sampled them, so the sampler's log-probs are zero: only an objective with
     importance='none' may be used.
     """
-    if self._completions is None:
-      raise ValueError("data.source='dataset' needs a split with completions; this one has columns "
-                       f'{sorted(self.rows[0])}')
     prompts = self.prompts(indices)
     room = (len(indices), self._completion_room)
     tokens = np.full(room, tokenizer_lib.pad_id(self._tokenizer), np.int32)

@@ -28,7 +28,7 @@ def run(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   check_data(c)
   for seed in c.seeds:
     for name in c.order:
-      build.claim_workdir(stage_config(c, name, seed, workdir), stage_dir(workdir, name, seed))
+      build.check_workdir(stage_config(c, name, seed, workdir), stage_dir(workdir, name, seed))
   for seed in c.seeds:
     for i, name in enumerate(c.order, 1):
       many = f'seed {seed}, ' if len(c.seeds) > 1 else ''

@@ -140,8 +140,7 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
     return step + 1, token, done | is_stop(token), cache, out
 
   def running(carry):
-    step, _, done, _, _ = carry
-    return (step < room) & ~jnp.all(done)
+    return (carry[0] < room) & ~jnp.all(carry[2])  # step, done
 
   _, _, done, _, out = jax.lax.while_loop(
       running, body, (jnp.int32(1), token, is_stop(token), cache, out))

@@ -90,12 +90,13 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   workdir = pathlib.Path(workdir)
   # --- Check, and return at once if there is nothing to do ---
   config_lib.validate(c)
-  build_lib.claim_workdir(c, workdir)
+  build_lib.check_workdir(c, workdir)
   if (workdir / RESULT).exists():
     return json.loads((workdir / RESULT).read_text())
 
   # --- Build: models, data, programs; then the newest checkpoint, or a fresh state ---
   s = build_lib.build(c)
+  build_lib.claim_workdir(c, workdir)
   programs, state_shape = compile_step(c, s)
   store = checkpoint.Checkpoints(
       workdir / 'checkpoints', keep_latest=c.checkpoint.keep_latest,

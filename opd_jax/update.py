@@ -50,10 +50,11 @@ class Objective:
     discount: gamma of the return of per-token distillation rewards. 0 is the paper's choice: each
       token answers for itself only; 1 is the gradient of the sequence-level KL.
     reward_baseline: subtracted from a row's reward: nothing, the mean of its group, or the mean
-      and then a division by the group's standard deviation (GRPO, Shao et al. 2024).
+      and then a division by the group's standard deviation (GRPO, Shao et al. 2024); 'none' without
+      a reward.
     importance: rho = 1 with log p in its place ('none'), p_S / p_sampler ('ratio'), or PPO's
       pessimistic clip of it ('ppo_clip').
-    clip_epsilon: of 'ppo_clip'.
+    clip_epsilon: of 'ppo_clip'; 0 without it.
     reduction: 'token_mean' over the global batch, or 'sequence_mean' (rows weigh the same).
     student_logprobs: where log p_S in the advantage comes from: 'rescored' by the program that
       scored the teacher (self-distillation is then an exact fixed point; one more forward pass),
@@ -69,9 +70,9 @@ class Objective:
   reward_coef: float = 0.0
   likelihood_coef: float = 0.0
   discount: float = 0.0
-  reward_baseline: str = 'group_mean_std'
+  reward_baseline: str = 'none'
   importance: str = 'ratio'
-  clip_epsilon: float = 0.2
+  clip_epsilon: float = 0.0
   reduction: str = 'token_mean'
   student_logprobs: str = 'rescored'
   temperature: float = 1.0
@@ -84,6 +85,12 @@ class Objective:
   @property
   def needs_hidden(self) -> bool:
     return self.needs_teacher and self.support == 'full'
+
+  @property
+  def has_policy_gradient(self) -> bool:
+    """Whether any term of the loss goes through A_t."""
+    distil = self.needs_teacher and self.route == 'policy_gradient'
+    return distil or self.reward_coef != 0.0 or self.likelihood_coef != 0.0
 
   @property
   def needs_student_scores(self) -> bool:
@@ -115,13 +122,26 @@ def check_objective(o: Objective) -> None:
     if getattr(o, name) <= 0.0:
       raise ValueError(f'objective.{name}={getattr(o, name)}; allowed: above 0 (at 0 the '
                        'distribution is a point mass and has no KL divergence)')
-  if o.clip_epsilon <= 0.0:
-    raise ValueError(f'objective.clip_epsilon={o.clip_epsilon}; allowed: above 0')
+  if o.clip_epsilon < 0.0 or (o.clip_epsilon > 0.0) != (o.importance == 'ppo_clip'):
+    raise ValueError(f'objective.clip_epsilon={o.clip_epsilon} with objective.importance='
+                     f"{o.importance!r}; allowed: above 0 with 'ppo_clip', 0 without")
   if not (o.distill_coef or o.reward_coef or o.likelihood_coef):
     raise ValueError('objective.distill_coef, reward_coef and likelihood_coef are all 0: there is '
                      'nothing to train towards; allowed: at least one other than 0')
-  if not o.needs_teacher:
+  if o.reward_baseline != 'none' and not o.reward_coef:
+    raise ValueError(f'objective.reward_baseline={o.reward_baseline!r} has no effect with '
+                     "objective.reward_coef=0; allowed: 'none'")
+  if o.needs_teacher:
+    _check_distillation(o)
     return
+  for name in ('route', 'divergence', 'support', 'discount', 'teacher_temperature'):
+    value, default = getattr(o, name), getattr(Objective, name)
+    if value != default:
+      raise ValueError(f'objective.{name}={value!r} has no effect with objective.distill_coef=0; '
+                       f'allowed: {default!r}')
+
+
+def _check_distillation(o: Objective) -> None:
   if o.route == 'direct' and o.support == 'sampled':
     raise ValueError(
         "objective.route='direct' with objective.support='sampled': differentiating "
@@ -141,6 +161,9 @@ def check_objective(o: Objective) -> None:
     raise ValueError(
         f"objective.discount={o.discount} has no effect with route='direct', which has no "
         "return; allowed: 0, or route='policy_gradient'")
+  if o.importance != 'none' and not o.has_policy_gradient:
+    raise ValueError(f'objective.importance={o.importance!r} has no effect: no term of the loss is '
+                     "a policy gradient; allowed: 'none'")
 
 
 def reduction_weights(mask: Float[Array, 'B t'], reduction: str) -> Float[Array, 'B t']:
@@ -239,7 +262,7 @@ def loss_fn(params: Params, rollout: Rollout, weights: Float[Array, 'B t'],
     if o.importance == 'ppo_clip':
       clipped = jnp.clip(ratio, 1.0 - o.clip_epsilon, 1.0 + o.clip_epsilon) * advantage
       surrogate = jnp.minimum(surrogate, clipped)
-  if not (o.needs_hidden and not o.reward_coef and not o.likelihood_coef):
+  if o.has_policy_gradient:
     loss = loss - jnp.sum(weights * surrogate)
   return loss, {**jax.lax.stop_gradient(out), 'logratio': jax.lax.stop_gradient(logratio)}
 
@@ -289,8 +312,8 @@ def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, stude
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics = batch_metrics(objective, on_policy, rollout, teacher, aux)
-  metrics |= {'loss': loss, 'grad_norm': optax.global_norm(grads),
-              'update_norm': optax.global_norm(updates)}
+  metrics |= {'loss': loss, 'grad_norm': optax.tree.norm(grads),
+              'update_norm': optax.tree.norm(updates)}
   if rewards is not None:
     metrics['reward'] = jnp.mean(rewards)
   return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
@@ -306,7 +329,8 @@ def reverse_kl_update(state: TrainState, rollout: Rollout, teacher: Scores, stud
   sum_v p_S (log p_S - log p_T), which the former estimates from one sample.
   `settings` are those of `update_fn` other than the objective.
   """
-  objective = Objective(route='direct', support='full') if exact else Objective()
+  objective = (Objective(route='direct', support='full', importance='none') if exact
+               else Objective())
   return update_fn(state, rollout, teacher, student, None, teacher_head, objective=objective,
                    group_size=1, on_policy=True, **settings)
 

@@ -43,4 +43,14 @@ def options(task: ModuleType, values: dict[str, Any]) -> Any:
   unknown = sorted(set(values) - set(known))
   if unknown:
     raise ValueError(f'task.options has unknown fields {unknown}; allowed: {known}')
+  for name, value in values.items():
+    default = getattr(task.Options, name)
+    wanted = type(default)
+    number = wanted is float and type(value) is int
+    same = number or type(value) is wanted
+    if wanted is tuple and same:
+      same = {type(x) for x in value} <= {type(x) for x in default}
+    if not same:
+      raise ValueError(f'task.options.{name}={value!r}; allowed: a {wanted.__name__} like '
+                       f'{default!r}')
   return task.Options(**values)

@@ -1,0 +1,227 @@
+"""The console command as a user starts it: in processes of its own."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+
+from ml_collections import ConfigDict
+import pytest
+import tiny
+
+from opd_jax import config
+from opd_jax.__main__ import COMMANDS
+
+EXPERIMENT = '''
+from opd_jax import config
+
+def get_config(arg=None):
+  arg = config.parse_arg(arg, size='tiny', n=1)
+  c = config.default_config()
+  c.steps = arg.n
+  return c
+'''
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """Experiment files: one run, a pipeline, one with an argument, one that cannot be imported."""
+  path = tmp_path_factory.mktemp('cli')
+  c = tiny.with_models('opd_sampled', steps=8, eval__every_steps=4)
+  tiny.write_config(path / 'one.py', c)
+  both = config.default_pipeline()
+  both.stages = ConfigDict(dict(first=tiny.config('sft'), second=tiny.config('sft')))
+  both.order = ('first', 'second')
+  both.report.methods, both.report.labels = ('second',), ('second',)
+  tiny.write_config(path / 'both.py', both)
+  (path / 'argument.py').write_text(EXPERIMENT)
+  (path / 'broken.py').write_text('import nonsense_module\n')
+  (path / 'half').mkdir()  # a directory, but no checkpoint
+  return path
+
+
+@pytest.fixture(scope='module')
+def trained(folder):
+  """A finished run with two overrides, and its process."""
+  done = tiny.opd('train', '--config', folder / 'one.py', '--workdir', 'run', '--config.steps=3',
+                  '--config.eval.every_steps=0', cwd=folder)
+  assert done.returncode == 0, done.stderr
+  return done
+
+
+class TestTrain:
+
+  def test_overrides(self, folder, trained):
+    c = json.loads((folder / 'run' / 'config.json').read_text())
+    assert (c['steps'], c['eval']['every_steps']) == (3, 0)
+    assert [r['step'] for r in tiny.rows(folder / 'run', 'train')] == [1, 2, 3]
+
+  def test_output(self, trained):
+    assert trained.stdout.endswith('done: run\n')
+    assert 'step 3/3' in trained.stdout and 'eval at step 3' in trained.stdout
+    assert trained.stderr == ''
+
+  def test_again_does_nothing(self, folder, trained):
+    before = (folder / 'run' / 'result.json').stat().st_mtime_ns
+    done = tiny.opd('train', '--config', folder / 'one.py', '--workdir', 'run', '--config.steps=3',
+                    '--config.eval.every_steps=0', cwd=folder)
+    assert done.returncode == 0 and 'step 3/3' not in done.stdout
+    assert (folder / 'run' / 'result.json').stat().st_mtime_ns == before
+
+  def test_in_the_same_directory_without_the_overrides(self, folder, trained):
+    done = tiny.opd('train', '--config', folder / 'one.py', '--workdir', 'run', cwd=folder)
+    assert_one_line(done, 'workdir=', 'steps: 3 -> 8')
+
+
+def test_evaluate_repeats_the_runs_final_evaluation(folder, trained):
+  result = json.loads((folder / 'run' / 'result.json').read_text())
+  done = tiny.opd('evaluate', '--config', folder / 'one.py', '--model', 'run/export',
+                  '--teacher', tiny.teacher(), cwd=folder)
+  assert done.returncode == 0, done.stderr
+  values = json.loads(done.stdout[done.stdout.index('{\n'):])
+  assert 0 < values['sampled_accuracy'] < 1
+  wanted = {k: v for k, v in result['after'].items() if k not in ('step', 'flops')}
+  # The export is the state, bit for bit, and the programs are the same.
+  assert values == wanted
+
+
+def assert_one_line(done, *parts):
+  """A failure that says all of `parts` in one line on stderr."""
+  assert done.returncode == 2, (done.returncode, done.stderr)
+  assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1, done.stderr
+  for part in parts:
+    assert part in done.stderr, f'{part!r} is not in {done.stderr}'
+
+
+MISTAKES = [
+    ('train --config one.py --config.stepz=3', ('stepz', "'steps'")),
+    ('train --config one.py --config.optimizer.learning_rte=3', ('learning_rte', 'learning_rate')),
+    ('train --config one.py --config.optimzer.learning_rate=3', ('optimzer', "'optimizer'")),
+    ('train --config=one.py --config.stepz=3', ('stepz', "'steps'")),
+    ('train --config one.py --config.steps=abc', ('config.steps', 'abc')),
+    ('train --config one.py --config.steps=0', ('steps=0', 'at least 1')),
+    ('train --config one.py extra', ("['extra']",)),
+    ('train --config one.py --colour=red', ('colour',)),
+    ('train', ('config',)),
+    ('train --config nowhere.py', ('nowhere.py',)),
+    ('train --config broken.py', ('nonsense_module',)),
+    ('train --config argument.py:huge=3', ("'huge'", "['n', 'size']")),
+    ('train --config argument.py:n=x', ("'n=x'", 'n takes a int')),
+    ('train --config one.py --workdir one.py/run', ('workdir=', 'one.py/run')),
+    ('evaluate --config one.py --model nowhere', ("model='nowhere'", 'a Hugging Face directory')),
+    ('evaluate --config one.py', ("model=''",)),
+    ('evaluate --config one.py --model half', ('half', 'config.json')),
+    ('evaluate --config both.py --model half', ('stage=None', "['first', 'second']")),
+    ('evaluate --config both.py --stage third --model half', ("stage='third'",)),
+    ('report --config both.py --workdir new', ('stage second of seed 0', 'new')),
+    ('report --config one.py --workdir new', ('pipeline',)),
+]
+# Runs every command line in a child of its own that has imported everything already: starting
+# Python and JAX two dozen times would take longer than all other tests here.
+FORKS = '''
+import json, os, sys
+import opd_jax.__main__, opd_jax.pipeline
+from absl import app, flags
+from ml_collections import config_flags
+for i, args in enumerate(json.load(sys.stdin)):
+  child = os.fork()
+  if not child:
+    for fd, name in ((1, f"{i}.out"), (2, f"{i}.err")):
+      os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), fd)
+    sys.argv, status = ["opd", *args], 99  # main() always exits by itself
+    try:
+      opd_jax.__main__.main()
+    except SystemExit as e:
+      status = e.code
+    except BaseException:
+      sys.excepthook(*sys.exc_info())
+      status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # without tearing down what it shares with its parent, which takes seconds
+  with open(f"{i}.status", "w") as f:
+    f.write(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+'''
+
+
+@pytest.fixture(scope='module')
+def outcomes(folder):
+  """What became of every command line in MISTAKES."""
+  lines = [args.split() for args, _ in MISTAKES]
+  subprocess.run([sys.executable, '-c', FORKS], cwd=folder, input=json.dumps(lines), text=True,
+                 check=True, capture_output=True, env=tiny.environment(), timeout=tiny.PATIENCE_S)
+  return {args: subprocess.CompletedProcess(
+      args, int((folder / f'{i}.status').read_text()), (folder / f'{i}.out').read_text(),
+      (folder / f'{i}.err').read_text()) for i, (args, _) in enumerate(MISTAKES)}
+
+
+@pytest.mark.parametrize(('args', 'parts'), MISTAKES)
+def test_mistakes_are_one_line(args, parts, outcomes):
+  assert_one_line(outcomes[args], *parts)
+
+
+def test_a_mistake_in_a_process_of_its_own(folder):
+  # One of them as a user meets it.
+  args, parts = MISTAKES[0]
+  assert_one_line(tiny.opd(*args.split(), cwd=folder), *parts)
+
+
+class TestUsage:
+
+  @pytest.mark.parametrize('args', [[], ['tarin', '--config', 'one.py']])
+  def test_no_command(self, args, folder):
+    done = tiny.opd(*args, cwd=folder)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    for command in COMMANDS:
+      assert f'opd {command} --config' in done.stderr
+    if args:
+      assert done.stderr.startswith(f"error: command 'tarin'; allowed: {list(COMMANDS)}\n")
+
+  def test_help(self, folder):
+    done = tiny.opd('--help', cwd=folder)
+    assert done.returncode == 0 and 'opd train --config' in done.stdout + done.stderr
+
+  def test_the_console_script_is_the_module(self, folder):
+    script = os.path.join(os.path.dirname(sys.executable), 'opd')
+    if not os.path.exists(script):
+      pytest.skip('the package is not installed')
+    done = subprocess.run([script, 'tarin'], cwd=folder, text=True, capture_output=True,
+                          env=tiny.environment(), timeout=tiny.PATIENCE_S)
+    assert done.returncode == 2 and "command 'tarin'" in done.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='the settings are glibc\'s')
+class TestAllocator:
+
+  # Every interpreter that starts leaves a line; the config file leaves what it sees.
+  SITE = 'import os\nopen({log!r}, "a").write(f"start {{os.getpid()}}\\n")\n'
+  CONFIG = ('import os, json\ndef get_config():\n'
+            '  seen = {{k: v for k, v in os.environ.items() if k.startswith("MALLOC_")}}\n'
+            '  open({log!r}, "a").write(json.dumps(seen) + "\\n")\n'
+            '  raise SystemExit(7)\n')
+
+  def start(self, tmp_path, **settings):
+    log = str(tmp_path / 'log')
+    (tmp_path / 'sitecustomize.py').write_text(self.SITE.format(log=log))
+    (tmp_path / 'experiment.py').write_text(self.CONFIG.format(log=log))
+    env = tiny.environment()
+    env['PYTHONPATH'] = os.pathsep.join([str(tmp_path), env['PYTHONPATH']])
+    env = {k: v for k, v in env.items() if not k.startswith('MALLOC_')} | settings
+    process = subprocess.Popen([sys.executable, '-m', 'opd_jax', 'train', '--config',
+                                'experiment.py'], cwd=tmp_path, env=env,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert process.wait(timeout=tiny.PATIENCE_S) == 7  # the arguments went through, and the status
+    *starts, seen = (tmp_path / 'log').read_text().splitlines()
+    # The process is replaced and not left waiting: signals reach the one that works.
+    assert set(starts) == {f'start {process.pid}'}
+    return len(starts), json.loads(seen)
+
+  def test_set_once(self, tmp_path):
+    starts, seen = self.start(tmp_path)
+    assert starts == 2
+    assert seen == {'MALLOC_ARENA_MAX': '1', 'MALLOC_MMAP_MAX_': '0',
+                    'MALLOC_TRIM_THRESHOLD_': '8589934592', 'MALLOC_TOP_PAD_': '268435456'}
+
+  def test_a_users_own_setting_is_left_alone(self, tmp_path):
+    assert self.start(tmp_path, MALLOC_ARENA_MAX='4') == (1, {'MALLOC_ARENA_MAX': '4'})

@@ -1,0 +1,172 @@
+"""The same loop on a 2x2 mesh of CPU devices, and what the mesh refuses."""
+
+import json
+import subprocess
+import sys
+
+import jax
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+import tiny
+
+from opd_jax import config, models, sharding, train
+
+KINDS = ('opd_sampled', 'opd_exact')
+# float32 sums in another order on four devices: about 1e-7 of relative rounding each, which six
+# updates carry on. Adam divides by the gradient's own size, so an element whose gradient is nearly
+# nothing but rounding may move by a visible part of a step; that is why parameters are compared to
+# a part of the distance that training moved them, and not to their own size.
+RELATIVE = 1e-4
+OF_THE_DISTANCE = 1e-2
+# What the child does: the loop, and a look at the state while it runs.
+CHILD = '''
+import json, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+import jax
+from opd_jax import checkpoint, params, train
+import tiny
+from ml_collections import ConfigDict
+assert len(jax.devices()) == 4
+layout = {}
+save = checkpoint.Checkpoints.save
+def spy(self, state, step, host, best):
+  tree = {'params': state.params, 'mu': state.opt_state[1][0].mu}
+  for name, x in params.flatten(tree).items():
+    layout[name] = [str(x.sharding.spec), x.sharding.num_devices,
+                    list(x.addressable_shards[0].data.shape), list(x.shape)]
+  save(self, state, step, host, best)
+checkpoint.Checkpoints.save = spy
+for name, values in json.loads(sys.stdin.read()).items():
+  c = tiny.config(name)
+  c.update(values)
+  c.task.options.operations = tuple(c.task.options.operations)
+  train.train(c, pathlib.Path(sys.argv[2]) / name)
+pathlib.Path(sys.argv[2], 'layout.json').write_text(json.dumps(layout))
+'''
+
+
+def make(kind):
+  # Two microbatches: their rows must stay spread over the devices.
+  return tiny.with_models(kind, compute__microbatch_rows=16)
+
+
+@pytest.fixture(scope='module')
+def meshed(tmp_path_factory):
+  """The folder with a run of each kind on the mesh, all by one child process."""
+  folder = tmp_path_factory.mktemp('mesh')
+  runs = {}
+  for kind in KINDS:
+    c = make(kind)
+    c.compute.mesh.fsdp, c.compute.mesh.tensor = 2, 2
+    runs[kind] = config.to_dict(c)
+  # Level 1 halves the time that four devices' programs take to compile.
+  flags = '--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1'
+  done = subprocess.run(
+      [sys.executable, '-c', CHILD, str(tiny.ROOT / 'tests'), str(folder)], text=True,
+      input=json.dumps(runs), capture_output=True, timeout=tiny.PATIENCE_S,
+      env=tiny.environment(XLA_FLAGS=flags))
+  assert done.returncode == 0, done.stderr[-4000:]
+  return folder
+
+
+@pytest.fixture(scope='module', params=KINDS)
+def pair(request, meshed, tmp_path_factory):
+  """(kind, work directory on one device, work directory on the mesh)."""
+  single = tmp_path_factory.mktemp('single')
+  train.train(make(request.param), single)
+  return request.param, single, meshed / request.param
+
+
+def test_losses_and_gradients(pair):
+  _, single, mesh = pair
+  for a, b in zip(tiny.rows(single, 'train'), tiny.rows(mesh, 'train'), strict=True):
+    assert (a['step'], a['length'], a['flops']) == (b['step'], b['length'], b['flops'])
+    for name in ('loss', 'grad_norm', 'reverse_kl', 'entropy_student', 'entropy_teacher'):
+      assert b[name] == pytest.approx(a[name], rel=RELATIVE), (a['step'], name)
+    assert b['gap_max'] < 1e-5
+
+
+def test_evaluations(pair):
+  _, single, mesh = pair
+  for a, b in zip(tiny.rows(single, 'eval'), tiny.rows(mesh, 'eval'), strict=True):
+    # The same samples: the random numbers do not depend on the layout.
+    assert a['sampled_accuracy'] == b['sampled_accuracy'] and a['length'] == b['length']
+    assert b['reverse_kl'] == pytest.approx(a['reverse_kl'], rel=RELATIVE)
+
+
+def test_final_parameters(pair):
+  kind, single, mesh = pair
+  start = train.build_lib.load_student(make(kind)).params
+  a, b = tiny.load_export(single), tiny.load_export(mesh)
+  for name, before in train.params.flatten(start).items():
+    moved = np.linalg.norm(a[name] - before)
+    assert moved > 0
+    assert np.linalg.norm(a[name] - b[name]) < OF_THE_DISTANCE * moved, name
+
+
+def test_each_function_is_compiled_once(pair):
+  _, _, mesh = pair
+  assert {r['compiles'] for r in tiny.rows(mesh, 'train')} == {3}
+
+
+def test_parameters_and_optimizer_state_are_split(meshed):
+  layout = json.loads((meshed / 'layout.json').read_text())
+  for part in ('params', 'mu'):
+    for name, spec, shape in (
+        ('embed', P('tensor', 'fsdp'), (32, 16)),
+        ('head', P('fsdp', 'tensor'), (16, 32)),
+        ('layers/q', P(None, 'fsdp', 'tensor', None), (2, 16, 1, 8)),
+        ('layers/k', P(None, 'fsdp', 'tensor', None), (2, 16, 1, 8)),
+        ('layers/down', P(None, 'tensor', 'fsdp'), (2, 32, 16))):
+      got, devices, piece, whole = layout[f'{part}/{name}']
+      assert (got, devices, tuple(piece)) == (str(spec), 4, shape), (part, name)
+      assert np.prod(whole) == 4 * np.prod(piece)
+
+
+class TestRefused:
+
+  def test_two_axes_of_an_array_on_one_mesh_axis(self):
+    with pytest.raises(ValueError, match=r"\('heads', 'mlp'\) collide .*'tensor', 'tensor'"):
+      sharding.partition_spec(('heads', 'mlp'))
+    with pytest.raises(ValueError, match='collide'):
+      sharding.partition_spec(('batch', 'embed'))  # batch is over data and fsdp, embed over fsdp
+
+  def test_unknown_logical_axis(self):
+    with pytest.raises(ValueError, match=r"\['width'\].*embed"):
+      sharding.partition_spec(('width',))
+
+  @pytest.mark.parametrize(('sizes', 'needs'), [
+      (dict(data=1, fsdp=2, tensor=3, expert=1), 6), (dict(data=1, fsdp=-1, tensor=2, expert=1), 0)])
+  def test_wrong_number_of_devices(self, sizes, needs):
+    with pytest.raises(ValueError, match=rf'needs {needs} devices, and there are 1'):
+      sharding.make_mesh(sizes)
+
+  @pytest.mark.parametrize('sizes', [dict(data=-1, fsdp=-1, tensor=1, expert=1),
+                                     dict(data=0, fsdp=1, tensor=1, expert=1),
+                                     dict(data=1, fsdp=1, tensor=-2, expert=1)])
+  def test_sizes_that_mean_nothing(self, sizes):
+    with pytest.raises(ValueError, match='allowed: sizes of at least 1, of which one may be -1'):
+      sharding.make_mesh(sizes)
+
+  @pytest.mark.parametrize(('shape', 'axis', 'parameter', 'size'), [
+      (dict(num_key_value_heads=1), 'tensor', 'layers/k', 1),
+      (dict(hidden_size=33), 'fsdp', 'embed', 33),
+      (dict(intermediate_size=63), 'tensor', 'layers/gate', 63)])
+  def test_an_axis_that_does_not_divide(self, shape, axis, parameter, size):
+    # Divisibility is arithmetic, so a mesh that this machine does not have will do.
+    mesh = jax.sharding.AbstractMesh((1, 2, 2, 1), sharding.MESH_AXES)
+    model = models.build({**tiny.SHAPE, 'vocab_size': 64, **shape})
+    with pytest.raises(ValueError, match=rf'parameter {parameter}: .*\b{size}\b.*mesh\.{axis}=2'):
+      sharding.param_shardings(model.specs, mesh)
+
+  def test_too_many_devices_asked_for_in_a_config(self, tmp_path):
+    c = tiny.config('sft', compute__mesh__tensor=3)
+    with pytest.raises(config.ConfigError, match=r"mesh=.*'tensor': 3.* there are 1"):
+      train.train(c, tmp_path)
+
+
+def test_what_is_left_goes_to_the_axis_that_asks_for_it():
+  mesh = sharding.make_mesh(dict(data=1, fsdp=-1, tensor=1, expert=1))
+  assert dict(mesh.shape) == dict(data=1, fsdp=1, tensor=1, expert=1)
+  assert sharding.row_shards(mesh) == 1

@@ -68,7 +68,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     return rest if name else argv
   except (AttributeError, KeyError):
     print(f'error: {unknown_field(argv)}', file=sys.stderr)
-  except (flags.Error, TypeError, ValueError, OSError) as e:
+  except OSError as e:
+    tried = str(e).partition('Attempted')[2] or str(e)
+    print('error: --config: ' + ' '.join(tried.split()), file=sys.stderr)
+  except (flags.Error, TypeError, ValueError, ImportError) as e:
     # What a config file itself raises arrives as a traceback in the text.
     print(f"error: {str(e).strip().rpartition('ConfigError: ')[2]}", file=sys.stderr)
   sys.exit(2)

@@ -68,8 +68,10 @@ def check_workdir(c: ConfigDict, workdir: pathlib.Path) -> None:
   mine = config_lib.to_dict(c)
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / f'.{CONFIG}.partial').write_text(json.dumps(mine, indent=2, sort_keys=True) + '\n')
     if not (workdir / CONFIG).exists():
+      partial = workdir / f'.{CONFIG}.partial'
+      partial.write_text('')  # whether it can be written shows only by writing
+      partial.unlink()
       return
     theirs = json.loads((workdir / CONFIG).read_text())
   except (OSError, json.JSONDecodeError) as e:
@@ -90,8 +92,11 @@ def claim_workdir(c: ConfigDict, workdir: pathlib.Path) -> None:
     ConfigError: see `check_workdir`.
   """
   check_workdir(c, workdir)
+  partial = workdir / f'.{CONFIG}.partial'
   try:
-    (workdir / f'.{CONFIG}.partial').rename(workdir / CONFIG)
+    if not (workdir / CONFIG).exists():
+      partial.write_text(json.dumps(config_lib.to_dict(c), indent=2, sort_keys=True) + '\n')
+      partial.rename(workdir / CONFIG)
   except OSError as e:
     raise config_lib.ConfigError(f'workdir={str(workdir)!r} cannot be used: {e}; allowed: a '
                                  'directory that can be written') from e
@@ -239,14 +244,17 @@ def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any
     ConfigError: a path that is no checkpoint directory.
   """
   for name, value in (('model', path), ('teacher', teacher_path)):
-    if (value or name == 'model') and not pathlib.Path(value).is_dir():
+    if (value or name == 'model') and not (value and pathlib.Path(value).is_dir()):
       raise config_lib.ConfigError(f'{name}={value!r}; allowed: a Hugging Face directory')
   config_lib.validate(c)
   mesh = sharding.make_mesh(c.compute.mesh.to_dict())
-  student = hf.load(path, compute_options(c))
-  teacher = hf.load(teacher_path, compute_options(c)) if teacher_path else None
-  evaluator = make_evaluator(c, student, teacher and teacher.model,
-                             load_examples(c, 'eval', c.eval.problems, student.tokenizer), mesh)
+  try:
+    student = hf.load(path, compute_options(c))
+    teacher = hf.load(teacher_path, compute_options(c)) if teacher_path else None
+    examples = load_examples(c, 'eval', c.eval.problems, student.tokenizer)
+  except (ValueError, FileNotFoundError) as e:
+    raise config_lib.ConfigError(str(e)) from e
+  evaluator = make_evaluator(c, student, teacher and teacher.model, examples, mesh)
   weights = [m and sharding.put(m.params, sharding.param_shardings(m.model.specs, mesh))
              for m in (student, teacher)]
   display = metrics.Display(path, 0, 1)

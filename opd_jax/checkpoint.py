@@ -6,29 +6,58 @@ position, the FLOPs so far, the evaluations and the config. Random keys are func
 
 from __future__ import annotations
 
+from collections.abc import Callable
+import math
 import pathlib
 import shutil
 import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from opd_jax.types import TrainState
 
 
+def checksums(tree: Any) -> jax.Array:
+  """One uint32 a leaf: sum over words of word * (2 index + 1), modulo 2^32.
+
+  Odd weights make it change with any one word. Integer sums are the same in whatever order and
+  sharding they are taken, so a state may be checked on another mesh than the one it was saved from.
+  """
+  def one(x: jax.Array) -> jax.Array:
+    width = min(x.dtype.itemsize, 4)  # a float64 becomes two words along a new axis
+    words = jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * width}')).astype(jnp.uint32)
+    index, stride = jnp.zeros(words.shape, jnp.uint32), 1
+    for axis in reversed(range(words.ndim)):
+      index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
+      stride *= words.shape[axis]
+    return jnp.sum(words * (2 * index + 1), dtype=jnp.uint32)
+
+  return jnp.stack([one(x) for x in jax.tree.leaves(tree)])
+
+
 class Checkpoints:
   """The checkpoints in one directory."""
 
-  def __init__(self, path: pathlib.Path, *, keep_latest: int, keep_best: int, best_metric: str):
-    self._path, self._best_metric = path.resolve(), best_metric
+  def __init__(self, path: pathlib.Path, *, keep_latest: int, keep_best: int, best_metric: str,
+               checksums: Callable[[Any], jax.Array] = checksums):
+    """`checksums` may be the jitted function of that name. Files that orbax reads without a
+    complaint can still hold other bits than were written."""
+    self._path, self._checksums = path.resolve(), checksums
+
+    def quality(metrics: dict[str, float]) -> float:
+      return metrics.get(best_metric, -math.inf)  # a checkpoint between two evaluations has none
+
     policies = [managers.LatestN(keep_latest)]
     if keep_best:
-      policies.append(managers.BestN(
-          get_metric_fn=lambda metrics: metrics[best_metric], n=keep_best,
-          keep_checkpoints_without_metrics=False))
+      policies.append(managers.BestN(get_metric_fn=quality, n=keep_best,
+                                     keep_checkpoints_without_metrics=False))
     self._options = ocp.CheckpointManagerOptions(
+        best_fn=quality,  # or orbax does not store the metrics, and forgets the best at a restart
         preservation_policy=managers.AnyPreservationPolicy(policies),
         # What a killed process left half-written is swept away at the next start.
         cleanup_tmp_directories=True, create=True)
@@ -56,7 +85,8 @@ class Checkpoints:
     """
     if step in self._manager.all_steps():
       return
-    self._manager.save(step, metrics=metrics, args=ocp.args.Composite(
+    host = {**host, 'checksums': np.asarray(self._checksums(state)).tolist()}
+    self._manager.save(step, metrics=metrics or {}, args=ocp.args.Composite(
         state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)))
 
   def wait(self) -> None:
@@ -85,7 +115,10 @@ class Checkpoints:
       try:
         restored = self._manager.restore(step, args=ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore()))
-        return jax.block_until_ready(restored['state']), restored['host']
+        state, host = jax.block_until_ready(restored['state']), restored['host']
+        if np.asarray(self._checksums(state)).tolist() != host.pop('checksums'):
+          raise ValueError('the state does not have the checksums it was saved with')
+        return state, host
       except Exception as e:  # tensorstore, orbax and JSON each raise their own
         self._set_aside(step, e)
     if steps:

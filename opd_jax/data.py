@@ -87,6 +87,9 @@ class Examples:
     Nobody sampled them, so the sampler's log-probs are zero: only an objective with
     importance='none' may be used.
     """
+    if self._completions is None:
+      raise ValueError("data.source='dataset' needs a split with completions; this one has columns "
+                       f'{sorted(self.rows[0])}')
     prompts = self.prompts(indices)
     room = (len(indices), self._completion_room)
     tokens = np.full(room, tokenizer_lib.pad_id(self._tokenizer), np.int32)

@@ -139,7 +139,8 @@ class Evaluator:
     out['truncation_rate'] = float(1.0 - np.asarray(rollout.ended).mean())
     shown = [{'prompt': self._task.prompt(graded[i]), 'completion': texts[i],
               'reward': float(rewards.reshape(-1)[i])}
-             for i in range(0, transcripts * s.samples_per_problem, s.samples_per_problem)]
+             for i in range(0, min(transcripts, len(self.rows)) * s.samples_per_problem,
+                            s.samples_per_problem)]
     return out, shown
 
   def compile_count(self) -> int:

@@ -23,7 +23,7 @@ def run(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   Raises:
     ConfigError: before the first stage starts, whichever stage is wrong.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = pathlib.Path(workdir).resolve()  # stages refer to each other by absolute paths
   config_lib.validate_pipeline(c)
   check_data(c)
   for seed in c.seeds:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import scipy.stats
 
+from opd_jax import config as config_lib
 from opd_jax import metrics
 
 BASE, TEACHER = 'base', 'teacher'
@@ -38,16 +39,15 @@ def reach(evals: list[dict[str, Any]], level: float) -> tuple[float, float] | No
   return None
 
 
-def spread(values: list[float | None], upper: float = math.inf) -> dict[str, Any] | None:
-  """Mean and 95 % t-interval over seeds, cut at 0 and `upper`; None unless every seed has a value.
-  (Everything reported here is at least 0.)"""
+def spread(values: list[float | None]) -> dict[str, Any] | None:
+  """Mean and 95 % t-interval over seeds; None unless every seed has a value."""
   if not values or any(v is None for v in values):
     return None
   mean = float(np.mean(values))
   out = {'mean': mean, 'values': list(map(float, values))}
   if len(values) > 1:
     half = float(scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values))
-    out |= {'low': max(mean - half, 0.0), 'high': min(mean + half, upper)}
+    out |= {'low': mean - half, 'high': mean + half}
   return out
 
 
@@ -61,7 +61,7 @@ def summarize(c: ConfigDict, results: dict[int, dict[str, dict[str, Any]]]) -> d
           steps: list[int | None]) -> dict[str, Any]:
     out: dict[str, Any] = {'label': label}
     for name in (*ACCURACIES, 'reverse_kl'):
-      out[name] = spread([e.get(name) for e in evals], 1.0 if name in ACCURACIES else math.inf)
+      out[name] = spread([e.get(name) for e in evals])
       if len(evals) == 1 and f'{name}_low' in evals[0]:
         # One seed: the interval is over problems.
         out[name] |= {end: evals[0][f'{name}_{end}'] for end in ('low', 'high')}
@@ -84,7 +84,8 @@ def summarize(c: ConfigDict, results: dict[int, dict[str, dict[str, Any]]]) -> d
   if graded and c.report.teacher not in [f'stage:{m}' for m in c.report.methods]:
     rows[TEACHER] = row('teacher', [results[s][graded[0]]['teacher'] for s in seeds], none, none)
   return {'name': c.name, 'seeds': seeds, 'levels': list(c.report.levels), 'rows': rows,
-          'reference': reference(c), 'ratios': ratios(c, rows)}
+          'reference': reference(c) if graded else None,
+          'ratios': ratios(c, rows) if graded else {}}
 
 
 def reference(c: ConfigDict) -> str | None:
@@ -104,16 +105,16 @@ def ratios(c: ConfigDict, rows: dict[str, Any]) -> dict[str, Any]:
         mine, theirs = (rows[m]['reach'][level][unit] for m in (method, ref))
         if method != ref and mine and theirs:
           out.setdefault(method, {}).setdefault(level, {})[unit] = spread(
-              [t / m for t, m in zip(theirs['values'], mine['values'], strict=True)])
+              [t / m if m else None for t, m in zip(theirs['values'], mine['values'], strict=True)])
   return out
 
 
-def _number(value: dict[str, Any] | None, form: str) -> str:
+def _number(value: dict[str, Any] | None, form: str, upper: float = math.inf) -> str:
   if value is None:
     return '–'
   text = form.format(value['mean'])
-  if 'low' in value:
-    text += f" [{form.format(value['low'])}, {form.format(value['high'])}]"
+  if 'low' in value:  # a t-interval knows no bounds; what it stands for lies in 0..upper
+    text += f" [{form.format(max(value['low'], 0))}, {form.format(min(value['high'], upper))}]"
   return text
 
 
@@ -127,8 +128,8 @@ def tables(summary: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
   many = len(summary['seeds']) > 1
   what = (f'mean and 95 % t-interval over seeds {summary["seeds"]}' if many else
           f'seed {summary["seeds"][0]}, 95 % bootstrap interval over problems')
-  rows = [[r['label'], _number(r['sampled_accuracy'], '{:.3f}'),
-           _number(r['greedy_accuracy'], '{:.3f}'), _number(r['reverse_kl'], '{:.4f}'),
+  rows = [[r['label'], _number(r['sampled_accuracy'], '{:.3f}', 1.0),
+           _number(r['greedy_accuracy'], '{:.3f}', 1.0), _number(r['reverse_kl'], '{:.4f}'),
            _number(r['steps'] and {'mean': r['steps']['mean']}, '{:.0f}'),
            _number(giga(r['flops'] and {'mean': r['flops']['mean']}), '{:.0f}')]
           for r in summary['rows'].values()]
@@ -200,8 +201,11 @@ def write(c: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
   """Prints the tables and writes report.md, report.json and curves.png into the work directory.
 
   Raises:
-    FileNotFoundError: a stage of the report has not finished; names it.
+    ConfigError: a single run's config, or a stage of the report has not finished; names it.
   """
+  if not config_lib.is_pipeline(c):
+    raise config_lib.ConfigError(f'config {c.name!r} is a single run; allowed: a pipeline, which '
+                                 'is what has a report')
   workdir = pathlib.Path(workdir)
   results: dict[int, dict[str, dict[str, Any]]] = {}
   for seed in c.seeds:
@@ -209,7 +213,7 @@ def write(c: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     for method in c.report.methods:
       file = workdir / f'seed_{seed}' / method / 'result.json'
       if not file.exists():
-        raise FileNotFoundError(f'stage {method} of seed {seed} has not finished ({file} is '
+        raise config_lib.ConfigError(f'stage {method} of seed {seed} has not finished ({file} is '
                                 'missing); run `opd train` with this config and work directory')
       results[seed][method] = json.loads(file.read_text())
   summary = summarize(c, results)

@@ -44,10 +44,13 @@ def draw(logits: Float[Array, 'B V'], key: PRNGKeyArray) -> Int[Array, 'B']:
   uniforms = jax.random.uniform(key, (2, batch), dtype=logits.dtype)
 
   def invert(weights, uniform):
+    # The first token of positive weight whose cumulative weight passes the target. Rounding may let
+    # the parallel cumulative sum fall a little on its way, hence 'first', and hence a fallback.
     cumulative = jnp.cumsum(weights, axis=-1)
-    # uniform < 1, so the target stays below the total and an index of positive weight is found.
-    target = uniform[:, None] * cumulative[:, -1:]
-    return jnp.sum(cumulative <= target, axis=-1)
+    index = jnp.broadcast_to(jnp.arange(weights.shape[-1])[None, :], weights.shape)
+    passed = cumulative > uniform[:, None] * cumulative[:, -1:]
+    first = jnp.min(jnp.where(passed & (weights > 0), index, weights.shape[-1]), axis=-1)
+    return jnp.minimum(first, jnp.max(jnp.where(weights > 0, index, 0), axis=-1))
 
   which = invert(jnp.sum(weights, axis=-1), uniforms[0])
   within = jnp.take_along_axis(weights, which[:, None, None], axis=1)[:, 0]

@@ -100,7 +100,8 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   programs, state_shape = compile_step(c, s)
   store = checkpoint.Checkpoints(
       workdir / 'checkpoints', keep_latest=c.checkpoint.keep_latest,
-      keep_best=c.checkpoint.keep_best, best_metric=c.checkpoint.best_metric)
+      keep_best=c.checkpoint.keep_best, best_metric=c.checkpoint.best_metric,
+      checksums=jax.jit(checkpoint.checksums))
   teacher_params = teacher_head = None
   if s.teacher is not None:
     teacher_params = sharding.put(

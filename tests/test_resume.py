@@ -19,7 +19,7 @@ def make():
   c = tiny.with_models('opd_sampled', steps=STEPS, eval__every_steps=4,
                        checkpoint__every_steps=EVERY, checkpoint__keep_latest=3)
   # Less than an epoch a step and more than one in all: the order of the data must survive too.
-  return tiny.override(c, data__limit=80)
+  return tiny.override(c, data__limit=40)
 
 
 @pytest.fixture(scope='module')

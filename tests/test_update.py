@@ -249,11 +249,11 @@ def _batch(dtype):
   student, teacher = (_model(wide, jnp.dtype(dtype).name) for wide in (False, True))
   params, teacher_params = sharp_params(student, 0, dtype), sharp_params(teacher, 1, dtype)
   rollout = make_rollout(PROMPTS, ROWS, prompt_width=5, room=5, dtype=dtype)
-  chosen = numpy_rows(student, params, rollout, 0.8)
+  chosen = numpy_rows(student, params, rollout, 1.0)
   tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
   behaviour = np.zeros(mask.shape)
-  for b, t in np.argwhere(mask):  # an older policy: ratios from 0.4 to 2.5, so some are clipped
-    behaviour[b, t] = chosen[b, t, tokens[b, t + 1]] + 0.4 * rng.standard_normal()
+  for b, t in np.argwhere(mask):  # an older policy: ratios from 0.6 to 1.6, so some are clipped
+    behaviour[b, t] = chosen[b, t, tokens[b, t + 1]] + 0.25 * rng.standard_normal()
   mass = -rng.rand(*mask.shape) * mask
   return Batch(student, params, teacher, teacher_params, rollout.replace(
       sampler_logprobs=jnp.asarray(behaviour, dtype), kept_logmass=jnp.asarray(mass, dtype)))
@@ -351,9 +351,50 @@ def test_loss_and_gradient_against_numpy(x64, name):
       moved = jax.tree.map(lambda p, d: p + step * d, batch.params, direction)
       return _numpy_loss(o, batch, moved, batch.params)
 
-    slope = (at(1e-5) - at(-1e-5)) / 2e-5
-    # Central differences: error 1e-10 from the third derivative, 1e-11 from rounding.
+    # Central differences along a vector of length 25: errors of 1e-9, from the third derivative as
+    # from rounding.
+    slope = (at(1e-6) - at(-1e-6)) / 2e-6
     assert _vector(grads) @ _vector(direction) == pytest.approx(slope, rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize('name', ['exact', 'sampled', 'grpo_by_sequence'])
+def test_metrics_against_numpy(x64, name):
+  o, batch = OBJECTIVES[name], _batch(jnp.float64)
+  r = jax.tree.map(np.asarray, batch.rollout.replace(
+      ended=jnp.array([True, True, False, True, True, False])))
+  inputs = _inputs(o, batch)
+  _, got = _step(batch.student, o, group_size=2)(
+      _state(batch.params), batch.rollout.replace(ended=jnp.asarray(r.ended)), *inputs[1:])
+  mine = numpy_rows(batch.student, batch.params, r, o.temperature)
+  theirs = numpy_rows(batch.teacher, batch.teacher_params, r, o.teacher_temperature)
+  places = [tuple(x) for x in np.argwhere(r.mask)]
+  chosen = np.array([mine[b, t, r.tokens[b, t + 1]] for b, t in places])
+  behaviour, mass = (np.array([x[p] for p in places]) for x in (r.sampler_logprobs, r.kept_logmass))
+
+  def entropy(rows):
+    return np.mean([-np.exp(rows[p]) @ rows[p] for p in places])
+
+  gap, ratio = np.abs(chosen - behaviour - mass), np.exp(chosen - behaviour)
+  want = {'entropy_student': entropy(mine), 'logprob': chosen.mean(), 'truncation_rate': 2 / 6,
+          'gap_mean': gap.mean(), 'gap_max': gap.max(), 'ratio_mean': ratio.mean(),
+          'ratio_max': ratio.max(), 'ratio_min': ratio.min()}
+  if o.needs_teacher:
+    graded = np.array([theirs[b, t, r.tokens[b, t + 1]] for b, t in places])
+    want |= {'entropy_teacher': entropy(theirs), 'reverse_kl': (chosen - graded).mean()}
+  if o.needs_hidden:
+    want['divergence'] = np.mean([np.exp(mine[p]) @ (mine[p] - theirs[p]) for p in places])
+  if o.importance == 'ppo_clip':
+    want['clip_rate'] = np.mean(np.abs(ratio - 1) > o.clip_epsilon)
+    assert 0 < want['clip_rate'] < 1
+  if o.reward_coef:
+    want['reward'] = REWARDS.mean()
+  for key, value in want.items():
+    # 1e-6: `truncation_rate` is float32 even where the model is float64.
+    assert float(got[key]) == pytest.approx(value, rel=1e-6), key
+  assert got['lengths'].tolist() == [len(row) for row in ROWS]
+  assert got['prompt_lengths'].tolist() == [len(row) for row in PROMPTS]
+  rest = {'loss', 'grad_norm', 'update_norm', 'lengths', 'prompt_lengths'}
+  assert set(got) == set(want) | rest
 
 
 def test_sft_loss_is_the_mean_negative_log_likelihood(x64):
@@ -363,6 +404,22 @@ def test_sft_loss_is_the_mean_negative_log_likelihood(x64):
   nll = [-rows[b, t, batch.rollout.tokens[b, t + 1]]
          for b, t in np.argwhere(np.asarray(batch.rollout.mask))]
   assert float(metrics['loss']) == pytest.approx(np.mean(nll), rel=ORACLE)
+
+
+def test_token_weights_are_detached_and_zero_where_the_mask_is():
+  batch = _batch(jnp.float32)
+  o = dataclasses.replace(SAMPLED, discount=0.5, reward_coef=0.3, likelihood_coef=0.1)
+  zeros = jnp.zeros_like(batch.rollout.mask)
+
+  def weights(teacher_logprobs, own_logprobs, rewards):
+    scores = [Scores(logprobs=x, entropy=zeros, hidden=None)
+              for x in (teacher_logprobs, own_logprobs)]
+    return update.token_weights(o, batch.rollout, *scores, rewards, 2)
+
+  inputs = (zeros - 1.0, zeros - 2.0, jnp.asarray(REWARDS, jnp.float32))
+  np.testing.assert_array_equal(np.asarray(weights(*inputs)) != 0, np.asarray(batch.rollout.mask) > 0)
+  grads = jax.grad(lambda *x: jnp.sum(weights(*x)), (0, 1, 2))(*inputs)
+  assert not any(np.any(np.asarray(g)) for g in grads)
 
 
 def test_group_advantage_against_numpy():
@@ -581,6 +638,8 @@ def test_one_pinned_step():
     (dict(teacher_temperature=-1.0), 'objective.teacher_temperature=-1.0', 'above 0'),
     (dict(clip_epsilon=0.2), 'objective.clip_epsilon=0.2', '0 without'),
     (dict(importance='ppo_clip'), 'objective.clip_epsilon=0.0', "above 0 with 'ppo_clip'"),
+    (dict(importance='ppo_clip', clip_epsilon=-0.2), 'objective.clip_epsilon=-0.2', 'above 0'),
+    (dict(reward_baseline='group_mean'), "objective.reward_baseline='group_mean'", "'none'"),
     (dict(distill_coef=0.0), 'objective.distill_coef', 'at least one other than 0'),
     (dict(route='direct'), "objective.route='direct' with objective.support='sampled'",
      "support='full'"),
@@ -588,6 +647,10 @@ def test_one_pinned_step():
      "route='direct'"),
     (dict(divergence='forward_kl'), "objective.divergence='forward_kl'", "'reverse_kl'"),
     (dict(route='direct', support='full', discount=0.5), 'objective.discount=0.5', 'allowed: 0'),
+    (dict(route='direct', support='full'), "objective.importance='ratio'", "'none'"),
+    *[({**dataclasses.asdict(SFT), name: value}, f'objective.{name}={value!r}', 'no effect')
+      for name, value in dict(route='direct', support='full', divergence='forward_kl', discount=0.5,
+                              teacher_temperature=0.7).items()],
 ])
 def test_check_objective_refuses(changes, field, allowed):
   with pytest.raises(ValueError) as error:

@@ -22,6 +22,10 @@ from orbax.checkpoint import checkpoint_managers as managers
 from opd_jax.types import TrainState
 
 
+class DamagedError(RuntimeError):
+  """None of the checkpoints of a run can be read."""
+
+
 def checksums(tree: Any) -> jax.Array:
   """One uint32 a leaf: sum over words of word * (2 index + 1), modulo 2^32.
 
@@ -48,6 +52,7 @@ class Checkpoints:
     """`checksums` may be the jitted function of that name. Files that orbax reads without a
     complaint can still hold other bits than were written."""
     self._path, self._checksums = path.resolve(), checksums
+    self._damaged = self._path.parent / 'damaged'
 
     def quality(metrics: dict[str, float]) -> float:
       return metrics.get(best_metric, -math.inf)  # a checkpoint between two evaluations has none
@@ -108,7 +113,7 @@ class Checkpoints:
       abstract: the state's shapes, dtypes and shardings.
 
     Raises:
-      RuntimeError: there are checkpoints, and all of them are damaged.
+      DamagedError: there are checkpoints, and all of them are damaged.
     """
     steps = self.steps()
     for step in reversed(steps):
@@ -121,15 +126,14 @@ class Checkpoints:
         return state, host
       except Exception as e:  # tensorstore, orbax and JSON each raise their own
         self._set_aside(step, e)
-    if steps:
-      raise RuntimeError(f'no checkpoint in {self._path} can be read; all of {steps} were moved '
-                         f"to {self._path.parent / 'damaged'}. Remove the work directory to start "
-                         'anew')
+    if self._damaged.exists():  # at later starts too: to begin anew is the user's decision
+      raise DamagedError(f'no checkpoint in {self._path} can be read; those there were are in '
+                         f'{self._damaged}. Remove the work directory to start anew')
     return None
 
   def _set_aside(self, step: int, error: Exception) -> None:
     self._manager.close()
-    target = self._path.parent / 'damaged' / str(step)
+    target = self._damaged / str(step)
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(exist_ok=True)
     shutil.move(self._path / str(step), target)

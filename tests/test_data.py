@@ -98,7 +98,8 @@ class TestGiven:
     assert rollout.ended.all()
     assert not rollout.sampler_logprobs.any() and not rollout.kept_logmass.any()
 
-  def test_needs_completions(self):
+  def test_knows_whether_there_are_completions(self):
+    assert make().has_completions and not make(completions=False).has_completions
     with pytest.raises(ValueError, match=r"data.source='dataset'.*completions.*\['answer'"):
       make(completions=False).given(np.array([0]))
 

@@ -417,7 +417,7 @@ def test_token_weights_are_detached_and_zero_where_the_mask_is():
     return update.token_weights(o, batch.rollout, *scores, rewards, 2)
 
   inputs = (zeros - 1.0, zeros - 2.0, jnp.asarray(REWARDS, jnp.float32))
-  np.testing.assert_array_equal(np.asarray(weights(*inputs)) != 0, np.asarray(batch.rollout.mask) > 0)
+  np.testing.assert_array_equal(weights(*inputs) != 0, batch.rollout.mask > 0)
   grads = jax.grad(lambda *x: jnp.sum(weights(*x)), (0, 1, 2))(*inputs)
   assert not any(np.any(np.asarray(g)) for g in grads)
 

@@ -134,6 +134,12 @@ def rows(workdir: pathlib.Path, kind: str | None = None, timing: bool = True
   return out if timing else [{k: v for k, v in r.items() if k != 'perf'} for r in out]
 
 
+def stamps(workdir: pathlib.Path) -> dict[pathlib.Path, int]:
+  """When each file of a directory was last written, hidden ones left out."""
+  return {p: p.stat().st_mtime_ns for p in workdir.rglob('*')
+          if p.is_file() and not p.name.startswith('.')}
+
+
 def checkpoint_steps(workdir: pathlib.Path) -> list[int]:
   """The steps whose checkpoint has its final name."""
   return sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit())

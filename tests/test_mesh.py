@@ -137,7 +137,8 @@ class TestRefused:
       sharding.partition_spec(('width',))
 
   @pytest.mark.parametrize(('sizes', 'needs'), [
-      (dict(data=1, fsdp=2, tensor=3, expert=1), 6), (dict(data=1, fsdp=-1, tensor=2, expert=1), 0)])
+      (dict(data=1, fsdp=2, tensor=3, expert=1), 6),
+      (dict(data=1, fsdp=-1, tensor=2, expert=1), 0)])
   def test_wrong_number_of_devices(self, sizes, needs):
     with pytest.raises(ValueError, match=rf'needs {needs} devices, and there are 1'):
       sharding.make_mesh(sizes)

@@ -56,7 +56,8 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope='module')
 def results(finished):
   """{(seed, stage): content of result.json}, read without the package."""
-  return {(seed, stage): json.loads((finished[0] / f'seed_{seed}' / stage / 'result.json').read_text())
+  return {(seed, stage): json.loads(
+      (finished[0] / f'seed_{seed}' / stage / 'result.json').read_text())
           for seed in SEEDS for stage in ORDER}
 
 
@@ -180,7 +181,8 @@ class TestReport:
     rows, key = finished[1]['rows'], str(level)
     hits = {}
     for stage in ('teacher', 'opd'):
-      for unit, x in (('steps', lambda e: e['step']), ('flops', lambda e: sum(e['flops'].values()))):
+      for unit, x in (('steps', lambda e: e['step']),
+                      ('flops', lambda e: sum(e['flops'].values()))):
         hits[stage, unit] = [
             crossing([(x(e), e['sampled_accuracy']) for e in results[s, stage]['evals']],
                      level * results[s, 'opd']['teacher']['sampled_accuracy']) for s in SEEDS]

@@ -1,0 +1,36 @@
+"""The README says what is true: its program runs, its test command is the one that CI takes."""
+
+import pathlib
+import re
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / 'README.md').read_text()
+
+
+def test_the_algorithm_runs(monkeypatch, capsys):
+  monkeypatch.chdir(ROOT)
+  program, = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+  names = {}
+  exec(program, names)  # noqa: S102, the README is ours
+  printed = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+  assert len(printed) == 3 and np.isfinite(printed).all()
+  assert int(names['state'].step) == 3
+  # The base is far from the teacher, and 64 samples of one prompt already move it.
+  assert printed[0] > 0.1
+
+
+def test_the_two_commands():
+  commands = re.findall(r'^pip install .*$', README, re.MULTILINE)
+  assert commands == ['pip install -e . && opd train --config experiments/quickstart.py',
+                      "pip install -e '.[test]' && pytest"]
+  # What CI runs is cut out of the README by this expression.
+  pattern = re.search(r"sed -n 's/\^\\\((.*?)\\\)\$", (ROOT / '.ci' / 'run').read_text())[1]
+  assert [c for c in commands if re.fullmatch(pattern, c)] == commands[1:]
+
+
+def test_every_file_that_is_named_exists():
+  for name in re.findall(r'`((?:opd_jax|experiments|tests)/[\w/.]+)', README):
+    if 'NAME' not in name and 'MODEL_TYPE' not in name and 'FILE' not in name:
+      assert (ROOT / name).exists(), name

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from opd_jax import config as config_lib
 
-ASSETS = pathlib.Path(__file__).parent / 'assets'
+ASSETS = pathlib.Path(__file__).resolve().parent / 'assets'
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

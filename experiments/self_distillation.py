@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from opd_jax import config as config_lib
 
-MODEL = str(pathlib.Path(__file__).parent / 'assets' / 'teacher')
+MODEL = str(pathlib.Path(__file__).resolve().parent / 'assets' / 'teacher')
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -81,6 +81,7 @@ def unknown_field(argv: list[str]) -> str:
   """Which --config.FIELD of the command line does not exist, and what does in its place."""
   import runpy
   words = [word for flag in argv for word in flag.split('=', 1)]
+  words = ['--config' if word == '-config' else word for word in words]
   file, _, argument = words[words.index('--config') + 1].partition(':')
   config = runpy.run_path(file)['get_config'](*filter(None, [argument]))
   for word in words:
@@ -113,6 +114,10 @@ def dispatch(command: str, argv: list[str]) -> int:
   from opd_jax import config as config_lib
   if len(argv) > 1:
     print(f'error: unexpected arguments {argv[1:]}', file=sys.stderr)
+    return 2
+  if command != 'evaluate' and (flags.FLAGS.stage or flags.FLAGS.model or flags.FLAGS.teacher):
+    print(f'error: --stage, --model and --teacher have no effect with {command!r}; allowed: with '
+          "'evaluate'", file=sys.stderr)
     return 2
   c, workdir = flags.FLAGS.config, flags.FLAGS.workdir
   workdir = pathlib.Path(workdir or pathlib.Path('runs') / c.name)

@@ -118,7 +118,11 @@ def build(c: ConfigDict) -> Setup:
                        'prompts_per_step x samples_per_prompt)')
     student = load_student(c)
     teacher = get_teacher(c, student)
+    if c.sample.top_k > student.model.config.vocab_size:
+      raise ValueError(f'sample.top_k={c.sample.top_k}; allowed: at most the vocabulary of '
+                       f'{student.model.config.vocab_size}')
     for loaded in filter(None, (student, teacher)):
+      sharding.param_shardings(loaded.model.specs, mesh)  # raises where the mesh does not fit
       longest = loaded.model.config.max_position_embeddings
       if c.data.max_prompt_tokens + c.data.max_new_tokens > longest:
         raise ValueError(
@@ -229,6 +233,11 @@ def get_teacher(c: ConfigDict, student: hf.LoadedModel) -> hf.LoadedModel | None
         f'teacher.path={c.teacher.path!r}: its vocabulary ({sizes[1]} entries) is not the '
         f"student's ({sizes[0]} entries); allowed: a teacher that maps the same strings to the "
         'same token ids')
+  ends = student.tokenizer.eos_token_id, teacher.tokenizer.eos_token_id
+  if ends[0] != ends[1]:
+    raise ValueError(f'teacher.path={c.teacher.path!r}: it ends with the token {ends[1]}, and the '
+                     f'student with {ends[0]}, so it would grade every end as a mistake; allowed: '
+                     'the same eos_token_id')
   return teacher
 
 
@@ -236,7 +245,8 @@ def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any
   """Evaluates a Hugging Face directory on a run's held-out problems, as the run would.
 
   Args:
-    c: a run's config; its task, room, sampling and evaluation settings are used.
+    c: a run's config; its task, room, sampling and evaluation settings and its seed are used. (In a
+      pipeline, stages run with the pipeline's seeds, and this evaluates with seed 0.)
     path: the model.
     teacher_path: another directory to measure the reverse KL to, or ''.
 

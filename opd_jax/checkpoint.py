@@ -7,6 +7,7 @@ position, the FLOPs so far, the evaluations and the config. Random keys are func
 from __future__ import annotations
 
 from collections.abc import Callable
+import json
 import math
 import pathlib
 import shutil
@@ -52,7 +53,6 @@ class Checkpoints:
     """`checksums` may be the jitted function of that name. Files that orbax reads without a
     complaint can still hold other bits than were written."""
     self._path, self._checksums = path.resolve(), checksums
-    self._damaged = self._path.parent / 'damaged'
 
     def quality(metrics: dict[str, float]) -> float:
       return metrics.get(best_metric, -math.inf)  # a checkpoint between two evaluations has none
@@ -69,6 +69,12 @@ class Checkpoints:
     self._open()
 
   def _open(self):
+    # Orbax reads the metrics of every checkpoint when it starts, and gives up on one bad file.
+    for file in self._path.glob('[0-9]*/metrics/metrics'):
+      try:
+        json.loads(file.read_text())
+      except ValueError as e:
+        self._move_away(int(file.parent.parent.name), e)
     self._manager = ocp.CheckpointManager(
         self._path, options=self._options,
         item_handlers={'state': ocp.StandardCheckpointHandler(),
@@ -90,7 +96,9 @@ class Checkpoints:
     """
     if step in self._manager.all_steps():
       return
-    host = {**host, 'checksums': np.asarray(self._checksums(state)).tolist()}
+    # A deep copy: orbax writes in the background while the caller goes on counting.
+    host = json.loads(json.dumps(
+        {**host, 'checksums': np.asarray(self._checksums(state)).tolist()}))
     self._manager.save(step, metrics=metrics or {}, args=ocp.args.Composite(
         state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)))
 
@@ -106,8 +114,8 @@ class Checkpoints:
   def restore_latest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest checkpoint that can be read, or None if there is none at all.
 
-    One that cannot be read is moved to `damaged/` beside the checkpoints, and said so on stderr;
-    then the one before is tried.
+    Newer ones that cannot be read are moved to `damaged/` beside the checkpoints, with a warning
+    on stderr.
 
     Args:
       abstract: the state's shapes, dtypes and shardings.
@@ -115,29 +123,42 @@ class Checkpoints:
     Raises:
       DamagedError: there are checkpoints, and all of them are damaged.
     """
-    steps = self.steps()
-    for step in reversed(steps):
+    failures: dict[int, Exception] = {}
+    for step in reversed(self.steps()):
       try:
         restored = self._manager.restore(step, args=ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore()))
         state, host = jax.block_until_ready(restored['state']), restored['host']
         if np.asarray(self._checksums(state)).tolist() != host.pop('checksums'):
           raise ValueError('the state does not have the checksums it was saved with')
-        return state, host
       except Exception as e:  # tensorstore, orbax and JSON each raise their own
-        self._set_aside(step, e)
-    if self._damaged.exists():  # at later starts too: to begin anew is the user's decision
-      raise DamagedError(f'no checkpoint in {self._path} can be read; those there were are in '
-                         f'{self._damaged}. Remove the work directory to start anew')
+        failures[step] = e
+        continue
+      # Only now is it certain that the newer ones are at fault, and not, say, a full device.
+      for newer, error in failures.items():
+        self._set_aside(newer, error)
+      return state, host
+    if failures:
+      raise DamagedError(
+          f'no checkpoint in {self._path} can be read; nothing was changed. '
+          + '; '.join(f'step {step}: {_first_line(e)}' for step, e in failures.items())
+          + '. If they are lost, remove the work directory to start anew')
     return None
 
   def _set_aside(self, step: int, error: Exception) -> None:
     self._manager.close()
-    target = self._damaged / str(step)
+    self._move_away(step, error)
+    self._open()
+
+  def _move_away(self, step: int, error: Exception) -> None:
+    target = self._path.parent / 'damaged' / str(step)
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(exist_ok=True)
     shutil.move(self._path / str(step), target)
-    first = str(error).strip().splitlines()[0][:300] if str(error).strip() else ''
-    print(f'WARNING: the checkpoint of step {step} is damaged ({type(error).__name__}: {first}); '
-          f'moved to {target}, falling back to the one before', file=sys.stderr, flush=True)
-    self._open()
+    print(f'WARNING: the checkpoint of step {step} is damaged ({_first_line(error)}); moved to '
+          f'{target}, falling back to the one before', file=sys.stderr, flush=True)
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().splitlines()
+  return f'{type(error).__name__}: {lines[0][:300] if lines else ""}'

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -196,6 +197,9 @@ def validate(c: ConfigDict, prefix: str = '') -> None:
     _check_roles(c)
     _check_sizes(c)
     _check_optimizer(c.optimizer)
+    if c.optimizer.warmup_steps >= c.steps * c.optimizer.updates_per_batch:
+      raise ConfigError(f'optimizer.warmup_steps={c.optimizer.warmup_steps}; allowed: below the '
+                        f'{c.steps * c.optimizer.updates_per_batch} gradient steps of the run')
     for part, path in (('student', c.student.path), ('teacher', c.teacher.path)):
       if path and not path.startswith(STAGE) and not pathlib.Path(path).is_dir():
         raise ConfigError(f'{part}.path={path!r} is not a directory; allowed: a Hugging Face '
@@ -229,9 +233,12 @@ def _check_optimizer(c):
     raise ConfigError(f'optimizer.name={c.name!r}; allowed: {list(optim.OPTIMIZERS)}')
   if c.schedule not in optim.SCHEDULES:
     raise ConfigError(f'optimizer.schedule={c.schedule!r}; allowed: {list(optim.SCHEDULES)}')
-  for field in ('learning_rate', 'final_learning_rate', 'weight_decay', 'clip_norm'):
-    if c[field] < 0:
-      raise ConfigError(f'optimizer.{field}={c[field]}; allowed: at least 0')
+  for field in ('learning_rate', 'final_learning_rate', 'weight_decay', 'clip_norm', 'eps'):
+    if not 0 <= c[field] < math.inf:  # NaN is neither
+      raise ConfigError(f'optimizer.{field}={c[field]}; allowed: at least 0, and finite')
+  for field in ('b1', 'b2'):
+    if not 0 <= c[field] < 1:
+      raise ConfigError(f'optimizer.{field}={c[field]}; allowed: at least 0, below 1')
   if c.schedule == 'constant' and c.final_learning_rate:
     raise ConfigError(f'optimizer.final_learning_rate={c.final_learning_rate} has no effect with '
                       "optimizer.schedule='constant'; allowed: 0")
@@ -257,6 +264,21 @@ def _check_roles(c):
   if c.data.source != 'student' and o.importance != 'none':
     raise ConfigError(f'objective.importance={o.importance!r} with data.source={c.data.source!r}: '
                       "there is no ratio to the sampler's policy; allowed: 'none'")
+  if c.data.split == 'eval':
+    raise ConfigError("data.split='eval': nobody trains on the held-out examples; allowed: another "
+                      'split of the task')
+  if c.data.source == 'dataset' and c.data.samples_per_prompt > 1:
+    raise ConfigError(f'data.samples_per_prompt={c.data.samples_per_prompt} with data.source='
+                      "'dataset': there is one completion a prompt; allowed: 1")
+  truncated = c.sample.top_p < 1 or c.sample.top_k > 0
+  if c.data.source == 'student' and o.has_policy_gradient and o.importance == 'none' and (
+      truncated or c.optimizer.updates_per_batch > 1):
+    raise ConfigError(
+        f"objective.importance='none' with sample.top_p={c.sample.top_p}, top_k={c.sample.top_k}, "
+        f'optimizer.updates_per_batch={c.optimizer.updates_per_batch}: the samples are not from '
+        "the policy that is updated; allowed: 'ratio' or 'ppo_clip'")
+  if c.log.max_sampler_gap < 0:
+    raise ConfigError(f'log.max_sampler_gap={c.log.max_sampler_gap}; allowed: at least 0')
   if c.data.source != 'student' and c.log.max_sampler_gap:
     raise ConfigError(f'log.max_sampler_gap={c.log.max_sampler_gap} has no effect with data.source='
                       f"{c.data.source!r}; allowed: 0, or data.source='student'")
@@ -305,6 +327,9 @@ def _check_sizes(c):
     raise ConfigError(f"compute.dtype={c.compute.dtype!r}; allowed: ['float32', 'bfloat16']")
   if c.compute.block not in ('auto', 'always', 'never'):
     raise ConfigError(f"compute.block={c.compute.block!r}; allowed: ['auto', 'always', 'never']")
+  if not 0 <= c.eval.stop_at_sampled_accuracy <= 1:
+    raise ConfigError(f'eval.stop_at_sampled_accuracy={c.eval.stop_at_sampled_accuracy}; allowed: '
+                      '0 to 1')
   if c.eval.stop_at_sampled_accuracy and not c.eval.every_steps:
     raise ConfigError(f'eval.stop_at_sampled_accuracy={c.eval.stop_at_sampled_accuracy} has no '
                       'effect with eval.every_steps=0; allowed: 0, or eval.every_steps above 0')
@@ -336,6 +361,9 @@ def validate_pipeline(c: ConfigDict) -> None:
         raise ConfigError(f'stages.{name}.{part}.path={path!r}; allowed: an earlier stage, one of '
                           f'{done}')
     validate(stage, f'stages.{name}.')
+    if stage.seed:
+      raise ConfigError(f'stages.{name}.seed={stage.seed} has no effect; allowed: 0, and the field '
+                        'seeds of the pipeline')
     done.append(name)
   made = c.report.teacher
   if made and not (made.startswith(STAGE) and made[len(STAGE):] in done):

@@ -34,7 +34,12 @@ class LoadedModel:
 def load(path: str | os.PathLike[str], options: dict[str, Any]) -> LoadedModel:
   """Reads a whole checkpoint directory; `options` are those of `models.build`."""
   model = models.build(read_config(path), **options)
-  return LoadedModel(model, read_params(path, model), tokenizer_lib.load(path))
+  tokenizer = tokenizer_lib.load(path)
+  highest = max(tokenizer.get_vocab().values())
+  if highest >= model.config.vocab_size:
+    raise ValueError(f'{path}: the tokenizer has the id {highest}, and vocab_size is '
+                     f'{model.config.vocab_size}')
+  return LoadedModel(model, read_params(path, model), tokenizer)
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -57,11 +57,11 @@ def check_data(c: ConfigDict) -> None:
       continue
     seen.add(key)
     path = origin.student.path
-    tokens = tokenizer.load(path) if path else tokenizer.character_tokenizer()
     try:
+      tokens = tokenizer.load(path) if path else tokenizer.character_tokenizer()
       build.load_examples(stage, stage.data.split, stage.data.limit, tokens)
       build.load_examples(stage, 'eval', stage.eval.problems, tokens)
-    except ValueError as e:
+    except (ValueError, FileNotFoundError) as e:
       raise config_lib.ConfigError(f'stages.{name}: {e}') from e
 
 

@@ -96,7 +96,8 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
   Args:
     params: of `model`.
     prompts: tokens [B, P], left-padded.
-    key: token t of row b depends on (key, t, b) only.
+    key: the draws at token t use fold_in(key, t); a row's draw does not depend on other rows'
+      content.
     model: static.
     max_new_tokens: C, the room for the completion.
     temperature, top_p, top_k: of the sampling distribution; 1.0, 1.0, 0 is the model itself.

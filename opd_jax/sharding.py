@@ -34,7 +34,7 @@ def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
     raise ValueError(f'mesh={sizes}; allowed: sizes of at least 1, of which one may be -1')
   if -1 in shape:
     known = int(np.prod([n for n in shape if n != -1]))
-    shape[shape.index(-1)] = len(devices) // known
+    shape[shape.index(-1)] = max(len(devices) // known, 1)
   if int(np.prod(shape)) != len(devices):
     raise ValueError(f'mesh={dict(zip(MESH_AXES, shape, strict=True))} needs '
                      f'{int(np.prod(shape))} devices, and there are {len(devices)}')

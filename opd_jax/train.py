@@ -229,6 +229,9 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
           raise PreemptedError(f'{c.name}: interrupted at step {step}; its checkpoint is in '
                           f'{workdir / "checkpoints"}; the same command resumes')
       result = finish(c, s, state, host, workdir)
+      if interrupted():  # during the last evaluation: do not go on to another stage
+        raise PreemptedError(f'{c.name}: interrupted after its last step, and finished; the same '
+                             'command goes on')
     finally:
       store.close()
       writer.close()

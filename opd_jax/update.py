@@ -53,14 +53,15 @@ class Objective:
       and then a division by the group's standard deviation (GRPO, Shao et al. 2024); 'none' without
       a reward.
     importance: rho = 1 with log p in its place ('none'), p_S / p_sampler ('ratio'), or PPO's
-      pessimistic clip of it ('ppo_clip').
+      pessimistic clip ('ppo_clip', against the sampler's policy before top-p and top-k).
     clip_epsilon: of 'ppo_clip'; 0 without it.
     reduction: 'token_mean' over the global batch, or 'sequence_mean' (rows weigh the same).
     student_logprobs: where log p_S in the advantage comes from: 'rescored' by the program that
       scored the teacher (self-distillation is then an exact fixed point; one more forward pass),
       or the 'sampler' (free; off by its rounding).
     temperature: of the student's distribution; the loop sets it to the sampler's.
-    teacher_temperature: of the teacher's distribution.
+    teacher_temperature: of the teacher's distribution (for a teacher equal to the student to be a
+      fixed point, the two must be equal).
   """
 
   route: str = 'policy_gradient'
@@ -125,6 +126,9 @@ def check_objective(o: Objective) -> None:
   if o.clip_epsilon < 0.0 or (o.clip_epsilon > 0.0) != (o.importance == 'ppo_clip'):
     raise ValueError(f'objective.clip_epsilon={o.clip_epsilon} with objective.importance='
                      f"{o.importance!r}; allowed: above 0 with 'ppo_clip', 0 without")
+  for name in ('distill_coef', 'reward_coef', 'likelihood_coef'):
+    if getattr(o, name) < 0.0:
+      raise ValueError(f'objective.{name}={getattr(o, name)}; allowed: at least 0')
   if not (o.distill_coef or o.reward_coef or o.likelihood_coef):
     raise ValueError('objective.distill_coef, reward_coef and likelihood_coef are all 0: there is '
                      'nothing to train towards; allowed: at least one other than 0')
@@ -253,7 +257,10 @@ def loss_fn(params: Params, rollout: Rollout, weights: Float[Array, 'B t'],
   loss = jnp.zeros((), weights.dtype)
   if o.needs_hidden:
     loss = loss + o.distill_coef * jnp.sum(weights * out['divergence'])
-  logratio = (out['logprobs'] - rollout.sampler_logprobs) * rollout.mask
+  behaviour = rollout.sampler_logprobs
+  if o.importance == 'ppo_clip':  # how far the policy has moved, not what top-p cut away
+    behaviour = behaviour + rollout.kept_logmass
+  logratio = (out['logprobs'] - behaviour) * rollout.mask
   if o.importance == 'none':
     surrogate = out['logprobs'] * advantage
   else:

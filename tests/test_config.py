@@ -269,6 +269,21 @@ class TestRoles:
       ('sft', dict(eval__problems=17), ('eval.problems=17', '16')),
       ('sft', dict(data__limit=10_000), ('data.limit=10000', '256')),
       ('sft', dict(data__max_new_tokens=60), ('max_position_embeddings', '32')),
+      ('sft', dict(data__split='eval'), ("data.split='eval'",)),
+      ('sft', dict(data__samples_per_prompt=2), ('data.samples_per_prompt=2', "'dataset'")),
+      ('sft', dict(optimizer__warmup_steps=10**6), ('optimizer.warmup_steps=1000000',)),
+      ('sft', dict(optimizer__learning_rate=float('nan')), ('optimizer.learning_rate=nan',)),
+      ('sft', dict(optimizer__b1=1.5), ('optimizer.b1=1.5',)),
+      ('sft', dict(sample__top_k=65), ('sample.top_k=65', '64')),
+      ('grpo', dict(objective__importance='none', objective__clip_epsilon=0.0, sample__top_p=0.5),
+       ("objective.importance='none'", 'sample.top_p=0.5')),
+      ('grpo', dict(objective__importance='none', objective__clip_epsilon=0.0,
+                    optimizer__updates_per_batch=2),
+       ("objective.importance='none'", 'updates_per_batch=2')),
+      ('grpo', dict(log__max_sampler_gap=-1.0), ('log.max_sampler_gap=-1.0',)),
+      ('grpo', dict(objective__reward_coef=-1.0), ('objective.reward_coef=-1.0',)),
+      ('sft', dict(eval__every_steps=1, eval__stop_at_sampled_accuracy=2.0),
+       ('eval.stop_at_sampled_accuracy=2.0',)),
   ], ids=lambda x: ','.join(f'{k}={v}' for k, v in x.items()) if isinstance(x, dict) else None)
   def test_refused(self, kind, fields, parts, tmp_path):
     c = tiny.config(kind, **fields)
@@ -429,6 +444,11 @@ class TestPipeline:
       c = self.make()
       tiny.override(c.stages.student, **{field: value})
       refused(c, f"stages.student.{field.replace('__', '.')}={value!r}", pipeline=True)
+
+  def test_the_pipeline_sets_the_seed(self):
+    c = self.make()
+    c.stages.base.seed = 7
+    refused(c, 'stages.base.seed=7', 'no effect', 'seeds', pipeline=True)
 
   def test_unknown_keys(self):
     values = self.make().to_dict()

@@ -50,7 +50,7 @@ LAYERS = (
     ('types',), ('params',), ('nn', 'lora'), ('models', 'divergences'), ('sample',), ('score',),
     ('update', 'flops'),
     ('sharding', 'optim', 'tokenizer', 'checkpoint', 'metrics'), ('hf',),
-    ('tasks', 'teachers', 'data'), ('evaluate', 'report'), ('config',), ('build',), ('train',),
+    ('tasks', 'teachers', 'data'), ('evaluate', 'config'), ('report', 'build'), ('train',),
     ('pipeline',), ('__main__',))
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PURE = [name for layer in LAYERS[:RANK['update'] + 1] for name in layer]

@@ -4,8 +4,11 @@ import json
 import os
 import shutil
 import signal
+import threading
+import time
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 
@@ -265,8 +268,87 @@ class TestKept:
     assert host == {'step': 1} and state.params['w'][0] == 1
     store.close()
 
+  def test_what_happens_after_saving_is_not_in_it(self, tmp_path, monkeypatch):
+    # The host item is written in the background while the loop goes on counting in it.
+    counted, dumps = threading.Event(), json.dumps
+
+    def slow_dumps(*args, **options):
+      if threading.current_thread() is not threading.main_thread():
+        counted.wait(timeout=10)
+      return dumps(*args, **options)
+
+    monkeypatch.setattr(json, 'dumps', slow_dumps)
+    store = checkpoint.Checkpoints(tmp_path / 'checkpoints', keep_latest=1, keep_best=0,
+                                   best_metric='accuracy')
+    host = {'step': 1, 'flops': {'student': 1.0}, 'evals': [{'step': 0}]}
+    store.save(self.state(1), 1, host, None)
+    host['flops']['student'] += 1.0
+    host['evals'].append({'step': 1})
+    counted.set()
+    store.wait()
+    _, restored = store.restore_latest(train.jax.eval_shape(lambda: self.state(1)))
+    assert restored == {'step': 1, 'flops': {'student': 1.0}, 'evals': [{'step': 0}]}
+    store.close()
+
   def test_none_at_all(self, tmp_path):
     store = checkpoint.Checkpoints(tmp_path / 'checkpoints', keep_latest=1, keep_best=0,
                                    best_metric='accuracy')
     assert store.restore_latest(train.jax.eval_shape(lambda: self.state(1))) is None
+    store.close()
+
+
+class TestHost:
+
+  def test_what_is_saved_is_what_was_true_then(self, tmp_path, monkeypatch):
+    # Orbax writes in the background, here as slowly as over a network, while the loop counts on.
+    write = ocp.JsonCheckpointHandler.async_save
+
+    async def slowly(self, *args, **options):
+      commits = await write(self, *args, **options)
+      time.sleep(0.2)
+      return commits
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, 'async_save', slowly)
+    store = checkpoint.Checkpoints(tmp_path / 'c', keep_latest=2, keep_best=0, best_metric='x')
+    state = train.TrainState(step=train.jnp.int32(1), params={}, opt_state=())
+    host = {'flops': {'student': 1.0}, 'evals': []}
+    store.save(state, 1, host, None)
+    host['flops']['student'] += 1
+    host['evals'].append('later')
+    store.wait()
+    _, saved = store.restore_latest(train.jax.eval_shape(lambda: state))
+    assert saved == {'flops': {'student': 1.0}, 'evals': []}
+    store.close()
+
+  def test_a_damaged_metrics_file_does_not_stop_the_start(self, tmp_path, capsys):
+    def open_store():
+      return checkpoint.Checkpoints(tmp_path / 'c', keep_latest=3, keep_best=1, best_metric='x')
+
+    store = open_store()
+    state = train.TrainState(step=train.jnp.int32(1), params={}, opt_state=())
+    for step in (1, 2):
+      store.save(state, step, {'step': step}, {'x': 0.5})
+    store.close()
+    (tmp_path / 'c' / '2' / 'metrics' / 'metrics').write_text('{"x": ')
+    store = open_store()
+    assert 'the checkpoint of step 2 is damaged' in capsys.readouterr().err
+    assert store.restore_latest(train.jax.eval_shape(lambda: state))[1] == {'step': 1}
+    store.close()
+
+  def test_a_failure_that_is_not_the_files_moves_nothing(self, tmp_path, monkeypatch):
+    store = checkpoint.Checkpoints(tmp_path / 'c', keep_latest=3, keep_best=0, best_metric='x')
+    state = train.TrainState(step=train.jnp.int32(1), params={}, opt_state=())
+    for step in (1, 2):
+      store.save(state, step, {'step': step}, None)
+    store.wait()
+
+    def full(*args, **options):
+      raise MemoryError('another process holds the device')
+
+    with monkeypatch.context() as patch:
+      patch.setattr(ocp.CheckpointManager, 'restore', full)
+      with pytest.raises(checkpoint.DamagedError, match='nothing was changed.*another process'):
+        store.restore_latest(train.jax.eval_shape(lambda: state))
+    assert store.steps() == [1, 2]
+    assert store.restore_latest(train.jax.eval_shape(lambda: state))[1] == {'step': 2}
     store.close()

@@ -683,8 +683,8 @@ def test_what_stands_in_masked_places_never_reaches_the_step(masked_step, seed):
   batch, (rollout, teacher, student, rewards, _), step = masked_step
   rng = np.random.RandomState(seed)
 
-  def fill(x, keep):  # other numbers wherever the mask is 0
-    other = rng.uniform(-20, 0, x.shape)
+  def fill(x, keep):  # other numbers wherever the mask is 0, of a size whose exp is infinite
+    other = rng.uniform(-200, 200, x.shape)
     return jnp.where(keep > 0, x, jnp.asarray(other, x.dtype))
 
   tokens = jnp.where(rollout.valid, rollout.tokens,

@@ -58,9 +58,14 @@ def parse(hf_config: dict[str, Any]) -> Config:
     raise ValueError(f'qwen3 config.json: layer_types={sorted(kinds)} is not implemented; '
                      "allowed: ['full_attention']")
   rope = hf_config.get('rope_parameters') or {}
-  if rope.get('rope_type', 'default') != 'default':
-    raise ValueError(f"qwen3 config.json: rope_type={rope['rope_type']!r} is not implemented; "
-                     "allowed: ['default']")
+  for name, value in rope.items():
+    if name != 'rope_theta' and not (name in ('rope_type', 'type') and value == 'default'):
+      raise ValueError(f'qwen3 config.json: rope_parameters.{name}={value!r} is not implemented; '
+                       "allowed: rope_theta, and rope_type='default'")
+  if hf_config.get('rope_theta', rope.get('rope_theta')) != rope.get(
+      'rope_theta', hf_config.get('rope_theta')):
+    raise ValueError(f"qwen3 config.json: rope_theta={hf_config['rope_theta']} and rope_parameters."
+                     f"rope_theta={rope['rope_theta']}; allowed: one value")
   # transformers 5 nests theta under rope_parameters; checkpoints written before keep it outside.
   values = {'rope_theta': rope['rope_theta']} if 'rope_theta' in rope else {}
   values = {**hf_config, **values}
@@ -68,6 +73,9 @@ def parse(hf_config: dict[str, Any]) -> Config:
   if missing:
     raise ValueError(f'qwen3 config.json lacks {missing}')
   config = Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
+  if config.head_dim % 2:
+    raise ValueError(f'qwen3 config.json: head_dim={config.head_dim}; allowed: an even number, '
+                     'since RoPE turns pairs')
   if config.num_attention_heads % config.num_key_value_heads:
     raise ValueError(
         f'qwen3 config.json: num_attention_heads={config.num_attention_heads} is not a multiple '
@@ -159,7 +167,7 @@ def forward(c: Config, dtype: jnp.dtype, remat: bool, layer_unroll: int, params:
   layer = functools.partial(_layer, c)
   if remat:
     layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.nothing_saveable)
-  x = params['embed'].astype(dtype)[tokens]
+  x = params['embed'][tokens].astype(dtype)  # in this order, or gradients add up in bf16
   rope = nn.rope_tables(positions, c.head_dim, c.rope_theta, dtype)
   length = tokens.shape[1]
   if cache is None:

@@ -1,11 +1,11 @@
 """Kill a run anywhere, start it again: the same bits as if nothing had happened."""
 
+import asyncio
 import json
 import os
 import shutil
 import signal
 import threading
-import time
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -301,14 +301,13 @@ class TestHost:
 
   def test_what_is_saved_is_what_was_true_then(self, tmp_path, monkeypatch):
     # Orbax writes in the background, here as slowly as over a network, while the loop counts on.
-    write = ocp.JsonCheckpointHandler.async_save
+    write = ocp.JsonCheckpointHandler._save_fn
 
-    async def slowly(self, *args, **options):
-      commits = await write(self, *args, **options)
-      time.sleep(0.2)
-      return commits
+    async def slowly(self, content, directory):
+      await asyncio.sleep(0.2)
+      await write(self, content, directory)
 
-    monkeypatch.setattr(ocp.JsonCheckpointHandler, 'async_save', slowly)
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, '_save_fn', slowly)
     store = checkpoint.Checkpoints(tmp_path / 'c', keep_latest=2, keep_best=0, best_metric='x')
     state = train.TrainState(step=train.jnp.int32(1), params={}, opt_state=())
     host = {'flops': {'student': 1.0}, 'evals': []}

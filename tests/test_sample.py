@@ -170,6 +170,13 @@ def test_truncate_keeps_ties_and_at_least_one_token():
   assert kept(2, 0.45) == [[0, 1, 1, 0, 0], [0, 0, 1, 0, 0]]
 
 
+def test_positions_count_from_the_first_real_token():
+  # Rotary positions would forgive a shift; learned positions, and the limit of a model, would not.
+  valid = jnp.array([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]], bool)
+  assert sample.positions_of(valid).tolist() == [
+      [0, 0, 0, 1, 2, 2], [0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 0]]
+
+
 # --- sample_fn on a scripted model ---
 
 SCRIPT_VOCAB, SCRIPT_EOS, SCRIPT_PAD = 8, 7, 0

@@ -374,9 +374,11 @@ def batch_metrics(o: Objective, on_policy: bool, rollout: Rollout, teacher: Scor
   if not on_policy:
     return out
   gap = jnp.abs(aux['logprobs'] - (rollout.sampler_logprobs + rollout.kept_logmass)) * mask
-  ratio = jnp.where(mask > 0, jnp.exp(aux['logratio']), 1.0)
+  ratio, chosen = jnp.exp(aux['logratio']), mask > 0
+  # The smallest of no ratios at all would be infinite, which JSON cannot say: then it is 1.
+  lowest = jnp.where(jnp.any(chosen), jnp.min(jnp.where(chosen, ratio, jnp.inf)), 1.0)
   out |= {'gap_mean': mean(gap), 'gap_max': jnp.max(gap), 'ratio_mean': mean(ratio),
-          'ratio_max': jnp.max(ratio), 'ratio_min': jnp.min(ratio)}
+          'ratio_max': jnp.max(jnp.where(chosen, ratio, 0.0)), 'ratio_min': lowest}
   if o.importance == 'ppo_clip':
     out['clip_rate'] = mean((jnp.abs(ratio - 1.0) > o.clip_epsilon).astype(jnp.float32))
   return out

@@ -138,7 +138,7 @@ class TestRefused:
 
   @pytest.mark.parametrize(('sizes', 'needs'), [
       (dict(data=1, fsdp=2, tensor=3, expert=1), 6),
-      (dict(data=1, fsdp=-1, tensor=2, expert=1), 0)])
+      (dict(data=1, fsdp=-1, tensor=2, expert=1), 2)])
   def test_wrong_number_of_devices(self, sizes, needs):
     with pytest.raises(ValueError, match=rf'needs {needs} devices, and there are 1'):
       sharding.make_mesh(sizes)

@@ -251,10 +251,12 @@ def _batch(dtype):
   rollout = make_rollout(PROMPTS, ROWS, prompt_width=5, room=5, dtype=dtype)
   chosen = numpy_rows(student, params, rollout, 1.0)
   tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
-  behaviour = np.zeros(mask.shape)
-  for b, t in np.argwhere(mask):  # an older policy: ratios from 0.6 to 1.6, so some are clipped
-    behaviour[b, t] = chosen[b, t, tokens[b, t + 1]] + 0.25 * rng.standard_normal()
-  mass = -rng.rand(*mask.shape) * mask
+  behaviour, mass = np.zeros(mask.shape), -rng.rand(*mask.shape) * mask
+  for b, t in np.argwhere(mask):
+    # An older policy, ratios to it from 0.6 to 1.6, so that some are clipped; and truncated, so
+    # that what the sampler reports is larger.
+    older = chosen[b, t, tokens[b, t + 1]] + 0.25 * rng.standard_normal()
+    behaviour[b, t] = older - mass[b, t]
   return Batch(student, params, teacher, teacher_params, rollout.replace(
       sampler_logprobs=jnp.asarray(behaviour, dtype), kept_logmass=jnp.asarray(mass, dtype)))
 
@@ -289,7 +291,10 @@ def _numpy_loss(o: Objective, batch: Batch, params, own_params) -> float:
         advantage += o.distill_coef * sum(
             o.discount**(k - t) * reward(k) for k in places if k >= t)
       logprob = rows[b, t, r.tokens[b, t + 1]]
-      ratio = np.exp(logprob - r.sampler_logprobs[b, t])
+      behaviour = r.sampler_logprobs[b, t]
+      if o.importance == 'ppo_clip':  # of the sampler's policy before truncation
+        behaviour += r.kept_logmass[b, t]
+      ratio = np.exp(logprob - behaviour)
       surrogate = {'none': logprob * advantage, 'ratio': ratio * advantage,
                    'ppo_clip': min(ratio * advantage, advantage * min(
                        max(ratio, 1 - o.clip_epsilon), 1 + o.clip_epsilon))}[o.importance]
@@ -374,7 +379,8 @@ def test_metrics_against_numpy(x64, name):
   def entropy(rows):
     return np.mean([-np.exp(rows[p]) @ rows[p] for p in places])
 
-  gap, ratio = np.abs(chosen - behaviour - mass), np.exp(chosen - behaviour)
+  gap = np.abs(chosen - behaviour - mass)
+  ratio = np.exp(chosen - behaviour - (mass if o.importance == 'ppo_clip' else 0))
   want = {'entropy_student': entropy(mine), 'logprob': chosen.mean(), 'truncation_rate': 2 / 6,
           'gap_mean': gap.mean(), 'gap_max': gap.max(), 'ratio_mean': ratio.mean(),
           'ratio_max': ratio.max(), 'ratio_min': ratio.min()}
@@ -443,7 +449,8 @@ def test_ppo_clip_is_pessimistic(x64, ratio, reward, value, active):
   batch = _batch(jnp.float64)
   mask = batch.rollout.mask
   chosen = _scorer(batch.student)(batch.params, batch.rollout).logprobs
-  rollout = batch.rollout.replace(sampler_logprobs=(chosen - np.log(ratio)) * mask)
+  truncated = chosen - batch.rollout.kept_logmass  # as if top-p had cut: no move of the policy
+  rollout = batch.rollout.replace(sampler_logprobs=(truncated - np.log(ratio)) * mask)
   objective = dataclasses.replace(GRPO, reward_baseline='none')
   state, metrics = _step(batch.student, objective)(
       _state(batch.params), rollout, None, None, jnp.full(len(ROWS), reward), None)
@@ -641,6 +648,9 @@ def test_one_pinned_step():
     (dict(importance='ppo_clip', clip_epsilon=-0.2), 'objective.clip_epsilon=-0.2', 'above 0'),
     (dict(reward_baseline='group_mean'), "objective.reward_baseline='group_mean'", "'none'"),
     (dict(distill_coef=0.0), 'objective.distill_coef', 'at least one other than 0'),
+    (dict(distill_coef=-1.0), 'objective.distill_coef=-1.0', 'at least 0'),
+    (dict(reward_coef=-1.0), 'objective.reward_coef=-1.0', 'at least 0'),
+    (dict(likelihood_coef=-1.0), 'objective.likelihood_coef=-1.0', 'at least 0'),
     (dict(route='direct'), "objective.route='direct' with objective.support='sampled'",
      "support='full'"),
     (dict(support='full'), "objective.route='policy_gradient' with objective.support='full'",

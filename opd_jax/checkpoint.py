@@ -70,11 +70,14 @@ class Checkpoints:
 
   def _open(self):
     # Orbax reads the metrics of every checkpoint when it starts, and gives up on one bad file.
-    for file in self._path.glob('[0-9]*/metrics/metrics'):
+    for file in self._path.glob('*/metrics/metrics'):
+      step = file.parent.parent.name
+      if not step.isdigit():  # the leftover of an interrupted save, which orbax sweeps away
+        continue
       try:
         json.loads(file.read_text())
       except ValueError as e:
-        self._move_away(int(file.parent.parent.name), e)
+        self._move_away(int(step), e)
     self._manager = ocp.CheckpointManager(
         self._path, options=self._options,
         item_handlers={'state': ocp.StandardCheckpointHandler(),

@@ -50,7 +50,6 @@ class Setup:
   evaluator: evaluate.Evaluator
   teacher_evaluator: evaluate.Evaluator | None
   optimizer: optax.GradientTransformation
-  stop_tokens: tuple[int, ...]
   pad_token: int
 
 
@@ -118,9 +117,9 @@ def build(c: ConfigDict) -> Setup:
                        'prompts_per_step x samples_per_prompt)')
     student = load_student(c)
     teacher = get_teacher(c, student)
-    if c.sample.top_k > student.model.config.vocab_size:
+    if c.sample.top_k > student.model.vocab_in_use:
       raise ValueError(f'sample.top_k={c.sample.top_k}; allowed: at most the vocabulary of '
-                       f'{student.model.config.vocab_size}')
+                       f'{student.model.vocab_in_use}')
     for loaded in filter(None, (student, teacher)):
       sharding.param_shardings(loaded.model.specs, mesh)  # raises where the mesh does not fit
       longest = loaded.model.config.max_position_embeddings
@@ -143,12 +142,12 @@ def build(c: ConfigDict) -> Setup:
     raise
   except (ValueError, FileNotFoundError, FileExistsError) as e:
     raise config_lib.ConfigError(str(e)) from e
-  stop_tokens = (student.tokenizer.eos_token_id,)
   pad_token = tokenizer.pad_id(student.tokenizer)
   evaluator = make_evaluator(c, student, teacher and teacher.model, held_out, mesh)
   teacher_evaluator = None
   if teacher is not None:  # a teacher of the student's shape is evaluated by the same programs
-    same = teacher.model.config == student.model.config
+    same = ((teacher.model.config, teacher.model.vocab_in_use)
+            == (student.model.config, student.model.vocab_in_use))
     teacher_evaluator = evaluator if same else make_evaluator(c, teacher, None, held_out, mesh)
   gradient_steps = c.steps * c.optimizer.updates_per_batch
   schedule = optim.make_schedule(
@@ -161,7 +160,7 @@ def build(c: ConfigDict) -> Setup:
                objective=config_lib.make_objective(c),
                examples=examples, evaluator=evaluator, teacher_evaluator=teacher_evaluator,
                optimizer=optimizer,
-               stop_tokens=stop_tokens, pad_token=pad_token)
+               pad_token=pad_token)
 
 
 def load_examples(c: ConfigDict, split: str, limit: int, tokens: Any) -> data.Examples:
@@ -189,8 +188,8 @@ def make_evaluator(c: ConfigDict, student: hf.LoadedModel, teacher: Model | None
   return evaluate.Evaluator(
       settings, model=student.model, teacher=teacher, task=tasks.get(c.task.name),
       examples=examples, tokenizer=student.tokenizer,
-      stop_tokens=(student.tokenizer.eos_token_id,), pad_token=tokenizer.pad_id(student.tokenizer),
-      mesh=mesh, key=fold_in(jax.random.key(c.seed), EVAL, 0))
+      stop_tokens=student.stop_tokens, pad_token=tokenizer.pad_id(student.tokenizer), mesh=mesh,
+      key=fold_in(jax.random.key(c.seed), EVAL, 0))
 
 
 def compute_options(c: ConfigDict) -> dict[str, Any]:
@@ -210,8 +209,12 @@ def load_student(c: ConfigDict) -> hf.LoadedModel:
   characters = tokenizer.character_tokenizer()
   model = models.build({**c.student.fresh.to_dict(), 'vocab_size': len(characters)},
                        **compute_options(c))
-  fresh = params.init_params(model.specs, fold_in(jax.random.key(c.seed), INIT, 0))
-  return hf.LoadedModel(model, jax.device_get(fresh), characters)
+
+  def read(dtype=jnp.float32, shardings=None):
+    fresh = params.init_params(model.specs, fold_in(jax.random.key(c.seed), INIT, 0), dtype)
+    return jax.device_get(fresh) if shardings is None else sharding.put(fresh, shardings)
+
+  return hf.LoadedModel(model, characters, (characters.eos_token_id,), read)
 
 
 def get_teacher(c: ConfigDict, student: hf.LoadedModel) -> hf.LoadedModel | None:
@@ -227,15 +230,15 @@ def get_teacher(c: ConfigDict, student: hf.LoadedModel) -> hf.LoadedModel | None
   except FileNotFoundError as e:
     raise ValueError(f'teacher.path={c.teacher.path!r}: {e}; allowed: a Hugging Face checkpoint '
                      'directory') from e
-  sizes = student.model.config.vocab_size, teacher.model.config.vocab_size
+  sizes = student.model.vocab_in_use, teacher.model.vocab_in_use
   if sizes[0] != sizes[1] or not tokenizer.same_vocabulary(student.tokenizer, teacher.tokenizer):
     raise ValueError(
         f'teacher.path={c.teacher.path!r}: its vocabulary ({sizes[1]} entries) is not the '
         f"student's ({sizes[0]} entries); allowed: a teacher that maps the same strings to the "
         'same token ids')
-  ends = student.tokenizer.eos_token_id, teacher.tokenizer.eos_token_id
+  ends = student.stop_tokens, teacher.stop_tokens
   if ends[0] != ends[1]:
-    raise ValueError(f'teacher.path={c.teacher.path!r}: it ends with the token {ends[1]}, and the '
+    raise ValueError(f'teacher.path={c.teacher.path!r}: it ends with the tokens {ends[1]}, and the '
                      f'student with {ends[0]}, so it would grade every end as a mistake; allowed: '
                      'the same eos_token_id')
   return teacher
@@ -265,7 +268,7 @@ def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any
   except (ValueError, FileNotFoundError) as e:
     raise config_lib.ConfigError(str(e)) from e
   evaluator = make_evaluator(c, student, teacher and teacher.model, examples, mesh)
-  weights = [m and sharding.put(m.params, sharding.param_shardings(m.model.specs, mesh))
+  weights = [m and m.read(shardings=sharding.param_shardings(m.model.specs, mesh))
              for m in (student, teacher)]
   display = metrics.Display(path, 0, 1)
   with jax.set_mesh(mesh):

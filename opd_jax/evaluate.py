@@ -57,9 +57,9 @@ def exact_reverse_kl(params: Params, teacher_params: Params, rollout: Rollout, *
   heads = model.head(params), teacher.head(teacher_params)
 
   def chunk(mine, theirs):
-    return {'kl': divergences.reverse_kl(
+    return {'kl': divergences.reverse_kl(*score.same_width(
         score.log_softmax(mine, heads[0], temperature),
-        score.log_softmax(theirs, heads[1], teacher_temperature))}
+        score.log_softmax(theirs, heads[1], teacher_temperature)))}
 
   kl = score.map_token_chunks(chunk, chunk_tokens, hidden, teacher_hidden)['kl']
   return jnp.sum(score.to_rows(kl, rollout), axis=1), jnp.sum(rollout.mask, axis=1)

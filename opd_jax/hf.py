@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -14,7 +16,7 @@ import numpy as np
 import safetensors
 from safetensors.flax import save_file
 
-from opd_jax import models
+from opd_jax import models, sharding
 from opd_jax import tokenizer as tokenizer_lib
 from opd_jax.params import ParamSpec, flatten, unflatten
 from opd_jax.types import Model, Params
@@ -24,22 +26,29 @@ WEIGHTS = 'model.safetensors'
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-  """What a checkpoint directory holds: a model, its parameters on the host, its tokenizer."""
+  """What a checkpoint directory holds.
+
+  Attributes:
+    model: its functions and its table.
+    tokenizer: a Hugging Face tokenizer.
+    stop_tokens: ids that end a completion.
+    read: (dtype=float32, shardings=None) -> parameters. On the host, or with shardings on devices;
+      nothing is read before, so that everything else can be checked first.
+  """
 
   model: Model
-  params: Params
   tokenizer: Any
+  stop_tokens: tuple[int, ...]
+  read: Callable[..., Params]
 
 
 def load(path: str | os.PathLike[str], options: dict[str, Any]) -> LoadedModel:
-  """Reads a whole checkpoint directory; `options` are those of `models.build`."""
-  model = models.build(read_config(path), **options)
+  """Opens a checkpoint directory; `options` are those of `models.build`."""
   tokenizer = tokenizer_lib.load(path)
-  highest = max(tokenizer.get_vocab().values())
-  if highest >= model.config.vocab_size:
-    raise ValueError(f'{path}: the tokenizer has the id {highest}, and vocab_size is '
-                     f'{model.config.vocab_size}')
-  return LoadedModel(model, read_params(path, model), tokenizer)
+  in_use = max(tokenizer.get_vocab().values()) + 1
+  model = models.build(read_config(path), vocab_in_use=in_use, **options)
+  return LoadedModel(model, tokenizer, (tokenizer.eos_token_id,),
+                     functools.partial(read_params, path, model))
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -72,7 +81,8 @@ def _to_tensors(spec: ParamSpec, array: np.ndarray) -> list[np.ndarray]:
           for a in layers]
 
 
-def read_params(path: str | os.PathLike[str], model: Model, dtype: Any = jnp.float32) -> Params:
+def read_params(path: str | os.PathLike[str], model: Model, dtype: Any = jnp.float32,
+                shardings: Any = None) -> Params:
   """Reads model.safetensors into host arrays of `dtype`.
 
   Raises:
@@ -101,10 +111,11 @@ def read_params(path: str | os.PathLike[str], model: Model, dtype: Any = jnp.flo
     if extra or missing or misshaped:
       raise ValueError(f'{file} does not match {model.family}: unmatched tensors {sorted(extra)}; '
                        f'missing tensors {missing}; mis-shaped tensors {misshaped}')
-    return unflatten({
+    params = unflatten({
         name: _to_array(spec, [np.asarray(f.get_tensor(n)) for n in _tensor_names(spec)])
               .astype(dtype)
         for name, spec in flat.items()})
+  return params if shardings is None else sharding.put(params, shardings)
 
 
 def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params, tokenizer: Any

@@ -10,10 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from opd_jax.lora import LoRA, low_rank
 
-def einsum(subscripts: str, x: Array, weight: Array) -> Array:
+
+def einsum(subscripts: str, x: Array, weight: Array | LoRA) -> Array:
   """`jnp.einsum` in the dtype of the activations. Every weight of every model passes here, so a
   new kind of weight (an adapter, a quantized matrix) is a new leaf type and one case here."""
+  if isinstance(weight, LoRA):
+    return einsum(subscripts, x, weight.base) + low_rank(subscripts, x, weight)
   return jnp.einsum(subscripts, x, weight.astype(x.dtype))
 
 
@@ -63,7 +67,8 @@ def attention(q: Float[Array, 'B S N H'], k: Float[Array, 'B K T H'], v: Float[A
   return jnp.einsum('bkgst,bkth->bskgh', weights, v).reshape(q.shape)
 
 
-def swiglu(x: Float[Array, 'B S D'], gate: Array, up: Array, down: Array) -> Float[Array, 'B S D']:
+def swiglu(x: Float[Array, 'B S D'], gate: Array | LoRA, up: Array | LoRA,
+           down: Array | LoRA) -> Float[Array, 'B S D']:
   """(silu(x gate) * (x up)) down (Shazeer 2020)."""
   hidden = jax.nn.silu(einsum('bsd,df->bsf', x, gate)) * einsum('bsd,df->bsf', x, up)
   return einsum('bsf,fd->bsd', hidden, down)

@@ -114,14 +114,11 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
   def is_stop(tokens):
     return jnp.isin(tokens, jnp.array(stop_tokens, jnp.int32))
 
-  def logits_of(hidden):
-    return jnp.einsum('bd,dv->bv', hidden, head.astype(hidden.dtype))
-
   prompt_sizes = jnp.sum(prompts.valid.astype(jnp.int32), axis=-1)
   hidden, cache = model.forward(
       params, prompts.tokens, positions_of(prompts.valid), prompts.valid,
       model.init_cache(batch, prompt_length + room))
-  token, logprob, mass = choose(logits_of(hidden[:, -1]), jax.random.fold_in(key, 0), **knobs)
+  token, logprob, mass = choose(head.logits(hidden[:, -1]), jax.random.fold_in(key, 0), **knobs)
 
   def fill(first, value):
     return jnp.full((batch, room), value, first.dtype).at[:, 0].set(first)
@@ -135,7 +132,7 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
     step, token, done, cache, out = carry
     hidden, cache = model.forward(decode_params, token[:, None], (prompt_sizes + step - 1)[:, None],
                                   ~done[:, None], cache)
-    token, logprob, mass = choose(logits_of(hidden[:, 0]), jax.random.fold_in(key, step), **knobs)
+    token, logprob, mass = choose(head.logits(hidden[:, 0]), jax.random.fold_in(key, step), **knobs)
     token = jnp.where(done, pad_token, token)
     new = dict(tokens=token, alive=~done, logprobs=jnp.where(done, 0, logprob),
                mass=jnp.where(done, 0, mass))

@@ -14,15 +14,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from opd_jax.sample import positions_of
-from opd_jax.types import Model, Params, Rollout, Scores
+from opd_jax.types import Head, Model, Params, Rollout, Scores
 
 
-def log_softmax(hidden: Float[Array, 'n D'], head: Float[Array, 'D V'], temperature: float
+def log_softmax(hidden: Float[Array, 'n D'], head: Head, temperature: float
                 ) -> Float[Array, 'n V']:
-  """log softmax(hidden head / temperature), in float32 at least."""
-  logits = jnp.einsum('nd,dv->nv', hidden, head.astype(hidden.dtype))
-  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-  return jax.nn.log_softmax(logits / temperature, axis=-1)
+  """log softmax(head(hidden) / temperature), in float32 at least."""
+  return jax.nn.log_softmax(head.logits(hidden) / temperature, axis=-1)
+
+
+def same_width(a: Float[Array, 'n V'], b: Float[Array, 'n W']
+               ) -> tuple[Float[Array, 'n U'], Float[Array, 'n U']]:
+  """Log-probs of two models over one vocabulary that is padded to different widths.
+
+  The narrower has every token; what the wider has beyond it has probability zero (`Head`).
+  """
+  width = min(a.shape[1], b.shape[1])
+  return a[:, :width], b[:, :width]
 
 
 def entropy_of(logprobs: Float[Array, 'n V']) -> Float[Array, 'n']:

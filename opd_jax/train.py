@@ -104,13 +104,13 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
       checksums=jax.jit(checkpoint.checksums))
   teacher_params = teacher_head = None
   if s.teacher is not None:
-    teacher_params = sharding.put(
-        s.teacher.params, sharding.param_shardings(s.teacher.model.specs, s.mesh))
+    teacher_params = s.teacher.read(
+        shardings=sharding.param_shardings(s.teacher.model.specs, s.mesh))
     teacher_head = s.teacher.model.head(teacher_params) if s.objective.needs_hidden else None
   restored = store.restore_latest(state_shape)
   if restored is None:
-    state = programs.init(sharding.put(
-        s.student.params, sharding.param_shardings(s.student.model.specs, s.mesh)))
+    state = programs.init(s.student.read(
+        shardings=sharding.param_shardings(s.student.model.specs, s.mesh)))
     host = {'step': 0, 'flops': {'student': 0.0, 'sampling': 0.0, 'teacher': 0.0},
             'evals': [], 'config': config_lib.to_dict(c)}
   else:
@@ -262,7 +262,7 @@ def compile_step(c: ConfigDict, s: Setup) -> tuple[Programs, TrainState]:
   sample_fn = jax.jit(functools.partial(
       sample.sample_fn, model=sampler, max_new_tokens=c.data.max_new_tokens,
       temperature=c.sample.temperature, top_p=c.sample.top_p, top_k=c.sample.top_k,
-      stop_tokens=s.stop_tokens, pad_token=s.pad_token), out_shardings=rows)
+      stop_tokens=s.student.stop_tokens, pad_token=s.pad_token), out_shardings=rows)
   batching = dict(chunk_tokens=c.compute.chunk_tokens, microbatch_rows=c.compute.microbatch_rows)
 
   def scorer(m: Model, temperature: float):
@@ -275,6 +275,7 @@ def compile_step(c: ConfigDict, s: Setup) -> tuple[Programs, TrainState]:
     # A teacher of the student's own shape is graded by the very same program: then log p_T - log
     # p_S is exactly zero for a teacher equal to the student, and so is the policy gradient.
     same = (s.teacher.model.config == model.config
+            and s.teacher.model.vocab_in_use == model.vocab_in_use
             and s.objective.teacher_temperature == s.objective.temperature)
     if not same:
       score_teacher = scorer(s.teacher.model, s.objective.teacher_temperature)

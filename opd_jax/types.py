@@ -24,8 +24,11 @@ from typing import Any
 
 from flax import struct
 import jax
+import jax.numpy as jnp
 
 Params = Any  # nested dicts of arrays
+
+UNUSED_LOGIT = -1e30  # exp is 0; finite, so that 0 * log 0 is 0 and not NaN
 
 
 @struct.dataclass
@@ -72,6 +75,33 @@ class TrainState:
   opt_state: Any
 
 
+@struct.dataclass
+class Head:
+  """From final hidden states to logits, softcap * tanh(h W / softcap).
+
+  A checkpoint's vocabulary is often padded to a round size: rows that no token has. Their logits
+  are `UNUSED_LOGIT`, so they have probability zero and no gradient.
+  """
+
+  matrix: jax.Array | None  # [D, V]; None where a model's hidden states are its logits already
+  vocab_in_use: int = struct.field(pytree_node=False)  # ids below this are tokens
+  softcap: float = struct.field(pytree_node=False, default=0.0)  # Gemma 2 (2408.00118); 0: none
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """[..., D] to [..., V]: a product in the dtype of `hidden`, summed in float32 at least."""
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    logits = hidden.astype(wide)
+    if self.matrix is not None:
+      logits = jnp.einsum('...d,dv->...v', hidden, self.matrix.astype(hidden.dtype),
+                          preferred_element_type=wide)
+    if self.softcap:
+      logits = self.softcap * jnp.tanh(logits / self.softcap)
+    if self.vocab_in_use < logits.shape[-1]:
+      token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+      logits = jnp.where(token < self.vocab_in_use, logits, UNUSED_LOGIT)
+    return logits
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
   """A causal language model as three pure functions and a table.
@@ -79,10 +109,11 @@ class Model:
   Attributes:
     family: the Hugging Face `model_type`, which is also the name of the file in `models/`.
     config: the family's frozen configuration; `config.vocab_size` is V.
+    vocab_in_use: ids below this are tokens, the rest is padding of the vocabulary.
     specs: nested dict of `params.ParamSpec`, the one table of shapes, axes, init and file names.
     forward: (params, tokens [B,S], positions [B,S], valid [B,S], cache | None)
       -> (hidden [B,S,D], cache | None).
-    head: (params) -> output matrix [D, V].
+    head: (params) -> `Head`.
     init_cache: (batch, length) -> an empty key/value cache with `length` slots.
     unstack: (params) -> the same parameters with the layers as a tuple, for unrolled decoding.
     to_hf: () -> the dict of a Hugging Face config.json.
@@ -90,9 +121,10 @@ class Model:
 
   family: str
   config: Any
+  vocab_in_use: int
   specs: dict[str, Any]
   forward: Callable[..., tuple[jax.Array, Any]]
-  head: Callable[[Params], jax.Array]
+  head: Callable[[Params], Head]
   init_cache: Callable[[int, int], Any]
   unstack: Callable[[Params], Params]
   to_hf: Callable[[], dict[str, Any]]

@@ -17,7 +17,6 @@ per token.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -25,9 +24,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import optax
 
-from opd_jax import divergences
+from opd_jax import divergences, lora
 from opd_jax import score as score_lib
-from opd_jax.types import Model, Params, Rollout, Scores, TrainState
+from opd_jax.types import Head, Model, Params, Rollout, Scores, TrainState
 
 ROUTES = ('policy_gradient', 'direct')
 SUPPORTS = ('sampled', 'full')
@@ -226,7 +225,7 @@ def token_weights(o: Objective, rollout: Rollout, teacher: Scores | None, studen
 
 def loss_fn(params: Params, rollout: Rollout, weights: Float[Array, 'B t'],
             advantage: Float[Array, 'B t'], teacher_hidden: Float[Array, 'B C E'] | None,
-            teacher_head: Float[Array, 'E V'] | None, *, model: Model, objective: Objective,
+            teacher_head: Head | None, *, model: Model, objective: Objective,
             chunk_tokens: int) -> tuple[Array, dict[str, Float[Array, 'B t']]]:
   """The loss of some rows (its sum over microbatches is the loss of the batch), and per-token
   arrays [B, T-1] for the metrics."""
@@ -242,7 +241,7 @@ def loss_fn(params: Params, rollout: Rollout, weights: Float[Array, 'B t'],
     if teacher_hidden is not None:
       teacher = jax.lax.stop_gradient(
           score_lib.log_softmax(teacher_hidden, teacher_head, o.teacher_temperature))
-      out['divergence'] = divergence(logprobs, teacher)
+      out['divergence'] = divergence(*score_lib.same_width(logprobs, teacher))
       out['teacher_logprobs'] = score_lib.pick(teacher, targets)
       out['teacher_entropy'] = score_lib.entropy_of(teacher)
     return out
@@ -275,9 +274,10 @@ def loss_fn(params: Params, rollout: Rollout, weights: Float[Array, 'B t'],
 
 
 def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, student: Scores | None,
-              rewards: Float[Array, 'B'] | None, teacher_head: Float[Array, 'E V'] | None, *,
-              model: Model, optimizer: optax.GradientTransformation, objective: Objective,
-              group_size: int, on_policy: bool, chunk_tokens: int, microbatch_rows: int
+              rewards: Float[Array, 'B'] | None, teacher_head: Head | None,
+              frozen: lora.Frozen | None = None, *, model: Model,
+              optimizer: optax.GradientTransformation, objective: Objective, group_size: int,
+              on_policy: bool, chunk_tokens: int, microbatch_rows: int
               ) -> tuple[TrainState, dict[str, Array]]:
   """One gradient step on `objective`, accumulated over microbatches.
 
@@ -288,7 +288,9 @@ def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, stude
     student: log p_S by the teacher's own scoring program; None unless
       `objective.needs_student_scores`.
     rewards: verifier rewards; None unless `objective.reward_coef`.
-    teacher_head: [D_teacher, V], with the hidden states.
+    teacher_head: with the hidden states.
+    frozen: what `state.params` are adapters on; None where the state holds the whole model. Not
+      donated.
     model, optimizer, objective: static.
     group_size: samples per prompt.
     on_policy: the student itself wrote the rows, so that comparing it with the sampler means
@@ -303,23 +305,26 @@ def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, stude
   weights = reduction_weights(rollout.mask, objective.reduction)
   advantage = token_weights(objective, rollout, teacher, student, rewards, group_size)
   hidden = teacher.hidden if objective.needs_hidden else None
-  grad_fn = jax.value_and_grad(
-      functools.partial(loss_fn, model=model, objective=objective, chunk_tokens=chunk_tokens),
-      has_aux=True)
+
+  def loss(trained, *rows):
+    return loss_fn(lora.join(frozen, trained), *rows, model=model, objective=objective,
+                   chunk_tokens=chunk_tokens)
+
+  grad_fn = jax.value_and_grad(loss, has_aux=True)
 
   def accumulate(carry, rows):
-    (loss, aux), grads = grad_fn(state.params, *rows, teacher_head)
-    return jax.tree.map(jnp.add, carry, (loss, grads)), aux
+    (value, aux), grads = grad_fn(state.params, *rows, teacher_head)
+    return jax.tree.map(jnp.add, carry, (value, grads)), aux
 
   split = score_lib.split_rows((rollout, weights, advantage, hidden), microbatch_rows)
   zeros = (jnp.zeros((), weights.dtype), jax.tree.map(jnp.zeros_like, state.params))
-  (loss, grads), aux = jax.lax.scan(accumulate, zeros, split)
+  (total, grads), aux = jax.lax.scan(accumulate, zeros, split)
   aux = score_lib.join_rows(aux)
 
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics = batch_metrics(objective, on_policy, rollout, teacher, aux)
-  metrics |= {'loss': loss, 'grad_norm': optax.tree.norm(grads),
+  metrics |= {'loss': total, 'grad_norm': optax.tree.norm(grads),
               'update_norm': optax.tree.norm(updates)}
   if rewards is not None:
     metrics['reward'] = jnp.mean(rewards)
@@ -327,7 +332,7 @@ def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, stude
 
 
 def reverse_kl_update(state: TrainState, rollout: Rollout, teacher: Scores, student: Scores | None,
-                      teacher_head: Float[Array, 'E V'] | None = None, *, exact: bool,
+                      teacher_head: Head | None = None, *, exact: bool,
                       **settings: Any) -> tuple[TrainState, dict[str, Array]]:
   """The paper's step: per-token reverse KL on the student's own samples.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ import pytest
 import tiny
 
 from opd_jax import build, evaluate, hf, sample, score, sharding
+from opd_jax.types import Model, Params
 
 UNTIMED = settings(deadline=None, derandomize=True)  # the machine is shared; failures must repeat
 
@@ -69,10 +71,20 @@ class TestInterval:
     assert evaluate.interval(np.zeros(1)) == (0.0, 0.0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """`hf.LoadedModel` with its parameters read."""
+
+  model: Model
+  tokenizer: Any
+  stop_tokens: tuple[int, ...]
+  params: Params
+
+
 @pytest.fixture(scope='module')
 def models():
   loaded = [hf.load(path, {}) for path in (tiny.student(), tiny.teacher())]
-  return [dataclasses.replace(m, params=jax.device_put(m.params)) for m in loaded]
+  return [Loaded(m.model, m.tokenizer, m.stop_tokens, jax.device_put(m.read())) for m in loaded]
 
 
 @pytest.fixture(scope='module')
@@ -116,7 +128,8 @@ class TestEvaluator:
     for m in models:
       positions = sample.positions_of(rollout.valid)
       hidden, _ = m.model.forward(m.params, rollout.tokens, positions, rollout.valid, None)
-      logprobs.append(np.asarray(jax.nn.log_softmax(hidden @ m.model.head(m.params)), np.float64))
+      logits = m.model.head(m.params).logits(hidden)
+      logprobs.append(np.asarray(jax.nn.log_softmax(logits), np.float64))
     kl = (np.exp(logprobs[0]) * (logprobs[0] - logprobs[1])).sum(-1)[:, :-1]
     mask = np.asarray(rollout.mask)
     assert values['reverse_kl'] == pytest.approx((kl * mask).sum() / mask.sum(), rel=1e-4)
@@ -126,7 +139,7 @@ class TestEvaluator:
     student = models[0]
     rollout = evaluator._greedy(student.params, evaluator._greedy_prompts, evaluator._key)
     hidden = score.completion_hidden(student.model, student.params, rollout)
-    best = np.asarray(jnp.argmax(hidden @ student.model.head(student.params), axis=-1))
+    best = np.asarray(jnp.argmax(student.model.head(student.params).logits(hidden), axis=-1))
     alive = np.asarray(rollout.valid)[:, rollout.prompt_length:]
     assert (best == np.asarray(rollout.completion_targets))[alive].all()
 

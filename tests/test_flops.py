@@ -26,7 +26,7 @@ def test_forward_flops_against_xla(tied, length):
   def logits(p, tokens):
     positions = jnp.broadcast_to(jnp.arange(length)[None], tokens.shape)
     hidden, _ = model.forward(p, tokens, positions, jnp.ones(tokens.shape, bool), None)
-    return hidden @ model.head(p)
+    return model.head(p).logits(hidden)
 
   counted = jax.jit(logits).lower(weights, tokens).cost_analysis()['flops']
   ours = flops.forward_flops(model, np.full(batch, length))

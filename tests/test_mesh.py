@@ -97,7 +97,7 @@ def test_evaluations(pair):
 
 def test_final_parameters(pair):
   kind, single, mesh = pair
-  start = train.build_lib.load_student(make(kind)).params
+  start = train.build_lib.load_student(make(kind)).read()
   a, b = tiny.load_export(single), tiny.load_export(mesh)
   for name, before in train.params.flatten(start).items():
     moved = np.linalg.norm(a[name] - before)

@@ -40,7 +40,7 @@ def _error(got, want, valid):
 def _logits(model, params, tokens, valid):
   def run(params, tokens, valid):
     hidden, _ = model.forward(params, tokens, sample.positions_of(valid), valid, None)
-    return hidden @ model.head(params)
+    return model.head(params).logits(hidden)
 
   return quick_jit(run)(params, jnp.asarray(tokens), jnp.asarray(valid))
 
@@ -53,7 +53,7 @@ def _cached_logits(model, params, tokens, valid, prefill):
     for start, end in [(0, prefill), *((i, i + 1) for i in range(prefill, tokens.shape[1]))]:
       hidden, cache = model.forward(params, tokens[:, start:end], positions[:, start:end],
                                     valid[:, start:end], cache)
-      out.append(hidden @ model.head(params))
+      out.append(model.head(params).logits(hidden))
     return jnp.concatenate(out, axis=1)
 
   return quick_jit(run)(params, jnp.asarray(tokens), jnp.asarray(valid))

@@ -15,7 +15,7 @@ import pytest
 import scipy.stats
 
 from opd_jax import sample, score
-from opd_jax.types import Model
+from opd_jax.types import Head, Model
 
 # Keys are fixed, so a chi-square test gives the same p-value every time. A right sampler fails a
 # threshold of 1e-3 for one key in a thousand (then choose another key); a wrong probability of a
@@ -207,8 +207,9 @@ def _scripted(on_forward=lambda: None, logits=None) -> Model:
     jax.debug.callback(on_forward)
     return jnp.asarray(table)[tokens], cache
 
-  return Model(family='scripted', config=types.SimpleNamespace(vocab_size=SCRIPT_VOCAB), specs={},
-               forward=forward, head=lambda params: jnp.eye(SCRIPT_VOCAB),
+  return Model(family='scripted', config=types.SimpleNamespace(vocab_size=SCRIPT_VOCAB),
+               vocab_in_use=SCRIPT_VOCAB, specs={}, forward=forward,
+               head=lambda params: Head(None, SCRIPT_VOCAB),
                init_cache=lambda batch, length: {}, unstack=lambda params: params, to_hf=dict)
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from opd_jax import models, score, update
 from opd_jax import params as params_lib
+from opd_jax.types import Head
 
 # A shift by one, wrong padding or another position would show at every length used here.
 PROMPTS = [[5, 9, 11, 2], [7], [3, 3, 8], [1, 2, 30, 41], [17, 9], [20]]
@@ -62,7 +63,7 @@ def test_hidden_states_stand_where_they_predict_the_completion(tiny_model, rollo
   scores = _scorer(model, want_hidden=True)(params, rollout)
   assert scores.logprobs is None and scores.entropy is None
   assert scores.hidden.shape == (len(PROMPTS), ROOM, model.config.hidden_size)
-  logits = np.asarray(scores.hidden) @ np.asarray(model.head(params))
+  logits = np.asarray(scores.hidden) @ np.asarray(model.head(params).matrix)
   for b, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
     want = numpy_logits(model, params, prompt + completion)
     for c in range(len(completion)):  # completion token c is predicted from all before it
@@ -104,7 +105,7 @@ def test_chunked_gradients_equal_dense_gradients(tiny_model):
 
   grads = [quick_jit(jax.grad(functools.partial(loss, chunk_tokens=n), (0, 1)))(
       hidden, model.head(params)) for n in (4, 15)]
-  for a, b in zip(*grads, strict=True):
+  for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # sums of 15 terms of order 100
 
 
@@ -116,7 +117,7 @@ def test_bfloat16_logits_are_accumulated_and_kept_in_float32():
   head = jnp.asarray(rng.standard_normal((64, 100)) / 8, jnp.float32)
   exact = np.asarray(hidden, np.float64) @ np.asarray(head.astype(jnp.bfloat16), np.float64)
   want = numpy_log_softmax(exact / 0.7)
-  got = jax.jit(score.log_softmax, static_argnums=2)(hidden, head, 0.7)
+  got = jax.jit(score.log_softmax, static_argnums=2)(hidden, Head(head, 100), 0.7)
   assert got.dtype == jnp.float32
   np.testing.assert_allclose(got, want, atol=1e-4)  # float32 sums of 64 terms, logits of order 20
 
@@ -166,7 +167,7 @@ def test_the_loss_never_holds_the_logits_of_the_batch(wide, objective):
   model, params, rollout = wide
   teacher = (None, None)
   if objective.needs_hidden:
-    teacher = (jnp.zeros((ROWS, LONG, 16)), jnp.zeros((16, VOCAB)))
+    teacher = (jnp.zeros((ROWS, LONG, 16)), Head(jnp.zeros((16, VOCAB)), VOCAB))
 
   def used(chunk_tokens):
     grad = jax.jit(jax.grad(functools.partial(

@@ -170,7 +170,7 @@ def test_export_is_the_final_state(kind):
   c, workdir, _ = finished(kind)
   saved = tiny.read_checkpoint(workdir, c.steps)
   exported = tiny.load_export(workdir)
-  start = params.flatten(build.load_student(c).params)
+  start = params.flatten(build.load_student(c).read())
   assert exported.keys() == start.keys()
   for name, array in exported.items():
     key = '[\'params\']' + ''.join(f"['{part}']" for part in name.split('/'))
@@ -237,7 +237,7 @@ def test_learning_rate_schedule_covers_the_gradient_steps(tmp_path, monkeypatch)
 def test_self_distillation_leaves_every_bit_where_it_was(tmp_path):
   c = tiny.with_models('opd_sampled', teacher__kind='initial_student', teacher__path='')
   result = train.train(c, tmp_path)
-  start, end = params.flatten(build.load_student(c).params), tiny.load_export(tmp_path)
+  start, end = params.flatten(build.load_student(c).read()), tiny.load_export(tmp_path)
   assert start.keys() == end.keys()
   for name in start:
     assert start[name].tobytes() == end[name].tobytes(), name

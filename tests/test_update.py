@@ -25,7 +25,7 @@ import pytest
 
 from opd_jax import models, optim, sample, score, update
 from opd_jax import params as params_lib
-from opd_jax.types import Model, Rollout, Scores, TrainState
+from opd_jax.types import Head, Model, Rollout, Scores, TrainState
 from opd_jax.update import Objective
 
 SGD = optax.sgd(1.0)  # the step it takes is the gradient
@@ -108,7 +108,7 @@ class Enumeration:
     valid = self.rollout.valid
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
     hidden, _ = model.forward(params, self.rollout.tokens, positions, valid, None)
-    logits = hidden[:, :-1] @ model.head(params)
+    logits = model.head(params).logits(hidden[:, :-1])
     return jax.nn.log_softmax(logits / temperature, axis=-1)
 
   def chosen(self, logprobs):
@@ -720,8 +720,9 @@ def _context_free(vocab, width):
     hidden = jnp.broadcast_to(params['hidden'][None, None], (*tokens.shape, width))
     return hidden, cache
 
-  return Model(family='context_free', config=None, specs={}, forward=forward,
-               head=lambda params: params['head'], init_cache=None, unstack=None, to_hf=dict)
+  return Model(family='context_free', config=None, vocab_in_use=vocab, specs={}, forward=forward,
+               head=lambda params: Head(params['head'], vocab), init_cache=None, unstack=None,
+               to_hf=dict)
 
 
 @pytest.fixture(scope='module')

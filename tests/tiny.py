@@ -168,7 +168,7 @@ def assert_same_bits(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 def load_export(workdir: pathlib.Path) -> dict[str, np.ndarray]:
   """The parameters of a run's final model by path."""
-  return params.flatten(hf.load(workdir / train.EXPORT, {}).params)
+  return params.flatten(hf.load(workdir / train.EXPORT, {}).read())
 
 
 def write_config(path: pathlib.Path, c: ConfigDict) -> pathlib.Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pathlib
 from typing import Any
@@ -14,17 +15,27 @@ def families() -> list[str]:
   return sorted(p.stem for p in pathlib.Path(__file__).parent.glob('*.py') if p.stem[0] != '_')
 
 
-def build(hf_config: dict[str, Any], **options: Any) -> Model:
+def build(hf_config: dict[str, Any], *, vocab_in_use: int | None = None, **options: Any) -> Model:
   """The model that a Hugging Face config.json describes.
 
   Args:
     hf_config: the content of config.json; `model_type` picks the file.
+    vocab_in_use: how many ids the tokenizer knows; by default all of `vocab_size`.
     **options: how to compute, the same for every family: `dtype`, `remat`, `layer_unroll`.
 
   Raises:
-    ValueError: unknown `model_type`, or a field that the family does not implement.
+    ValueError: unknown `model_type`, a field that the family does not implement, or more ids in use
+      than the vocabulary has.
   """
   family = hf_config.get('model_type')
   if family not in families():
     raise ValueError(f'model_type {family!r} is not implemented; there are: {families()}')
-  return importlib.import_module(f'opd_jax.models.{family}').build(hf_config, **options)
+  model = importlib.import_module(f'opd_jax.models.{family}').build(hf_config, **options)
+  if vocab_in_use is None:
+    return model
+  if not 0 < vocab_in_use <= model.config.vocab_size:
+    raise ValueError(f'the tokenizer has the id {vocab_in_use - 1}, and vocab_size is '
+                     f'{model.config.vocab_size}')
+  return dataclasses.replace(
+      model, vocab_in_use=vocab_in_use,
+      head=lambda params: model.head(params).replace(vocab_in_use=vocab_in_use))

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax import nn
 from opd_jax.params import ParamSpec
-from opd_jax.types import Model, Params
+from opd_jax.types import Head, Model, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +213,8 @@ def build(hf_config: dict[str, Any], *, dtype: Any = jnp.float32, remat: bool = 
   c, dtype = parse(hf_config), jnp.dtype(dtype)
 
   def head(params):
-    return params['embed'].T if c.tie_word_embeddings else params['head']
+    matrix = params['embed'].T if c.tie_word_embeddings else params['head']
+    return Head(matrix, c.vocab_size)
 
   def init_cache(batch, length):
     shape = (batch, c.num_key_value_heads, length, c.head_dim)
@@ -226,7 +227,7 @@ def build(hf_config: dict[str, Any], *, dtype: Any = jnp.float32, remat: bool = 
                    for i in range(c.num_hidden_layers))
     return {**params, 'layers': layers}
 
-  return Model(family='qwen3', config=c, specs=param_specs(c),
+  return Model(family='qwen3', config=c, vocab_in_use=c.vocab_size, specs=param_specs(c),
                forward=functools.partial(forward, c, dtype, remat, layer_unroll),
                head=head, init_cache=init_cache, unstack=unstack,
                to_hf=functools.partial(to_hf, c))

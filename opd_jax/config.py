@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -37,13 +38,16 @@ def default_config() -> ConfigDict:
   # made from `fresh` (the fields of a config.json) with a character tokenizer.
   c.student = ConfigDict()
   c.student.path = ''
+  # 'package.module:function' of what makes a Flax module (`foreign.load`), '' for none: then `path`
+  # has its weights, or is '' for those that the function returns.
+  c.student.factory = ''
   c.student.fresh = ConfigDict(dict(
       model_type='qwen3', hidden_size=64, intermediate_size=192, num_hidden_layers=2,
       num_attention_heads=4, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6,
       rope_theta=100.0, tie_word_embeddings=False, max_position_embeddings=512))
 
   # Who grades: kind is a file in opd_jax/teachers/, or 'none'.
-  c.teacher = ConfigDict(dict(kind='none', path=''))
+  c.teacher = ConfigDict(dict(kind='none', path='', factory=''))
 
   # How both compute.
   c.compute = ConfigDict()
@@ -195,6 +199,7 @@ def validate(c: ConfigDict, prefix: str = '') -> None:
     update_lib.check_objective(make_objective(c))
     tasks.options(tasks.get(c.task.name), c.task.options.to_dict())
     _check_roles(c)
+    _check_factories(c)
     _check_sizes(c)
     _check_optimizer(c.optimizer)
     if c.optimizer.warmup_steps >= c.steps * c.optimizer.updates_per_batch:
@@ -301,6 +306,22 @@ def _check_roles(c):
                       'above 0 and at most 1, top_k at least 0 (0 for none)')
 
 
+def _check_factories(c):
+  for part in ('student', 'teacher'):
+    name = c[part].factory
+    if name and not re.fullmatch(r'[\w.]+:\w+', name):
+      raise ConfigError(f"{part}.factory={name!r}; allowed: 'package.module:function', or ''")
+  if c.teacher.factory and (c.teacher.kind != 'checkpoint' or not c.teacher.path):
+    raise ConfigError(f'teacher.factory={c.teacher.factory!r} with teacher.kind={c.teacher.kind!r},'
+                      f" path={c.teacher.path!r}; allowed: teacher.kind='checkpoint' and a path")
+  if c.student.factory:
+    for field, neutral in (('remat', False), ('layer_unroll', 1)):
+      if c.compute[field] != neutral:
+        raise ConfigError(f'compute.{field}={c.compute[field]} has no effect with student.factory='
+                          f"{c.student.factory!r}, a module that knows its own layers; allowed: "
+                          f'{neutral}')
+
+
 def _check_sizes(c):
   for field, low in (('data.prompts_per_step', 1), ('data.samples_per_prompt', 1),
                      ('data.max_prompt_tokens', 1), ('data.max_new_tokens', 1), ('data.limit', 0),
@@ -337,7 +358,7 @@ def _check_sizes(c):
   if c.checkpoint.best_metric not in accuracies:
     raise ConfigError(f'checkpoint.best_metric={c.checkpoint.best_metric!r}; allowed: '
                       f'{accuracies}')
-  if not c.student.path:
+  if not (c.student.path or c.student.factory):
     models.build({**c.student.fresh.to_dict(), 'vocab_size': 64})
 
 
@@ -360,6 +381,11 @@ def validate_pipeline(c: ConfigDict) -> None:
       if path.startswith(STAGE) and path[len(STAGE):] not in done:
         raise ConfigError(f'stages.{name}.{part}.path={path!r}; allowed: an earlier stage, one of '
                           f'{done}')
+      if path.startswith(STAGE):
+        made_by = c.stages[path[len(STAGE):]].student.factory
+        if stage[part].factory != made_by:
+          raise ConfigError(f'stages.{name}.{part}.factory={stage[part].factory!r} with the path '
+                            f'{path!r}; allowed: {made_by!r}, as in that stage')
     validate(stage, f'stages.{name}.')
     if stage.seed:
       raise ConfigError(f'stages.{name}.seed={stage.seed} has no effect; allowed: 0, and the field '

@@ -42,12 +42,19 @@ def default_config() -> ConfigDict:
       num_attention_heads=4, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6,
       rope_theta=100.0, tie_word_embeddings=False, max_position_embeddings=512))
 
+  # Low-rank adapters instead of the whole model: rank 0 trains the whole model. `targets` is 'all',
+  # 'attention', 'mlp' or a regular expression (lora.Settings). `path` is a PEFT directory to start
+  # from, which then says all of it.
+  c.student.lora = ConfigDict(dict(rank=0, alpha=32.0, targets='all', path=''))
+
   # Who grades: kind is a file in opd_jax/teachers/, or 'none'.
   c.teacher = ConfigDict(dict(kind='none', path=''))
 
   # How both compute.
   c.compute = ConfigDict()
-  c.compute.dtype = 'float32'  # of activations; parameters and reductions are float32
+  c.compute.dtype = 'float32'  # of activations; trained parameters and reductions are float32
+  # How teachers and the base under an adapter are kept: 'auto' is compute.dtype.
+  c.compute.frozen_dtype = 'auto'
   c.compute.remat = False  # recompute each layer in the backward pass
   c.compute.layer_unroll = 1  # layers per iteration of the scan over layers
   c.compute.microbatch_rows = 0  # rows per forward/backward pass, 0 for the whole batch
@@ -96,8 +103,10 @@ def _add_bookkeeping(c: ConfigDict) -> None:
   c.eval.pass_k = 2
   c.eval.stop_at_sampled_accuracy = 0.0  # end the stage once reached, 0 for never
 
+  # `export` is what a finished run leaves for others: 'full', the whole model with adapters merged
+  # into it (and the adapter beside it), or only the 'adapter'.
   c.checkpoint = ConfigDict(dict(every_steps=100, keep_latest=2, keep_best=1,
-                                 best_metric='sampled_accuracy'))
+                                 best_metric='sampled_accuracy', export='full'))
   c.log = ConfigDict()
   c.log.every_steps = 1
   c.log.plain_every_steps = 10  # lines on a console that is no terminal
@@ -196,6 +205,7 @@ def validate(c: ConfigDict, prefix: str = '') -> None:
     tasks.options(tasks.get(c.task.name), c.task.options.to_dict())
     _check_roles(c)
     _check_sizes(c)
+    _check_adapter(c)
     _check_optimizer(c.optimizer)
     if c.optimizer.warmup_steps >= c.steps * c.optimizer.updates_per_batch:
       raise ConfigError(f'optimizer.warmup_steps={c.optimizer.warmup_steps}; allowed: below the '
@@ -301,6 +311,34 @@ def _check_roles(c):
                       'above 0 and at most 1, top_k at least 0 (0 for none)')
 
 
+def _check_adapter(c):
+  group, template = c.student.lora, default_config().student.lora
+  if group.rank < 0:
+    raise ConfigError(f'student.lora.rank={group.rank}; allowed: at least 1, or 0 to train the '
+                      'whole model')
+  if group.path and not pathlib.Path(group.path).is_dir():
+    raise ConfigError(f'student.lora.path={group.path!r} is not a directory; allowed: a PEFT '
+                      "checkpoint directory, or ''")
+  fixed = ('rank', 'alpha', 'targets') if group.path else () if group.rank else ('alpha', 'targets')
+  for name in fixed:
+    if group[name] != template[name]:
+      why = f'path={group.path!r}, which says it' if group.path else 'rank=0'
+      raise ConfigError(f'student.lora.{name}={group[name]!r} has no effect with student.lora.'
+                        f'{why}; allowed: {template[name]!r}')
+  if not 0 < group.alpha < math.inf:
+    raise ConfigError(f'student.lora.alpha={group.alpha}; allowed: above 0, and finite')
+  if c.checkpoint.export not in ('full', 'adapter'):
+    raise ConfigError(f"checkpoint.export={c.checkpoint.export!r}; allowed: ['full', 'adapter']")
+  if c.checkpoint.export == 'adapter' and not has_adapter(c):
+    raise ConfigError("checkpoint.export='adapter' with student.lora.rank=0: there is no adapter; "
+                      "allowed: 'full'")
+
+
+def has_adapter(c: ConfigDict) -> bool:
+  """Whether adapters are trained instead of the whole model."""
+  return bool(c.student.lora.rank or c.student.lora.path)
+
+
 def _check_sizes(c):
   for field, low in (('data.prompts_per_step', 1), ('data.samples_per_prompt', 1),
                      ('data.max_prompt_tokens', 1), ('data.max_new_tokens', 1), ('data.limit', 0),
@@ -325,6 +363,9 @@ def _check_sizes(c):
                       f'{c.eval.samples_per_problem}')
   if c.compute.dtype not in ('float32', 'bfloat16'):
     raise ConfigError(f"compute.dtype={c.compute.dtype!r}; allowed: ['float32', 'bfloat16']")
+  if c.compute.frozen_dtype not in ('auto', 'float32', 'bfloat16'):
+    raise ConfigError(f'compute.frozen_dtype={c.compute.frozen_dtype!r}; allowed: '
+                      "['auto', 'float32', 'bfloat16']")
   if c.compute.block not in ('auto', 'always', 'never'):
     raise ConfigError(f"compute.block={c.compute.block!r}; allowed: ['auto', 'always', 'never']")
   if not 0 <= c.eval.stop_at_sampled_accuracy <= 1:
@@ -360,6 +401,9 @@ def validate_pipeline(c: ConfigDict) -> None:
       if path.startswith(STAGE) and path[len(STAGE):] not in done:
         raise ConfigError(f'stages.{name}.{part}.path={path!r}; allowed: an earlier stage, one of '
                           f'{done}')
+      if path.startswith(STAGE) and c.stages[path[len(STAGE):]].checkpoint.export != 'full':
+        raise ConfigError(f'stages.{name}.{part}.path={path!r}: that stage leaves no whole model '
+                          "behind; allowed: a stage with checkpoint.export='full'")
     validate(stage, f'stages.{name}.')
     if stage.seed:
       raise ConfigError(f'stages.{name}.seed={stage.seed} has no effect; allowed: 0, and the field '

@@ -108,11 +108,14 @@ def from_linen(module: linen.Module, variables: dict[str, Any], config: Config, 
   params = unflatten({name: linen.meta.unbox(leaf) for name, leaf in boxed.items()})
   axes = {name: leaf.names if isinstance(leaf, linen.Partitioned) else None
           for name, leaf in boxed.items()}
-  if apply is None:
-    def apply(params, tokens, positions, valid):
-      return module.apply({'params': params}, tokens, positions, valid)
-  config = dataclasses.replace(config, source=(module, head, decoding))
-  return _model(config, params, axes, apply, head, decoding), params
+
+  def call(params, tokens, positions, valid):
+    if apply is not None:
+      return apply(params, tokens, positions, valid)
+    return module.apply({'params': params}, tokens, positions, valid)
+
+  config = dataclasses.replace(config, source=(module, head, apply, decoding))
+  return _model(config, params, axes, call, head, decoding), params
 
 
 def from_nnx(module: nnx.Module, config: Config, *,
@@ -206,8 +209,9 @@ def _check_call(config, params, apply, head):
     out = jax.eval_shape(apply, params, rows, rows, valid)
     shape = tuple(out.shape)
   except Exception as e:  # whatever the module raises, or that it returns no array
+    first_line = (str(e).splitlines() or [''])[0]
     raise ValueError(
-        f'the module failed when called ({type(e).__name__}: {str(e).splitlines()[0]}); allowed: '
+        f'the module failed when called ({type(e).__name__}: {first_line}); allowed: '
         'module(tokens [B, S], positions [B, S], valid [B, S]) -> array, deterministic, without '
         'random keys and state; `apply` may adapt another signature') from e
   if head is None:

@@ -31,6 +31,7 @@ from opd_jax import (
   update,
 )
 from opd_jax import config as config_lib
+from opd_jax import export as export_lib
 from opd_jax import params as params_lib
 from opd_jax.types import Model, Params, TrainState
 
@@ -425,6 +426,9 @@ def test_a_run_with_foreign_models_exports_what_loads_again(tmp_path):
   written = json.loads((export / 'config.json').read_text())
   assert written['model_type'] == 'flax' and written['vocab_size'] == 64
   assert 'factory' in written['note'] and 'test_foreign' not in str(written)
+  # So does `opd export`, from the run's checkpoint.
+  assert export_lib.export(tmp_path / 'run', tmp_path / 'exported', 'full', -1) == 2
+  assert (tmp_path / 'exported' / hf.WEIGHTS).read_bytes() == (export / hf.WEIGHTS).read_bytes()
   # Loading the directory again gives the tensors in it, in the module's tree.
   c = tiny.config('opd_exact', student__path=str(export), student__factory='test_foreign:make_nnx')
   again = build.load_student(c)
@@ -451,6 +455,19 @@ def test_self_distillation_of_a_foreign_model_is_graded_by_one_program(tmp_path)
   other = build.load_student(tiny.override(same, student__factory='test_foreign:make_linen',
                                            student__path=''))
   assert other.model.config != teacher.model.config
+
+
+@pytest.mark.parametrize('name', ['make_linen', 'make_nnx'])
+def test_the_factory_computes_in_the_runs_dtype(name):
+  c = tiny.config('opd_sampled', student__factory=f'test_foreign:{name}',
+                  compute__dtype='bfloat16')
+  loaded = build.load_student(c)
+  params = loaded.read()  # with what rounding does to the checks of padding and order
+  assert {a.dtype for a in jax.tree.leaves(params)} == {np.dtype('float32')}
+  hidden, _ = loaded.model.forward(params, *_arguments(), None)
+  assert hidden.dtype == jnp.bfloat16
+  other = build.load_student(tiny.override(c, seed=1)).read()
+  assert not np.array_equal(jax.tree.leaves(params)[0], jax.tree.leaves(other)[0])
 
 
 @pytest.mark.parametrize('fields, parts', [

@@ -5,13 +5,25 @@ import functools
 import io
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from opd_jax import build, checkpoint, config, data, metrics, optim, params, train
+from opd_jax import (
+  build,
+  checkpoint,
+  config,
+  data,
+  hf,
+  lora,
+  metrics,
+  optim,
+  params,
+  train,
+)
 from opd_jax.tasks import arithmetic
 
 EVERYWHERE = {'kind', 'step', 'loss', 'grad_norm', 'update_norm', 'entropy_student', 'logprob',

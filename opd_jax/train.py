@@ -153,7 +153,8 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     spent = flops.step_flops(
         s.student.model, s.teacher.model if s.teacher else None, lengths + prompt_lengths,
         source=c.data.source, teacher_scores=s.objective.needs_teacher,
-        student_rescores=s.objective.needs_student_scores, updates=c.optimizer.updates_per_batch)
+        student_rescores=s.objective.needs_student_scores, updates=c.optimizer.updates_per_batch,
+        adapter_specs=s.adapter and s.adapter.specs)
     for name, amount in spent.items():
       host['flops'][name] += amount
     row |= {'length': float(lengths.mean()), 'flops': dict(host['flops']),

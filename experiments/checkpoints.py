@@ -1,0 +1,46 @@
+"""On-policy distillation between two Hugging Face checkpoints of your own, with adapters.
+
+The student writes in its chat template, the teacher grades every token by the exact full-vocabulary
+reverse KL, and rank-32 adapters on every linear layer of the student learn; the base is frozen in
+bfloat16. What is yours to say: the two checkpoints (directories, or names on the hub with a
+`revision`) and the prompts (`opd_jax/tasks/prompts.py` has every option).
+
+    opd train --config experiments/checkpoints.py --config.student.path=DIR \
+        --config.teacher.path=DIR --config.task.options.source=problems.jsonl \
+        --config.task.options.prompt_column=problem --config.task.options.answer_column=answer
+
+`checkpoints.py:rank=0` trains the whole model instead. `opd doctor` with the same flags says in
+seconds whether the two belong together. `export/` in the work directory is then a Hugging Face
+directory, `adapter/` a PEFT one. benchmarks/real_size.py runs this at the size of Qwen3-0.6B.
+"""
+
+from ml_collections import ConfigDict
+
+from opd_jax import config as config_lib
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  """Argument: rank (of the adapters; 0 trains the whole model)."""
+  arg = config_lib.parse_arg(arg, rank=32)
+  c = config_lib.default_config()
+  c.name = 'checkpoints'
+  c.student.lora.rank = arg.rank
+  c.teacher.kind = 'checkpoint'
+  c.prompt.template = 'student'
+  c.compute.dtype = 'bfloat16'
+  c.compute.remat = True
+  c.compute.microbatch_rows = 8
+  c.compute.chunk_tokens = 1024
+  c.task = config_lib.task_config('prompts', prompt_column='problem', answer_column='answer',
+                                  grader='last_number', holdout_examples=256)
+  c.data.prompts_per_step = 64
+  c.data.max_prompt_tokens, c.data.max_new_tokens = 512, 1024
+  c.data.overlong = 'drop'
+  c.objective.route, c.objective.support = 'direct', 'full'
+  c.objective.importance = 'none'
+  # Adapters take about ten times the rate of the whole model (Schulman et al. 2025, "LoRA Without
+  # Regret").
+  c.optimizer.learning_rate = 1e-4 if arg.rank else 1e-5
+  c.optimizer.warmup_steps = 5
+  c.eval.every_steps, c.eval.problems = 25, 256
+  return c

@@ -266,7 +266,7 @@ def load_student(c: ConfigDict) -> hf.LoadedModel:
   """The student before training: a checkpoint, or fresh parameters from the seed."""
   if c.student.path:
     try:
-      return hf.load(c.student.path, compute_options(c))
+      return hf.load(c.student.path, compute_options(c), c.student.revision)
     except (ValueError, FileNotFoundError) as e:
       raise ValueError(f'student.path={c.student.path!r}: {e}; allowed: a Hugging Face checkpoint '
                        'directory') from e
@@ -324,7 +324,8 @@ def get_teacher(c: ConfigDict, student: hf.LoadedModel) -> hf.LoadedModel | None
   if c.teacher.kind == teachers.NONE:
     return None
   try:
-    teacher = teachers.load(c.teacher.kind, c.teacher.path, student, compute_options(c))
+    teacher = teachers.load(c.teacher.kind, c.teacher.path, student, compute_options(c),
+                            c.teacher.revision)
   except FileNotFoundError as e:
     raise ValueError(f'teacher.path={c.teacher.path!r}: {e}; allowed: a Hugging Face checkpoint '
                      'directory') from e

@@ -75,9 +75,9 @@ def load(path: str | os.PathLike[str], options: dict[str, Any], revision: str = 
     ValueError: something does not fit; see also `check_source` and `open_weights`.
   """
   path = fetch(path, revision)
+  config = read_config(path)
   tokenizer = tokenizer_lib.load(path)
   in_use = max(tokenizer.get_vocab().values()) + 1
-  config = read_config(path)
   try:
     model = models.build(config, vocab_in_use=in_use, **options)
   except ValueError as e:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from opd_jax import build, report, tokenizer, train
+from opd_jax import build, hf, report, tokenizer, train
 from opd_jax import config as config_lib
 
 
@@ -52,13 +52,14 @@ def check_data(c: ConfigDict) -> None:
     while origin.student.path.startswith(config_lib.STAGE):
       origin = c.stages[origin.student.path.removeprefix(config_lib.STAGE)]
     key = json.dumps([config_lib.to_dict(stage.task), config_lib.to_dict(stage.data),
-                      stage.eval.problems, origin.student.path])
+                      stage.eval.problems, origin.student.path, origin.student.revision])
     if key in seen:
       continue
     seen.add(key)
     path = origin.student.path
     try:
-      tokens = tokenizer.load(path) if path else tokenizer.character_tokenizer()
+      tokens = tokenizer.load(hf.fetch(path, origin.student.revision)) if path else (
+          tokenizer.character_tokenizer())
       build.load_examples(stage, stage.data.split, stage.data.limit, tokens)
       build.load_examples(stage, 'eval', stage.eval.problems, tokens)
     except (ValueError, FileNotFoundError) as e:

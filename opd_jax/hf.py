@@ -214,7 +214,8 @@ def open_weights(path: str | os.PathLike[str], model: Model) -> dict[str, Stored
 
 def _tied_head(model: Model) -> str | None:
   """The name of the tensor that may be stored although the embedding is the head."""
-  return None if 'head' in model.specs else 'lm_head.weight'
+  table = flatten(model.specs)
+  return 'lm_head.weight' if 'embed' in table and 'head' not in table else None
 
 
 # --- reading ---
@@ -255,7 +256,8 @@ def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params,
                      max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
   """Writes a model's directory: configs, weights, tokenizer with its chat template.
 
-  The directory appears whole or not at all. One process writes.
+  The directory appears whole or not at all. Of several processes the first one writes, and has to
+  hold all parameters.
 
   Args:
     path: the directory to make.
@@ -282,10 +284,12 @@ def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params,
   first = next(iter(plan.values()))[0]
   configs = {'config.json': {**model.to_hf(), **ids, 'dtype': str(first)},
              'generation_config.json': {**ids, 'eos_token_id': ends if ends[1:] else ends[0]}}
+  if jax.process_index():
+    return
   with _new_directory(path) as partial:
     for file, content in configs.items():
       _write_json(partial / file, content)
-    tokenizer.save_pretrained(str(partial))
+    _save_tokenizer(partial, tokenizer)
     shards = tensors.split(plan, max_shard_bytes)
     arrays = tensors.stream(model.specs, params, plan)
     files = [WEIGHTS] if len(shards) == 1 else [
@@ -316,6 +320,13 @@ def _new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
                       f'{e.strerror or e}') from e
   finally:
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
+  try:
+    tokenizer.save_pretrained(str(folder))
+  except Exception as e:  # the Rust side raises bare Exceptions, for a full disk too
+    raise OSError(f'the tokenizer cannot be saved: {e}') from e
 
 
 def _write_json(file: pathlib.Path, content: dict[str, Any]) -> None:
@@ -349,10 +360,12 @@ def write_adapter(path: str | os.PathLike[str], model: Model, adapters: Params,
       'lora_dropout': 0.0, 'bias': 'none', 'fan_in_fan_out': False, 'use_rslora': False,
       'use_dora': False, 'inference_mode': True, 'init_lora_weights': True,
       'modules_to_save': None, 'target_modules': sorted(_modules(plan))}
+  if jax.process_index():
+    return
   with _new_directory(path) as partial:
     _write_json(partial / ADAPTER_CONFIG, config)
     tensors.write(partial / ADAPTER_WEIGHTS, plan, tensors.stream(specs, adapters, plan))
-    tokenizer.save_pretrained(str(partial))
+    _save_tokenizer(partial, tokenizer)
 
 
 def _modules(names: Any) -> set[str]:

@@ -244,6 +244,8 @@ def stream(specs: dict[str, Any], params: Params, planned: Plan) -> Iterator[np.
         if not _finite(x):
           raise ValueError(f'{tensor} has NaN or infinity (as {x.dtype}); allowed: finite weights')
         yield x
+        del x  # before the next one is made
+      del rows
 
 
 def _fetch(leaf: Any, layer: int | None = None) -> np.ndarray:
@@ -286,3 +288,4 @@ def write(file: pathlib.Path, planned: Plan, arrays: Iterator[np.ndarray]) -> No
       if array.dtype != dtype or array.shape != tuple(shape):
         raise ValueError(f'{name}: {array.dtype} {array.shape}, and {dtype} {shape} was planned')
       f.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+      del array  # before the next one is made

@@ -512,6 +512,20 @@ class TestExport:
     assert opened and str(tmp_path / 'x') in str(e.value) and '\n' not in str(e.value)
     assert not list(tmp_path.iterdir())
 
+  def test_a_disk_that_is_full_when_the_tokenizer_is_saved(self, tmp_path):
+    class Broken(type(tokenizer.character_tokenizer())):
+      def save_pretrained(self, *args, **kwargs):
+        raise Exception('No space left on device (os error 28)')  # what its Rust side raises
+
+    broken = tokenizer.character_tokenizer()
+    broken.__class__ = Broken
+    for write in (lambda: hf.write_checkpoint(tmp_path / 'x', MODEL, PARAMS, broken),
+                  lambda: hf.write_adapter(tmp_path / 'x', MODEL, adapters(SETTINGS), SETTINGS,
+                                           broken, '')):
+      with pytest.raises(hf.ExportError, match='x could not be written.*No space left'):
+        write()
+      assert not list(tmp_path.iterdir())
+
   def test_a_directory_that_cannot_be_made(self, tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(hf.ExportError, match='could not be written'):

@@ -7,6 +7,7 @@ dataclasses. Whatever does not fit together is refused here, before the first pr
 from __future__ import annotations
 
 from collections.abc import Callable
+import copy
 import dataclasses
 import json
 import pathlib
@@ -21,6 +22,7 @@ from opd_jax import config as config_lib
 from opd_jax import (
   data,
   evaluate,
+  foreign,
   hf,
   lora,
   metrics,
@@ -69,6 +71,7 @@ class Setup:
   evaluator: evaluate.Evaluator
   teacher_evaluator: evaluate.Evaluator | None
   optimizer: optax.GradientTransformation
+  stop_tokens: tuple[int, ...]
   pad_token: int
 
   @property
@@ -209,22 +212,33 @@ def build(c: ConfigDict) -> Setup:
   except (ValueError, FileNotFoundError, FileExistsError) as e:
     raise config_lib.ConfigError(str(e)) from e
   pad_token = tokenizer.pad_id(student.tokenizer)
-  evaluator = make_evaluator(c, student, teacher and teacher.model, held_out, mesh)
-  gradient_steps = c.steps * c.optimizer.updates_per_batch
-  schedule = optim.make_schedule(
-      c.optimizer.schedule, c.optimizer.learning_rate, c.optimizer.final_learning_rate,
-      c.optimizer.warmup_steps, gradient_steps)
-  optimizer = optim.make_optimizer(
-      c.optimizer.name, schedule, b1=c.optimizer.b1, b2=c.optimizer.b2, eps=c.optimizer.eps,
-      weight_decay=c.optimizer.weight_decay, clip_norm=c.optimizer.clip_norm)
+  stop_tokens = choose_stop_tokens(c, student, teacher)
+  evaluator = make_evaluator(c, student, teacher and teacher.model, held_out, mesh, stop_tokens)
   s = Setup(student=student, adapter=adapter, teacher=teacher, frozen_dtype=frozen_dtype(c),
             task=task, objective=config_lib.make_objective(c), mesh=mesh, examples=examples,
-            evaluator=evaluator, teacher_evaluator=None, optimizer=optimizer, pad_token=pad_token)
+            evaluator=evaluator, teacher_evaluator=None, optimizer=make_optimizer(c),
+            stop_tokens=stop_tokens, pad_token=pad_token)
   if teacher is None:
     return s
   # A teacher of the student's form is evaluated by the same programs.
   return dataclasses.replace(s, teacher_evaluator=evaluator if s.same_programs else make_evaluator(
-      c, teacher, None, held_out, mesh))
+      c, teacher, None, held_out, mesh, stop_tokens))
+
+
+def choose_stop_tokens(c: ConfigDict, student: hf.LoadedModel, teacher: hf.LoadedModel | None
+                       ) -> tuple[int, ...]:
+  """What ends a completion in this run, whoever writes it."""
+  mine, theirs = set(student.stop_tokens), set(teacher.stop_tokens if teacher else ())
+  return tuple(sorted({'student': mine, 'teacher': theirs, 'union': mine | theirs}[c.sample.stop]))
+
+
+def make_optimizer(c: ConfigDict) -> optax.GradientTransformation:
+  """The optimizer and its schedule."""
+  o = c.optimizer
+  schedule = optim.make_schedule(o.schedule, o.learning_rate, o.final_learning_rate,
+                                 o.warmup_steps, c.steps * o.updates_per_batch)
+  return optim.make_optimizer(o.name, schedule, b1=o.b1, b2=o.b2, eps=o.eps,
+                              weight_decay=o.weight_decay, clip_norm=o.clip_norm)
 
 
 def load_examples(c: ConfigDict, split: str, limit: int, tokens: Any) -> data.Examples:
@@ -242,7 +256,8 @@ def load_examples(c: ConfigDict, split: str, limit: int, tokens: Any) -> data.Ex
 
 
 def make_evaluator(c: ConfigDict, student: hf.LoadedModel, teacher: Model | None,
-                   examples: data.Examples, mesh: jax.sharding.Mesh) -> evaluate.Evaluator:
+                   examples: data.Examples, mesh: jax.sharding.Mesh,
+                   stop_tokens: tuple[int, ...]) -> evaluate.Evaluator:
   """Evaluation of models shaped like `student` on the held-out examples."""
   settings = evaluate.Settings(
       samples_per_problem=c.eval.samples_per_problem, pass_k=c.eval.pass_k,
@@ -252,7 +267,7 @@ def make_evaluator(c: ConfigDict, student: hf.LoadedModel, teacher: Model | None
   return evaluate.Evaluator(
       settings, model=student.model, teacher=teacher, task=tasks.get(c.task.name),
       examples=examples, tokenizer=student.tokenizer,
-      stop_tokens=student.stop_tokens, pad_token=tokenizer.pad_id(student.tokenizer), mesh=mesh,
+      stop_tokens=stop_tokens, pad_token=tokenizer.pad_id(student.tokenizer), mesh=mesh,
       key=fold_in(jax.random.key(c.seed), EVAL, 0))
 
 
@@ -264,6 +279,8 @@ def compute_options(c: ConfigDict) -> dict[str, Any]:
 
 def load_student(c: ConfigDict) -> hf.LoadedModel:
   """The student before training: a checkpoint, or fresh parameters from the seed."""
+  if c.student.factory:
+    return load_flax(c, 'student')
   if c.student.path:
     try:
       return hf.load(c.student.path, compute_options(c), c.student.revision)
@@ -315,32 +332,55 @@ def frozen_dtype(c: ConfigDict) -> jnp.dtype:
   return jnp.dtype(c.compute.dtype if auto else c.compute.frozen_dtype)
 
 
-def get_teacher(c: ConfigDict, student: hf.LoadedModel) -> hf.LoadedModel | None:
-  """The teacher, if there is one.
+def load_flax(c: ConfigDict, part: str) -> hf.LoadedModel:
+  """The 'student' or 'teacher' that the code named by its `factory` makes.
 
   Raises:
-    ValueError: its vocabulary is not the student's.
+    ValueError: names the fields. `read` raises a ConfigError for parameters that do not do.
+  """
+  factory, path = c[part].factory, c[part].path
+  where = f'{part}.factory={factory!r}, {part}.path={path!r}'
+  try:
+    directory = str(hf.fetch(path, c[part].revision)) if path else ''
+    loaded = foreign.load(factory, directory, jnp.dtype(c.compute.dtype),
+                          fold_in(jax.random.key(c.seed), INIT, 0))
+  except (ValueError, FileNotFoundError) as e:
+    raise ValueError(f'{where}: {e}') from e
+
+  def read(dtype=jnp.float32, shardings=None):
+    try:
+      return loaded.read(dtype, shardings)
+    except (ValueError, FileNotFoundError) as e:
+      raise config_lib.ConfigError(f'{where}: {e}') from e
+
+  return dataclasses.replace(loaded, read=read)
+
+
+def get_teacher(c: ConfigDict, student: hf.LoadedModel) -> hf.LoadedModel | None:
+  """The teacher, if there is one. Whether it fits the student is for `doctor` to say.
+
+  Raises:
+    ValueError: it cannot be opened.
   """
   if c.teacher.kind == teachers.NONE:
     return None
   try:
-    teacher = teachers.load(c.teacher.kind, c.teacher.path, student, compute_options(c),
-                            c.teacher.revision)
+    if c.teacher.factory:
+      return load_flax(c, 'teacher')
+    return teachers.load(c.teacher.kind, c.teacher.path, student, compute_options(c),
+                         c.teacher.revision)
   except FileNotFoundError as e:
     raise ValueError(f'teacher.path={c.teacher.path!r}: {e}; allowed: a Hugging Face checkpoint '
                      'directory') from e
-  sizes = student.model.vocab_in_use, teacher.model.vocab_in_use
-  if sizes[0] != sizes[1] or not tokenizer.same_vocabulary(student.tokenizer, teacher.tokenizer):
-    raise ValueError(
-        f'teacher.path={c.teacher.path!r}: its vocabulary ({sizes[1]} entries) is not the '
-        f"student's ({sizes[0]} entries); allowed: a teacher that maps the same strings to the "
-        'same token ids')
-  ends = student.stop_tokens, teacher.stop_tokens
-  if ends[0] != ends[1]:
-    raise ValueError(f'teacher.path={c.teacher.path!r}: it ends with the tokens {ends[1]}, and the '
-                     f'student with {ends[0]}, so it would grade every end as a mistake; allowed: '
-                     'the same eos_token_id')
-  return teacher
+
+
+def open_directory(c: ConfigDict, part: str, path: str) -> hf.LoadedModel:
+  """A directory in place of a run's student or teacher; `c` says how to make it if it is Flax."""
+  if c[part].factory and hf.read_config(path).get('model_type') == foreign.FAMILY:
+    c = copy.deepcopy(c)
+    c[part].path = path
+    return load_flax(c, part)
+  return hf.load(path, compute_options(c))
 
 
 def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any]:
@@ -361,12 +401,13 @@ def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any
   config_lib.validate(c)
   mesh = sharding.make_mesh(c.compute.mesh.to_dict())
   try:
-    student = hf.load(path, compute_options(c))
-    teacher = hf.load(teacher_path, compute_options(c)) if teacher_path else None
+    student = open_directory(c, 'student', path)
+    teacher = open_directory(c, 'teacher', teacher_path) if teacher_path else None
     examples = load_examples(c, 'eval', c.eval.problems, student.tokenizer)
   except (ValueError, FileNotFoundError) as e:
     raise config_lib.ConfigError(str(e)) from e
-  evaluator = make_evaluator(c, student, teacher and teacher.model, examples, mesh)
+  evaluator = make_evaluator(c, student, teacher and teacher.model, examples, mesh,
+                             choose_stop_tokens(c, student, teacher))
   weights = [m and m.read(shardings=sharding.param_shardings(m.model.specs, mesh))
              for m in (student, teacher)]
   display = metrics.Display(path, 0, 1)

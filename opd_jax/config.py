@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -36,7 +37,8 @@ def default_config() -> ConfigDict:
   # Who learns. `path` is a Hugging Face directory, 'stage:NAME', or 'organization/name' of the hub
   # with its commit as `revision`; with path '' a fresh model is made from `fresh` (the fields of a
   # config.json) with a character tokenizer.
-  c.student = ConfigDict(dict(path='', revision=''))
+  # `factory` is the 'package.module:function' of a Flax module (see `foreign.load`), '' for none.
+  c.student = ConfigDict(dict(path='', revision='', factory=''))
   c.student.fresh = ConfigDict(dict(
       model_type='qwen3', hidden_size=64, intermediate_size=192, num_hidden_layers=2,
       num_attention_heads=4, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6,
@@ -48,7 +50,7 @@ def default_config() -> ConfigDict:
   c.student.lora = ConfigDict(dict(rank=0, alpha=32.0, targets='all', path=''))
 
   # Who grades: kind is a file in opd_jax/teachers/, or 'none'.
-  c.teacher = ConfigDict(dict(kind='none', path='', revision=''))
+  c.teacher = ConfigDict(dict(kind='none', path='', revision='', factory=''))
 
   # How both compute.
   c.compute = ConfigDict()
@@ -78,7 +80,8 @@ def default_config() -> ConfigDict:
 
   # How completions are sampled, in training and evaluation. The student is trained at this
   # temperature too.
-  c.sample = ConfigDict(dict(temperature=1.0, top_p=1.0, top_k=0))
+  # `stop`: whose stop tokens end a completion: 'student', 'teacher' or the 'union' of both.
+  c.sample = ConfigDict(dict(temperature=1.0, top_p=1.0, top_k=0, stop='student'))
 
   # See update.Objective for every field.
   c.objective = ConfigDict({
@@ -107,6 +110,13 @@ def _add_bookkeeping(c: ConfigDict) -> None:
   # into it (and the adapter beside it), or only the 'adapter'.
   c.checkpoint = ConfigDict(dict(every_steps=100, keep_latest=2, keep_best=1,
                                  best_metric='sampled_accuracy', export='full'))
+  # What is checked at every start, on this many rollouts of at most so many tokens. A check is 'on'
+  # or 'off: REASON'; see opd_jax/doctor.py.
+  c.doctor = ConfigDict(dict(
+      rollouts=8, max_new_tokens=256, max_reverse_kl=6.0,
+      templates='on', token_ids='on', stop_tokens='on', vocabulary='on', memory='on',
+      unused_options='on', self_kl='on', uniform_teacher='on', support='on', special_tokens='on',
+      truncation='on'))
   c.log = ConfigDict()
   c.log.every_steps = 1
   c.log.plain_every_steps = 10  # lines on a console that is no terminal
@@ -181,6 +191,30 @@ def to_dict(c: ConfigDict) -> dict[str, Any]:
   return json.loads(c.to_json())
 
 
+def from_dict(values: dict[str, Any]) -> ConfigDict:
+  """The inverse of `to_dict`, for a single run.
+
+  Raises:
+    ConfigError: fields that are missing or unknown.
+  """
+  def fill(template, given, prefix):
+    if sorted(template) != sorted(given):
+      odd = sorted({f'{prefix}{k}' for k in set(template) ^ set(given)})
+      raise ConfigError(f'fields {odd} are missing or unknown; allowed: those of a config of this '
+                        'version')
+    for name, value in given.items():
+      if isinstance(template[name], ConfigDict):
+        fill(template[name], value, f'{prefix}{name}.')
+      else:
+        template[name] = tuple(value) if isinstance(template[name], tuple) else value
+
+  c = default_config()
+  c.student.fresh = ConfigDict(values.get('student', {}).get('fresh', {}))
+  c.task = task_config(values['task']['name']) if 'task' in values else c.task
+  fill(c, values, '')
+  return c
+
+
 def make_objective(c: ConfigDict) -> update_lib.Objective:
   """The pure code's Objective. The student's temperature is the sampler's, by construction; text
   that the student did not write is scored at temperature 1."""
@@ -204,8 +238,10 @@ def validate(c: ConfigDict, prefix: str = '') -> None:
     update_lib.check_objective(make_objective(c))
     tasks.options(tasks.get(c.task.name), c.task.options.to_dict())
     _check_roles(c)
+    _check_factories(c)
     _check_sizes(c)
     _check_adapter(c)
+    _check_doctor(c)
     _check_optimizer(c.optimizer)
     if c.optimizer.warmup_steps >= c.steps * c.optimizer.updates_per_batch:
       raise ConfigError(f'optimizer.warmup_steps={c.optimizer.warmup_steps}; allowed: below the '
@@ -315,9 +351,33 @@ def _check_roles(c):
   if c.sample.temperature <= 0:
     raise ConfigError(f'sample.temperature={c.sample.temperature}; allowed: above 0 (greedy '
                       'accuracy is always evaluated too)')
+  if c.sample.stop not in ('student', 'teacher', 'union'):
+    raise ConfigError(f"sample.stop={c.sample.stop!r}; allowed: ['student', 'teacher', 'union']")
+  if c.sample.stop != 'student' and not has_teacher:
+    raise ConfigError(f"sample.stop={c.sample.stop!r} with teacher.kind='none'; allowed: 'student'")
   if not 0 < c.sample.top_p <= 1 or c.sample.top_k < 0:
     raise ConfigError(f'sample.top_p={c.sample.top_p}, top_k={c.sample.top_k}; allowed: top_p '
                       'above 0 and at most 1, top_k at least 0 (0 for none)')
+
+
+def _check_factories(c):
+  for part in ('student', 'teacher'):
+    name = c[part].factory
+    if name and not re.fullmatch(r'[\w.]+:\w+', name):
+      raise ConfigError(f"{part}.factory={name!r}; allowed: 'package.module:function', or ''")
+  if c.teacher.factory and (c.teacher.kind != 'checkpoint' or not c.teacher.path):
+    raise ConfigError(f'teacher.factory={c.teacher.factory!r} with teacher.kind={c.teacher.kind!r},'
+                      f" path={c.teacher.path!r}; allowed: teacher.kind='checkpoint' and a path")
+  if c.student.factory:
+    if has_adapter(c):
+      raise ConfigError(f'student.lora.rank={c.student.lora.rank}, path={c.student.lora.path!r} '
+                        f'with student.factory={c.student.factory!r}: adapters are for families in '
+                        "opd_jax/models; allowed: 0 and ''")
+    for field, neutral in (('remat', False), ('layer_unroll', 1)):
+      if c.compute[field] != neutral:
+        raise ConfigError(f'compute.{field}={c.compute[field]} has no effect with student.factory='
+                          f"{c.student.factory!r}, a module that knows its own layers; allowed: "
+                          f'{neutral}')
 
 
 def _check_adapter(c):
@@ -343,6 +403,38 @@ def _check_adapter(c):
                       "allowed: 'full'")
 
 
+def _check_doctor(c):
+  for name, value in c.doctor.items():
+    if isinstance(value, str) and value != 'on' and not (
+        value.startswith('off:') and value.removeprefix('off:').strip()):
+      raise ConfigError(f"doctor.{name}={value!r}; allowed: 'on', or 'off: REASON'")
+  if not c.doctor.max_reverse_kl > 0:
+    raise ConfigError(f'doctor.max_reverse_kl={c.doctor.max_reverse_kl}; allowed: above 0')
+
+
+def unused_options(c: ConfigDict) -> list[str]:
+  """'field=value (why)' for options that were changed and that nothing will read."""
+  template = flatten(default_config().to_dict())
+  changed = {name for name, value in flatten(c.to_dict()).items()
+             if name in template and template[name] != value}
+  out = []
+
+  def unread(names, condition, why):
+    if condition:
+      out.extend(f'{n.replace("/", ".")}={flatten(c.to_dict())[n]!r} ({why})'
+                 for n in sorted(changed) if n.startswith(names))
+
+  unread('student/fresh/', bool(c.student.path), 'student.path is set')
+  unread('student/fresh/', bool(c.student.factory), 'student.factory is set')
+  unread(('optimizer/b2', 'optimizer/eps'), c.optimizer.name == 'sgd', "optimizer.name='sgd'")
+  unread('checkpoint/best_metric', not c.checkpoint.keep_best, 'checkpoint.keep_best=0')
+  unread('compute/frozen_dtype', c.teacher.kind == teachers.NONE and not has_adapter(c),
+         'there is no teacher and no adapter')
+  unread('doctor/max_reverse_kl', c.doctor.support != 'on' or c.data.source != 'student',
+         'the check support does not run')
+  return out
+
+
 def has_adapter(c: ConfigDict) -> bool:
   """Whether adapters are trained instead of the whole model."""
   return bool(c.student.lora.rank or c.student.lora.path)
@@ -357,7 +449,8 @@ def _check_sizes(c):
                      ('eval.every_steps', 0), ('eval.samples_per_problem', 1),
                      ('checkpoint.every_steps', 1), ('checkpoint.keep_latest', 1),
                      ('checkpoint.keep_best', 0), ('log.every_steps', 1),
-                     ('log.plain_every_steps', 1), ('log.transcripts', 0)):
+                     ('log.plain_every_steps', 1), ('log.transcripts', 0),
+                     ('doctor.rollouts', 1), ('doctor.max_new_tokens', 1)):
     group, name = field.split('.')
     if c[group][name] < low:
       raise ConfigError(f'{field}={c[group][name]}; allowed: at least {low}')
@@ -387,7 +480,7 @@ def _check_sizes(c):
   if c.checkpoint.best_metric not in accuracies:
     raise ConfigError(f'checkpoint.best_metric={c.checkpoint.best_metric!r}; allowed: '
                       f'{accuracies}')
-  if not c.student.path:
+  if not (c.student.path or c.student.factory):
     models.build({**c.student.fresh.to_dict(), 'vocab_size': 64})
 
 
@@ -410,6 +503,11 @@ def validate_pipeline(c: ConfigDict) -> None:
       if path.startswith(STAGE) and path[len(STAGE):] not in done:
         raise ConfigError(f'stages.{name}.{part}.path={path!r}; allowed: an earlier stage, one of '
                           f'{done}')
+      if path.startswith(STAGE):
+        made_by = c.stages[path[len(STAGE):]].student.factory
+        if stage[part].factory != made_by:
+          raise ConfigError(f'stages.{name}.{part}.factory={stage[part].factory!r} with the path '
+                            f'{path!r}; allowed: {made_by!r}, as in that stage')
       if path.startswith(STAGE) and c.stages[path[len(STAGE):]].checkpoint.export != 'full':
         raise ConfigError(f'stages.{name}.{part}.path={path!r}: that stage leaves no whole model '
                           "behind; allowed: a stage with checkpoint.export='full'")

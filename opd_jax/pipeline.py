@@ -12,8 +12,9 @@ import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
+from rich.console import Console
 
-from opd_jax import build, hf, report, tokenizer, train
+from opd_jax import build, doctor, hf, report, tokenizer, train
 from opd_jax import config as config_lib
 
 
@@ -37,6 +38,35 @@ def run(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
             flush=True)
       train.train(stage_config(c, name, seed, workdir), stage_dir(workdir, name, seed))
   return report.write(c, workdir)
+
+
+def diagnose(c: ConfigDict, only: str | None, workdir: str | pathlib.Path) -> bool:
+  """`opd doctor`: the checks of a run, or of each stage of a pipeline (or of one).
+
+  A stage that starts from an earlier stage's model is examined once that model is in `workdir`.
+
+  Returns:
+    Whether no check failed.
+  """
+  console = Console(highlight=False)
+  if not config_lib.is_pipeline(c):
+    pick_stage(c, only)
+    return doctor.diagnose(c, c.name, console)
+  config_lib.validate_pipeline(c)
+  if only is not None:
+    pick_stage(c, only)
+  workdir, fine = pathlib.Path(workdir).resolve(), True
+  for name in [only] if only else c.order:
+    stage = stage_config(c, name, c.seeds[0], workdir)
+    missing = [part for part in ('student', 'teacher')
+               if c.stages[name][part].path.startswith(config_lib.STAGE)
+               and not pathlib.Path(stage[part].path).exists()]
+    if missing:
+      console.print(f'{name}: not examined: its {" and ".join(missing)} will be made by '
+                    f'{[c.stages[name][part].path for part in missing]}')
+    else:
+      fine &= doctor.diagnose(stage, name, console)
+  return fine
 
 
 def check_data(c: ConfigDict) -> None:

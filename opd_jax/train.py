@@ -34,6 +34,7 @@ from opd_jax import build as build_lib
 from opd_jax import (
   checkpoint,
   data,
+  doctor,
   flops,
   hf,
   lora,
@@ -99,6 +100,8 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
 
   # --- Build: models, data, programs; then the newest checkpoint, or a fresh state ---
   s = build_lib.build(c)
+  findings = doctor.examine(c, s)
+  doctor.require(c, findings)
   build_lib.claim_workdir(c, workdir)
   programs, state_shape = compile_step(c, s)
   store = checkpoint.Checkpoints(
@@ -120,6 +123,8 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   display = metrics.Display(c.name, c.steps, c.log.plain_every_steps)
   if restored:
     display.say(f'{c.name}: resumed from the checkpoint of step {start}')
+  findings += doctor.examine_rollouts(c, s, lora.join(frozen, state.params), teacher_params)
+  doctor.settle(c, findings, workdir, display.say)
   key = jax.random.key(c.seed)
   # On several fake CPU devices, programs with collectives must not be in flight together.
   crowded = jax.default_backend() == 'cpu' and s.mesh.size > 1
@@ -148,7 +153,8 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     spent = flops.step_flops(
         s.student.model, s.teacher.model if s.teacher else None, lengths + prompt_lengths,
         source=c.data.source, teacher_scores=s.objective.needs_teacher,
-        student_rescores=s.objective.needs_student_scores, updates=c.optimizer.updates_per_batch)
+        student_rescores=s.objective.needs_student_scores, updates=c.optimizer.updates_per_batch,
+        adapter_specs=s.adapter and s.adapter.specs)
     for name, amount in spent.items():
       host['flops'][name] += amount
     row |= {'length': float(lengths.mean()), 'flops': dict(host['flops']),
@@ -248,22 +254,13 @@ def compile_step(c: ConfigDict, s: Setup) -> tuple[Programs, TrainState]:
   """
   rows, scalar = sharding.by_rows(s.mesh), sharding.replicated(s.mesh)
   model = s.student.model
-  weights = sharding.param_shardings(s.trained_specs, s.mesh)
-  shapes = params.abstract_params(s.trained_specs)
-
-  def init(p):
-    return TrainState(step=jnp.int32(0), params=p, opt_state=s.optimizer.init(p))
-
-  abstract = jax.eval_shape(init, shapes)
-  opt_shardings = optax.tree_utils.tree_map_params(
-      s.optimizer, lambda _, sharding: sharding, abstract.opt_state, weights,
-      transform_non_params=lambda _: scalar)
-  state = TrainState(step=scalar, params=weights, opt_state=opt_shardings)
+  abstract = abstract_state(s.trained_specs, s.optimizer, s.mesh)
+  state = jax.tree.map(lambda x: x.sharding, abstract)
   sampler = s.teacher.model if c.data.source == 'teacher' else model
   sample_fn = jax.jit(functools.partial(
       sample.sample_fn, model=sampler, max_new_tokens=c.data.max_new_tokens,
       temperature=c.sample.temperature, top_p=c.sample.top_p, top_k=c.sample.top_k,
-      stop_tokens=s.student.stop_tokens, pad_token=s.pad_token), out_shardings=rows)
+      stop_tokens=s.stop_tokens, pad_token=s.pad_token), out_shardings=rows)
   batching = dict(chunk_tokens=c.compute.chunk_tokens, microbatch_rows=c.compute.microbatch_rows)
 
   def scorer(m: Model, temperature: float):
@@ -282,11 +279,29 @@ def compile_step(c: ConfigDict, s: Setup) -> tuple[Programs, TrainState]:
                         objective=s.objective, group_size=c.data.samples_per_prompt,
                         on_policy=c.data.source == 'student', **batching),
       donate_argnums=0, out_shardings=(state, scalar))
-  init_fn = jax.jit(init, donate_argnums=0, out_shardings=state)
-  abstract = jax.tree.map(
-      lambda x, sh: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sh), abstract, state)
+  init_fn = jax.jit(functools.partial(init_state, s.optimizer), donate_argnums=0,
+                    out_shardings=state)
   return Programs(sample=sample_fn, score_teacher=score_teacher, score_student=score_student,
                   update=update_fn, init=init_fn), abstract
+
+
+def init_state(optimizer: optax.GradientTransformation, trained: Any) -> TrainState:
+  """The train state before the first step."""
+  return TrainState(step=jnp.int32(0), params=trained, opt_state=optimizer.init(trained))
+
+
+def abstract_state(specs: dict[str, Any], optimizer: optax.GradientTransformation,
+                   mesh: jax.sharding.Mesh) -> TrainState:
+  """Shapes, dtypes and shardings of a train state; moments are sharded as their parameters."""
+  abstract = jax.eval_shape(functools.partial(init_state, optimizer),
+                            params.abstract_params(specs))
+  weights, scalar = sharding.param_shardings(specs, mesh), sharding.replicated(mesh)
+  shardings = TrainState(
+      step=scalar, params=weights, opt_state=optax.tree_utils.tree_map_params(
+          optimizer, lambda _, sharding: sharding, abstract.opt_state, weights,
+          transform_non_params=lambda _: scalar))
+  return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                      abstract, shardings)
 
 
 def check_finite(row: dict[str, float], step: int, max_gap: float) -> None:

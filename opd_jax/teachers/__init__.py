@@ -4,7 +4,7 @@ A teacher module offers
   load(path, student, options, revision) -> hf.LoadedModel, where `student` is the student before
   training, `options` are the compute options of `models.build`, and `revision` is the commit of a
   path on the hub, '' elsewhere.
-The teacher's vocabulary must be the student's; `build.get_teacher` compares the two.
+The teacher's vocabulary must be the student's; `doctor` compares the two.
 """
 
 from __future__ import annotations

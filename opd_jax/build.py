@@ -283,7 +283,7 @@ def load_student(c: ConfigDict) -> hf.LoadedModel:
     return load_flax(c, 'student')
   if c.student.path:
     try:
-      return hf.load(c.student.path, compute_options(c))
+      return hf.load(c.student.path, compute_options(c), c.student.revision)
     except (ValueError, FileNotFoundError) as e:
       raise ValueError(f'student.path={c.student.path!r}: {e}; allowed: a Hugging Face checkpoint '
                        'directory') from e
@@ -341,7 +341,8 @@ def load_flax(c: ConfigDict, part: str) -> hf.LoadedModel:
   factory, path = c[part].factory, c[part].path
   where = f'{part}.factory={factory!r}, {part}.path={path!r}'
   try:
-    loaded = foreign.load(factory, path, jnp.dtype(c.compute.dtype),
+    directory = str(hf.fetch(path, c[part].revision)) if path else ''
+    loaded = foreign.load(factory, directory, jnp.dtype(c.compute.dtype),
                           fold_in(jax.random.key(c.seed), INIT, 0))
   except (ValueError, FileNotFoundError) as e:
     raise ValueError(f'{where}: {e}') from e
@@ -366,7 +367,8 @@ def get_teacher(c: ConfigDict, student: hf.LoadedModel) -> hf.LoadedModel | None
   try:
     if c.teacher.factory:
       return load_flax(c, 'teacher')
-    return teachers.load(c.teacher.kind, c.teacher.path, student, compute_options(c))
+    return teachers.load(c.teacher.kind, c.teacher.path, student, compute_options(c),
+                         c.teacher.revision)
   except FileNotFoundError as e:
     raise ValueError(f'teacher.path={c.teacher.path!r}: {e}; allowed: a Hugging Face checkpoint '
                      'directory') from e

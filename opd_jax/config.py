@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from opd_jax import models, optim, tasks, teachers
+from opd_jax import hf, models, optim, tasks, teachers
 from opd_jax import update as update_lib
 from opd_jax.params import flatten
 
@@ -34,10 +34,11 @@ def default_config() -> ConfigDict:
   c.seed = 0
   c.steps = 100  # batches; gradient steps are steps * optimizer.updates_per_batch
 
-  # Who learns. `path` is a Hugging Face directory or 'stage:NAME'; with path '' a fresh model is
-  # made from `fresh` (the fields of a config.json) with a character tokenizer.
+  # Who learns. `path` is a Hugging Face directory, 'stage:NAME', or 'organization/name' of the hub
+  # with its commit as `revision`; with path '' a fresh model is made from `fresh` (the fields of a
+  # config.json) with a character tokenizer.
   # `factory` is the 'package.module:function' of a Flax module (see `foreign.load`), '' for none.
-  c.student = ConfigDict(dict(path='', factory=''))
+  c.student = ConfigDict(dict(path='', revision='', factory=''))
   c.student.fresh = ConfigDict(dict(
       model_type='qwen3', hidden_size=64, intermediate_size=192, num_hidden_layers=2,
       num_attention_heads=4, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6,
@@ -49,7 +50,7 @@ def default_config() -> ConfigDict:
   c.student.lora = ConfigDict(dict(rank=0, alpha=32.0, targets='all', path=''))
 
   # Who grades: kind is a file in opd_jax/teachers/, or 'none'.
-  c.teacher = ConfigDict(dict(kind='none', path='', factory=''))
+  c.teacher = ConfigDict(dict(kind='none', path='', revision='', factory=''))
 
   # How both compute.
   c.compute = ConfigDict()
@@ -245,10 +246,8 @@ def validate(c: ConfigDict, prefix: str = '') -> None:
     if c.optimizer.warmup_steps >= c.steps * c.optimizer.updates_per_batch:
       raise ConfigError(f'optimizer.warmup_steps={c.optimizer.warmup_steps}; allowed: below the '
                         f'{c.steps * c.optimizer.updates_per_batch} gradient steps of the run')
-    for part, path in (('student', c.student.path), ('teacher', c.teacher.path)):
-      if path and not path.startswith(STAGE) and not pathlib.Path(path).is_dir():
-        raise ConfigError(f'{part}.path={path!r} is not a directory; allowed: a Hugging Face '
-                          "checkpoint directory, or 'stage:NAME' in a pipeline")
+    _check_source('student', c.student)
+    _check_source('teacher', c.teacher)
   except (ValueError, TypeError) as e:
     raise ConfigError(f'{prefix}{e}') from e
 
@@ -271,6 +270,17 @@ def _check_fields(c, template, prefix):
   if unknown:
     raise ConfigError(f'unknown config keys {[prefix + k for k in unknown]}; allowed: '
                       f'{[prefix + k for k in sorted(template)]}')
+
+
+def _check_source(part, group):
+  if group.path and not group.path.startswith(STAGE):
+    try:
+      hf.check_source(group.path, group.revision)
+    except ValueError as e:
+      raise ConfigError(f"{part}.{e}, or 'stage:NAME' in a pipeline") from e
+  elif group.revision:
+    raise ConfigError(f'{part}.revision={group.revision!r} has no effect with {part}.path='
+                      f"{group.path!r}; allowed: ''")
 
 
 def _check_optimizer(c):

@@ -1,27 +1,47 @@
-"""Hugging Face checkpoint directories to parameters and back, strictly, through the spec table."""
+"""Hugging Face checkpoints to parameters and back, strictly, through the spec table.
+
+Two kinds of directory: whole models (`load`, `write_checkpoint`) and low-rank adapters in PEFT's
+format (`read_adapter`, `write_adapter`). Opening one checks all that can be checked without reading
+a weight. Weights are then read and written a tensor at a time: host memory holds one tensor beside
+what this process keeps. Left out: pickled weights (*.bin), quantized weights, remote code.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
+import re
 import shutil
 from typing import Any
+import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-from safetensors.flax import save_file
 
-from opd_jax import models, sharding
+from opd_jax import lora, models, tensors
 from opd_jax import tokenizer as tokenizer_lib
-from opd_jax.params import ParamSpec, flatten, unflatten
+from opd_jax.params import flatten
+from opd_jax.tensors import Stored
 from opd_jax.types import Model, Params
 
-WEIGHTS = 'model.safetensors'
+WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = 'adapter_model.safetensors', 'adapter_config.json'
+MAX_SHARD_BYTES = 5 * 2**30
+# What is fetched of a repository: no pickles, no code, no second copy of the weights.
+FETCHED = ('config.json', 'generation_config.json', 'model.safetensors*', 'model-*.safetensors',
+           'tokenizer*', 'vocab*', 'merges.txt', 'added_tokens.json', 'special_tokens_map.json',
+           'chat_template*')
+
+
+class ExportError(OSError):
+  """A directory that could not be written, and of which nothing was left behind."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +62,67 @@ class LoadedModel:
   read: Callable[..., Params]
 
 
-def load(path: str | os.PathLike[str], options: dict[str, Any]) -> LoadedModel:
-  """Opens a checkpoint directory; `options` are those of `models.build`."""
+def load(path: str | os.PathLike[str], options: dict[str, Any], revision: str = '') -> LoadedModel:
+  """Opens a checkpoint: a local directory, or a repository of the hub at a commit.
+
+  Args:
+    path: the directory, or 'organization/name'.
+    options: those of `models.build`.
+    revision: the commit of the repository; '' for a directory.
+
+  Raises:
+    FileNotFoundError: something is not there.
+    ValueError: something does not fit; see also `check_source` and `open_weights`.
+  """
+  path = fetch(path, revision)
+  config = read_config(path)
   tokenizer = tokenizer_lib.load(path)
   in_use = max(tokenizer.get_vocab().values()) + 1
-  model = models.build(read_config(path), vocab_in_use=in_use, **options)
+  try:
+    model = models.build(config, vocab_in_use=in_use, **options)
+  except ValueError as e:
+    raise ValueError(f'{path}: {e}') from e
+  weights = open_weights(path, model)
   return LoadedModel(model, tokenizer, (tokenizer.eos_token_id,),
-                     functools.partial(read_params, path, model))
+                     functools.partial(_read_model, model, weights))
+
+
+def check_source(path: str | os.PathLike[str], revision: str) -> None:
+  """Checks that `path` and `revision` name one checkpoint that cannot change unnoticed.
+
+  Raises:
+    ValueError: neither a directory, nor a repository with a commit.
+  """
+  if pathlib.Path(path).is_dir():
+    if revision:
+      raise ValueError(f"revision={revision!r} has no effect with the directory path='{path}'; "
+                       "allowed: ''")
+  elif not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(path)):
+    raise ValueError(f"path='{path}' is not a directory; allowed: a Hugging Face checkpoint "
+                     "directory, or 'organization/name' of the hub with a revision")
+  elif not re.fullmatch(r'[0-9a-f]{40}', revision):  # branches move, and tags can be moved
+    raise ValueError(f"revision={revision!r} of path='{path}', which is not a directory here; "
+                     'allowed: the 40 hex digits of a commit of that repository, or for path a '
+                     'Hugging Face checkpoint directory')
+
+
+def fetch(path: str | os.PathLike[str], revision: str = '') -> pathlib.Path:
+  """The local directory of a checkpoint; a repository is downloaded, unless its commit is in the
+  hub's cache already.
+
+  Raises:
+    ValueError: see `check_source`; or the hub does not give it.
+  """
+  check_source(path, revision)
+  if not revision:
+    return pathlib.Path(path)
+  import huggingface_hub  # takes a while to import: only where it is used
+  try:
+    return pathlib.Path(huggingface_hub.snapshot_download(
+        str(path), revision=revision, allow_patterns=list(FETCHED)))
+  except (OSError, ValueError) as e:  # what the hub raises are kinds of these
+    raise ValueError(f"path='{path}' at revision={revision!r} cannot be fetched: "
+                     f'{" ".join(str(e).split())}') from e
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -56,93 +130,327 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: there is none.
+    ValueError: it is no JSON object, or describes quantized weights.
   """
-  file = pathlib.Path(path) / 'config.json'
+  config = _read_json(pathlib.Path(path) / 'config.json')
+  if config.get('quantization_config'):
+    method = config['quantization_config'].get('quant_method')
+    raise ValueError(f'{path}: config.json has quantization_config with quant_method={method!r}; '
+                     'allowed: none, and weights in float32, bfloat16 or float16')
+  return config
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
   if not file.exists():
-    raise FileNotFoundError(f'{path} is not a Hugging Face checkpoint: {file} is missing')
-  return json.loads(file.read_text())
+    raise FileNotFoundError(f'{file.parent} is not a Hugging Face checkpoint: {file} is missing')
+  try:
+    content = json.loads(file.read_text())
+  except ValueError as e:
+    raise ValueError(f'{file} is no JSON: {e}') from e
+  if not isinstance(content, dict):
+    raise ValueError(f'{file} holds a {type(content).__name__}; allowed: a JSON object')
+  return content
 
 
-def _tensor_names(spec: ParamSpec) -> list[str]:
-  if not spec.stacked:
-    return [spec.hf_name]
-  return [spec.hf_name.format(layer=i) for i in range(spec.shape[0])]
+# --- which tensors there are ---
 
 
-def _to_array(spec: ParamSpec, tensors: list[np.ndarray]) -> np.ndarray:
-  layout = [t.T if spec.hf_transpose else t for t in tensors]
-  return np.stack(layout).reshape(spec.shape)
+def find_tensors(path: str | os.PathLike[str]) -> dict[str, Stored]:
+  """Every tensor of a model's directory, from one file or from those that the index names.
+
+  Raises:
+    FileNotFoundError: no weights, or a file that the index names is missing.
+    ValueError: files truncated or damaged, or an index that is not what the files hold.
+  """
+  path = pathlib.Path(path)
+  single, index = path / WEIGHTS, path / INDEX
+  if single.exists() and index.exists():
+    raise ValueError(f'{path} has both {WEIGHTS} and {INDEX}; allowed: one of them')
+  if single.exists():
+    return tensors.read_header(single)
+  if not index.exists():
+    others = sorted(p.name for p in path.glob('*') if p.suffix in ('.bin', '.pt', '.safetensors'))
+    raise FileNotFoundError(f'{path} has neither {WEIGHTS} nor {INDEX}, and of other weights '
+                            f'{others}; allowed: safetensors under those names')
+  weight_map = _read_json(index).get('weight_map')
+  if not isinstance(weight_map, dict) or not all(
+      isinstance(f, str) and pathlib.PurePath(f).name == f for f in weight_map.values()):
+    raise ValueError(f"{index}: weight_map={str(weight_map)[:200]}; allowed: an object of tensor "
+                     'names to names of files in the same directory')
+  files = sorted(set(weight_map.values()))
+  absent = [f for f in files if not (path / f).is_file()]
+  if absent:
+    raise FileNotFoundError(f'{index} names files that are missing: {absent}')
+  found: dict[str, Stored] = {}
+  double, unnamed = [], []
+  for file in files:
+    for name, stored in tensors.read_header(path / file).items():
+      if name in found:
+        double.append(name)
+      elif weight_map.get(name) != file:
+        unnamed.append(f'{name} in {file}')
+      found.setdefault(name, stored)
+  lost = sorted(set(weight_map) - set(found))
+  if double or unnamed or lost:
+    raise ValueError(f'{index} does not match its files: tensors stored in several files '
+                     f'{sorted(double)}; tensors in a file where the index does not have them '
+                     f'{sorted(unnamed)}; tensors that no file has {lost}')
+  return found
 
 
-def _to_tensors(spec: ParamSpec, array: np.ndarray) -> list[np.ndarray]:
-  shape = spec.hf_shape[::-1] if spec.hf_transpose else spec.hf_shape
-  layers = array if spec.stacked else array[None]
-  return [np.ascontiguousarray(a.reshape(shape).T if spec.hf_transpose else a.reshape(shape))
-          for a in layers]
+def open_weights(path: str | os.PathLike[str], model: Model) -> dict[str, Stored]:
+  """The tensors of a model's directory, checked against its table. Reads no weights.
+
+  Raises:
+    FileNotFoundError, ValueError: see `find_tensors`; or tensors unmatched, missing, mis-shaped,
+      doubly matched or of a dtype that is not implemented, each listed by name.
+  """
+  found = find_tensors(path)
+  # A tied head may be stored as a copy; `_read_model` compares the two.
+  matched = {n: t for n, t in found.items() if n != _tied_head(model)}
+  tensors.check(matched, model.specs, f'the weights in {path} do not match {model.family}')
+  return found
+
+
+def _tied_head(model: Model) -> str | None:
+  """The name of the tensor that may be stored although the embedding is the head."""
+  table = flatten(model.specs)
+  return 'lm_head.weight' if 'embed' in table and 'head' not in table else None
+
+
+# --- reading ---
 
 
 def read_params(path: str | os.PathLike[str], model: Model, dtype: Any = jnp.float32,
                 shardings: Any = None) -> Params:
-  """Reads model.safetensors into host arrays of `dtype`.
+  """Reads the weights of a directory as `LoadedModel.read` does.
 
   Raises:
-    FileNotFoundError: no weights file.
-    ValueError: tensors unmatched, missing or of another shape, each listed by name; or a tied head
-      that is stored and differs from the embedding.
+    FileNotFoundError, ValueError: see `open_weights`; or NaN or infinity in a tensor, or a stored
+      copy of a tied head that differs from the embedding.
   """
-  file = pathlib.Path(path) / WEIGHTS
-  if not file.exists():
-    raise FileNotFoundError(f'{path} has no {WEIGHTS}')
-  flat = flatten(model.specs)
-  wanted = {name: spec for spec in flat.values() for name in _tensor_names(spec)}
-  with safetensors.safe_open(str(file), framework='flax') as f:
-    found = set(f.keys())
-    extra = found - set(wanted)
-    if 'lm_head.weight' in extra and 'head' not in flat:
-      # A tied head may be stored as a copy; anything but a copy would be lost silently.
-      if not np.array_equal(f.get_tensor('lm_head.weight'), f.get_tensor(flat['embed'].hf_name)):
-        raise ValueError(f'{file}: tie_word_embeddings is true, but lm_head.weight differs from '
-                         f"{flat['embed'].hf_name}")
-      extra.remove('lm_head.weight')
-    shapes = {n: tuple(f.get_slice(n).get_shape()) for n in found & set(wanted)}
-    misshaped = [f'{n}: {shapes[n]} in the file, {wanted[n].hf_shape} expected'
-                 for n in sorted(shapes) if shapes[n] != wanted[n].hf_shape]
-    missing = sorted(set(wanted) - found)
-    if extra or missing or misshaped:
-      raise ValueError(f'{file} does not match {model.family}: unmatched tensors {sorted(extra)}; '
-                       f'missing tensors {missing}; mis-shaped tensors {misshaped}')
-    params = unflatten({
-        name: _to_array(spec, [np.asarray(f.get_tensor(n)) for n in _tensor_names(spec)])
-              .astype(dtype)
-        for name, spec in flat.items()})
-  return params if shardings is None else sharding.put(params, shardings)
+  return _read_model(model, open_weights(path, model), dtype, shardings)
 
 
-def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params, tokenizer: Any
-                     ) -> None:
-  """Writes config.json, generation_config.json, model.safetensors and the tokenizer.
+def _read_model(model: Model, weights: dict[str, Stored], dtype: Any = jnp.float32,
+                shardings: Any = None) -> Params:
+  head = weights.get(_tied_head(model))
+  if head is not None and jax.process_index() == 0:  # one process has to read the whole of both
+    embed = weights[flatten(model.specs)['embed'].hf_name]
+    if head.shape != embed.shape or head.dtype not in tensors.DTYPES or not _equal(
+        tensors.view(head), tensors.view(embed)):
+      raise ValueError(f'{head.file}: the head is tied (tie_word_embeddings), but lm_head.weight '
+                       f"differs from {flatten(model.specs)['embed'].hf_name}; allowed: a copy")
+  return tensors.read(model.specs, weights, dtype, shardings)
 
-  The directory appears whole or not at all.
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+  return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))  # row by row: no big mask
+
+
+# --- writing ---
+
+
+def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params, tokenizer: Any, *,
+                     stop_tokens: tuple[int, ...] = (), dtype: Any = None,
+                     max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+  """Writes a model's directory: configs, weights, tokenizer with its chat template.
+
+  The directory appears whole or not at all. Of several processes the first one writes, and has to
+  hold all parameters.
+
+  Args:
+    path: the directory to make.
+    model: its functions and its table.
+    params: arrays of the host or of devices. `lora.LoRA` leaves are merged, one tensor at a time.
+    tokenizer: a Hugging Face tokenizer.
+    stop_tokens: ids that end a completion, for generation_config.json, beside the tokenizer's own.
+    dtype: of the file: float32, bfloat16 or float16; None keeps the parameters'.
+    max_shard_bytes: more weights than that go into several files with an index.
 
   Raises:
     FileExistsError: `path` exists.
+    ValueError: another dtype, a size below 1, parameters that are not the model's, or that are not
+      finite in that dtype.
+    ExportError: the file system refuses, such as for want of space.
+  """
+  if max_shard_bytes < 1:
+    raise ValueError(f'max_shard_bytes={max_shard_bytes}; allowed: at least 1')
+  plan = tensors.plan(model.specs, params, dtype)
+  ids = {'bos_token_id': tokenizer.bos_token_id, 'eos_token_id': tokenizer.eos_token_id,
+         'pad_token_id': tokenizer.pad_token_id}
+  ids = {name: value for name, value in ids.items() if value is not None}
+  ends = sorted({tokenizer.eos_token_id, *stop_tokens})
+  first = next(iter(plan.values()))[0]
+  configs = {'config.json': {**model.to_hf(), **ids, 'dtype': str(first)},
+             'generation_config.json': {**ids, 'eos_token_id': ends if ends[1:] else ends[0]}}
+  if jax.process_index():
+    return
+  with _new_directory(path) as partial:
+    for file, content in configs.items():
+      _write_json(partial / file, content)
+    _save_tokenizer(partial, tokenizer)
+    shards = tensors.split(plan, max_shard_bytes)
+    arrays = tensors.stream(model.specs, params, plan)
+    files = [WEIGHTS] if len(shards) == 1 else [
+        f'model-{i:05}-of-{len(shards):05}.safetensors' for i in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards, strict=True):
+      tensors.write(partial / file, shard, arrays)
+    if len(shards) > 1:
+      weight_map = {n: f for f, shard in zip(files, shards, strict=True) for n in shard}
+      size = sum(map(tensors.nbytes, plan.values()))
+      _write_json(partial / INDEX, {'metadata': {'total_size': size}, 'weight_map': weight_map})
+
+
+@contextlib.contextmanager
+def _new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """A hidden directory that gets its name when all went well, and is removed when not."""
+  path = pathlib.Path(path)
+  if os.path.lexists(path):
+    raise FileExistsError(f'{path} exists already; allowed: a path that does not, so choose '
+                          'another or remove it')
+  partial = path.with_name(f'.{path.name}.partial')
+  try:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    os.replace(partial, path)
+  except OSError as e:
+    raise ExportError(f'{path} could not be written, and nothing was left there: '
+                      f'{e.strerror or e}') from e
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
+  try:
+    tokenizer.save_pretrained(str(folder))
+  except Exception as e:  # the Rust side raises bare Exceptions, for a full disk too
+    raise OSError(f'the tokenizer cannot be saved: {e}') from e
+
+
+def _write_json(file: pathlib.Path, content: dict[str, Any]) -> None:
+  file.write_text(json.dumps(content, indent=2, sort_keys=True) + '\n')
+
+
+# --- adapters ---
+
+
+def write_adapter(path: str | os.PathLike[str], model: Model, adapters: Params,
+                  settings: lora.Settings, tokenizer: Any, base_name: str) -> None:
+  """Writes adapters as a PEFT directory, with the tokenizer.
+
+  Args:
+    path: the directory to make.
+    model: the base.
+    adapters: in the form of `lora.adapter_specs`.
+    settings: theirs.
+    tokenizer: a Hugging Face tokenizer.
+    base_name: where the base is from, for adapter_config.json; '' for nowhere.
+
+  Raises:
+    FileExistsError, ValueError, ExportError: see `write_checkpoint`.
+  """
+  specs = lora.adapter_specs(model.specs, settings)
+  plan = tensors.plan(specs, adapters, None)
+  whole = settings.alpha == int(settings.alpha)
+  config = {
+      'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': base_name or None,
+      'r': settings.rank, 'lora_alpha': int(settings.alpha) if whole else settings.alpha,
+      'lora_dropout': 0.0, 'bias': 'none', 'fan_in_fan_out': False, 'use_rslora': False,
+      'use_dora': False, 'inference_mode': True, 'init_lora_weights': True,
+      'modules_to_save': None, 'target_modules': sorted(_modules(plan))}
+  if jax.process_index():
+    return
+  with _new_directory(path) as partial:
+    _write_json(partial / ADAPTER_CONFIG, config)
+    tensors.write(partial / ADAPTER_WEIGHTS, plan, tensors.stream(specs, adapters, plan))
+    _save_tokenizer(partial, tokenizer)
+
+
+def _modules(names: Any) -> set[str]:
+  """The last names of the modules of adapter tensors, such as {'q_proj'}."""
+  return {name.rpartition('.lora_')[0].rpartition('.')[2] for name in names}
+
+
+def read_adapter(path: str | os.PathLike[str], model: Model, base_name: str = ''
+                 ) -> tuple[lora.Settings, Callable[..., Params]]:
+  """Opens a PEFT directory with adapters for this base.
+
+  Args:
+    path: the directory.
+    model: the base.
+    base_name: where the base is from. A warning says so if the adapter names another; names of the
+      same base differ from place to place, so that this alone is no error.
+
+  Returns:
+    The settings, and a `read` like `LoadedModel.read` for the tree of `lora.adapter_specs`.
+    `lora_dropout` is not applied.
+
+  Raises:
+    FileNotFoundError: something is not there.
+    ValueError: another method than plain LoRA, or tensors that do not fit the base.
   """
   path = pathlib.Path(path)
-  if path.exists():
-    raise FileExistsError(f'{path} exists already; choose another directory or remove it')
-  partial = path.with_name(f'.{path.name}.partial')
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
-  arrays, tensors = flatten(params), {}
-  for name, spec in flatten(model.specs).items():
-    parts = _to_tensors(spec, np.asarray(arrays[name]))
-    tensors.update(zip(_tensor_names(spec), map(jnp.asarray, parts), strict=True))
-  ids = {'eos_token_id': tokenizer.eos_token_id, 'pad_token_id': tokenizer.pad_token_id}
-  dtype = {'dtype': str(next(iter(tensors.values())).dtype)}
-  for file, content in (('config.json', {**model.to_hf(), **ids, **dtype}),
-                        ('generation_config.json', ids)):
-    (partial / file).write_text(json.dumps(content, indent=2, sort_keys=True) + '\n')
-  save_file(tensors, str(partial / WEIGHTS), metadata={'format': 'pt'})
-  (partial / WEIGHTS).chmod((partial / 'generation_config.json').stat().st_mode)  # made private
-  tokenizer.save_pretrained(str(partial))
-  os.replace(partial, path)
+  config = _read_json(path / ADAPTER_CONFIG)
+  _check_plain(config, path / ADAPTER_CONFIG)
+  file = path / ADAPTER_WEIGHTS
+  if not file.exists():
+    raise FileNotFoundError(f'{path} has no {ADAPTER_WEIGHTS}')
+  found = tensors.read_header(file)
+  targets = _targets(found, model, config['r'])
+  if not targets:
+    raise ValueError(f'{file} is not for this {model.family}: it has the tensors {sorted(found)}, '
+                     f'none of them for {sorted(lora.adaptable(model.specs))}')
+  settings = lora.Settings(rank=config['r'], alpha=float(config['lora_alpha']), targets=targets)
+  specs = lora.adapter_specs(model.specs, settings)
+  tensors.check(found, specs, f'{file} does not match this {model.family} with r={settings.rank}')
+  named = config.get('target_modules')
+  if isinstance(named, list) and {n.rpartition('.')[2] for n in named} != _modules(found):
+    raise ValueError(f'{path / ADAPTER_CONFIG}: target_modules={sorted(named)}, and the tensors '
+                     f'are for {sorted(_modules(found))}; allowed: the same')
+  made_for = config.get('base_model_name_or_path') or ''
+  if made_for and base_name and pathlib.PurePath(made_for).name != pathlib.PurePath(base_name).name:
+    warnings.warn(f'the adapter in {path} was made for {made_for!r}, and is put on {base_name!r}',
+                  stacklevel=2)
+  return settings, functools.partial(tensors.read, specs, found)
+
+
+# Fields of adapter_config.json that change nothing about what the tensors mean: records of how the
+# adapters were made, and what the tensors themselves tell.
+_HARMLESS = {
+    'auto_mapping', 'base_model_name_or_path', 'corda_config', 'ephemeral_gpu_offload',
+    'eva_config', 'exclude_modules', 'inference_mode', 'layers_pattern', 'lora_alpha',
+    'lora_dropout', 'megatron_core', 'peft_version', 'qalora_group_size', 'r', 'revision',
+    'runtime_config', 'target_modules'}
+_ALLOWED = {  # init_lora_weights: others change the base too
+    'peft_type': ('LORA',), 'task_type': ('CAUSAL_LM', None), 'bias': ('none',),
+    'init_lora_weights': (True, False, 'gaussian', 'eva', 'orthogonal')}
+
+
+def _check_plain(config: dict[str, Any], file: pathlib.Path) -> None:
+  """Raises ValueError for anything but plain LoRA. A field that is not known here, as of a newer
+  PEFT, has to be empty."""
+  for name, allowed in _ALLOWED.items():
+    if config.get(name, allowed[0]) not in allowed or 'peft_type' not in config:
+      raise ValueError(f'{file}: {name}={config.get(name)!r}; allowed: {list(allowed)}')
+  for name in sorted(set(config) - _HARMLESS - set(_ALLOWED)):
+    if config[name]:
+      raise ValueError(f'{file}: {name}={config[name]!r} is not implemented; allowed: that it is '
+                       'absent, null, false or empty')
+  for name in ('r', 'lora_alpha'):
+    value = config.get(name)
+    kinds = (int,) if name == 'r' else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+      raise ValueError(f'{file}: {name}={value!r}; allowed: a number above 0')
+
+
+def _targets(found: dict[str, Stored], model: Model, rank: int) -> str:
+  """`lora.Settings.targets` for the parameters that have tensors in the file; '' for none."""
+  specs = flatten(lora.adapter_specs(model.specs, lora.Settings(rank, alpha=1.0)))
+  names = dict.fromkeys(key.rpartition('/')[0] for key, spec in specs.items()
+                        if any(name in found for _, name in tensors.places(spec)))
+  for preset, pattern in lora.PRESETS.items():
+    if names and set(names) == {n for n in lora.adaptable(model.specs) if re.fullmatch(pattern, n)}:
+      return preset
+  return '|'.join(map(re.escape, names))

@@ -43,13 +43,18 @@ class ParamSpec:
   def __post_init__(self):
     if len(self.shape) != len(self.axes):
       raise ValueError(f'{self.hf_name}: shape {self.shape} and axes {self.axes} differ in rank')
-    layers = self.shape[0] if self.stacked else 1
-    if math.prod(self.shape) != layers * math.prod(self.hf_shape):
+    copies = math.prod(self.shape[:self.leading])
+    if math.prod(self.shape) != copies * math.prod(self.hf_shape):
       raise ValueError(f'{self.hf_name}: {self.shape} cannot be stored as {self.hf_shape}')
 
   @property
   def stacked(self) -> bool:
     return '{layer}' in self.hf_name
+
+  @property
+  def leading(self) -> int:
+    """How many axes precede those of one tensor."""
+    return self.stacked + ('{expert}' in self.hf_name)
 
 
 def flatten(tree: Params) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from opd_jax import build, doctor, report, tokenizer, train
+from opd_jax import build, doctor, hf, report, tokenizer, train
 from opd_jax import config as config_lib
 
 
@@ -59,7 +59,8 @@ def diagnose(c: ConfigDict, only: str | None, workdir: str | pathlib.Path) -> bo
   for name in [only] if only else c.order:
     stage = stage_config(c, name, c.seeds[0], workdir)
     missing = [part for part in ('student', 'teacher')
-               if stage[part].path and not pathlib.Path(stage[part].path).exists()]
+               if c.stages[name][part].path.startswith(config_lib.STAGE)
+               and not pathlib.Path(stage[part].path).exists()]
     if missing:
       console.print(f'{name}: not examined: its {" and ".join(missing)} will be made by '
                     f'{[c.stages[name][part].path for part in missing]}')
@@ -81,13 +82,14 @@ def check_data(c: ConfigDict) -> None:
     while origin.student.path.startswith(config_lib.STAGE):
       origin = c.stages[origin.student.path.removeprefix(config_lib.STAGE)]
     key = json.dumps([config_lib.to_dict(stage.task), config_lib.to_dict(stage.data),
-                      stage.eval.problems, origin.student.path])
+                      stage.eval.problems, origin.student.path, origin.student.revision])
     if key in seen:
       continue
     seen.add(key)
     path = origin.student.path
     try:
-      tokens = tokenizer.load(path) if path else tokenizer.character_tokenizer()
+      tokens = tokenizer.load(hf.fetch(path, origin.student.revision)) if path else (
+          tokenizer.character_tokenizer())
       build.load_examples(stage, stage.data.split, stage.data.limit, tokens)
       build.load_examples(stage, 'eval', stage.eval.problems, tokens)
     except (ValueError, FileNotFoundError) as e:

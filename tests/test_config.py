@@ -312,6 +312,19 @@ class TestModels:
     c = tiny.config('opd_sampled', **{f'{part}__path': str(tmp_path / 'nowhere')})
     refused(c, f'{part}.path=', 'nowhere', 'a Hugging Face checkpoint directory')
 
+  @pytest.mark.parametrize('part', ['student', 'teacher'])
+  def test_a_repository_has_a_pinned_commit(self, part):
+    for revision in ('', 'main'):
+      c = tiny.config('opd_sampled', **{f'{part}__path': 'acme/tiny',
+                                        f'{part}__revision': revision})
+      refused(c, f'{part}.revision={revision!r}', "path='acme/tiny'", '40 hex digits')
+
+  @pytest.mark.parametrize('part', ['student', 'teacher'])
+  @pytest.mark.parametrize('path', ['', '.', 'stage:first'])
+  def test_a_revision_of_something_else(self, part, path):
+    c = tiny.config('opd_sampled', **{f'{part}__path': path, f'{part}__revision': 'ab' * 20})
+    refused(c, f'{part}.revision=', 'no effect', "allowed: ''")
+
   @pytest.mark.parametrize('missing', ['config.json', 'model.safetensors', 'tokenizer_config.json'])
   @pytest.mark.parametrize('part', ['student', 'teacher'])
   def test_a_directory_that_is_not_a_checkpoint(self, part, missing, tmp_path):

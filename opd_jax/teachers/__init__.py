@@ -1,8 +1,9 @@
 """Kinds of teacher, one file each, found by name.
 
 A teacher module offers
-  load(path, student, options) -> hf.LoadedModel, where `student` is the student before training and
-  `options` are the compute options of `models.build`.
+  load(path, student, options, revision) -> hf.LoadedModel, where `student` is the student before
+  training, `options` are the compute options of `models.build`, and `revision` is the commit of a
+  path on the hub, '' elsewhere.
 The teacher's vocabulary must be the student's; `doctor` compares the two.
 """
 
@@ -23,7 +24,8 @@ def names() -> list[str]:
   return [NONE, *sorted(p.stem for p in here.glob('*.py') if p.stem[0] != '_')]
 
 
-def load(kind: str, path: str, student: LoadedModel, options: dict[str, Any]) -> LoadedModel:
+def load(kind: str, path: str, student: LoadedModel, options: dict[str, Any], revision: str = ''
+         ) -> LoadedModel:
   """The teacher of a kind.
 
   Raises:
@@ -31,4 +33,4 @@ def load(kind: str, path: str, student: LoadedModel, options: dict[str, Any]) ->
   """
   if kind not in names() or kind == NONE:
     raise ValueError(f'teacher.kind={kind!r}; allowed: {names()}')
-  return importlib.import_module(f'opd_jax.teachers.{kind}').load(path, student, options)
+  return importlib.import_module(f'opd_jax.teachers.{kind}').load(path, student, options, revision)

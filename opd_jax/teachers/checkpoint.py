@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint directory, frozen."""
+"""A Hugging Face checkpoint, frozen: a directory, or a repository of the hub at a commit."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 from opd_jax import hf
 
 
-def load(path: str, student: hf.LoadedModel, options: dict[str, Any]) -> hf.LoadedModel:
+def load(path: str, student: hf.LoadedModel, options: dict[str, Any], revision: str = ''
+         ) -> hf.LoadedModel:
   """Reads `path`; the student is not looked at."""
   del student
   if not path:
     raise ValueError("teacher.path='' with teacher.kind='checkpoint'; allowed: a directory")
-  return hf.load(path, options)
+  return hf.load(path, options, revision)

@@ -7,9 +7,10 @@ from typing import Any
 from opd_jax.hf import LoadedModel
 
 
-def load(path: str, student: LoadedModel, options: dict[str, Any]) -> LoadedModel:
+def load(path: str, student: LoadedModel, options: dict[str, Any], revision: str = ''
+         ) -> LoadedModel:
   """Returns the student; `path` must be empty, since it would have no effect."""
-  del options
+  del options, revision  # a revision without a path is refused by config.py
   if path:
     raise ValueError(f"teacher.path={path!r} has no effect with teacher.kind='initial_student'; "
                      "allowed: ''")

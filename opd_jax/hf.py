@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -64,9 +65,10 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _tensor_names(spec: ParamSpec) -> list[str]:
-  if not spec.stacked:
-    return [spec.hf_name]
-  return [spec.hf_name.format(layer=i) for i in range(spec.shape[0])]
+  places = [name for name in ('layer', 'expert') if f'{{{name}}}' in spec.hf_name]
+  sizes = map(range, spec.shape[:spec.leading])
+  return [spec.hf_name.format(**dict(zip(places, at, strict=True)))
+          for at in itertools.product(*sizes)]
 
 
 def _to_array(spec: ParamSpec, tensors: list[np.ndarray]) -> np.ndarray:
@@ -76,9 +78,8 @@ def _to_array(spec: ParamSpec, tensors: list[np.ndarray]) -> np.ndarray:
 
 def _to_tensors(spec: ParamSpec, array: np.ndarray) -> list[np.ndarray]:
   shape = spec.hf_shape[::-1] if spec.hf_transpose else spec.hf_shape
-  layers = array if spec.stacked else array[None]
-  return [np.ascontiguousarray(a.reshape(shape).T if spec.hf_transpose else a.reshape(shape))
-          for a in layers]
+  return [np.ascontiguousarray(a.T if spec.hf_transpose else a)
+          for a in array.reshape(-1, *shape)]
 
 
 def read_params(path: str | os.PathLike[str], model: Model, dtype: Any = jnp.float32,

@@ -279,7 +279,7 @@ FLOAT32 = dict(atol=3e-5)
 
 def test_families_are_found_by_listing_the_folder():
   assert models.families() == sorted(
-      f.stem for f in (PACKAGE / 'models').glob('*.py') if f.stem != '__init__')
+      f.stem for f in (PACKAGE / 'models').glob('*.py') if f.stem[0] != '_')
   with pytest.raises(ValueError) as error:
     models.build({'model_type': 'gpt17'})
   assert "'gpt17'" in str(error.value) and str(models.families()) in str(error.value)
@@ -579,7 +579,7 @@ def test_tasks_are_the_same_in_every_process():
 
 def test_tasks_are_found_by_listing_the_folder():
   assert tasks.names() == sorted(
-      f.stem for f in (PACKAGE / 'tasks').glob('*.py') if f.stem != '__init__')
+      f.stem for f in (PACKAGE / 'tasks').glob('*.py') if f.stem[0] != '_')
   with pytest.raises(ValueError) as error:
     tasks.get('chess')
   assert "task.name='chess'" in str(error.value) and str(tasks.names()) in str(error.value)
@@ -589,7 +589,7 @@ def test_tasks_are_found_by_listing_the_folder():
 
 
 def test_teachers_are_found_by_listing_the_folder():
-  files = sorted(f.stem for f in (PACKAGE / 'teachers').glob('*.py') if f.stem != '__init__')
+  files = sorted(f.stem for f in (PACKAGE / 'teachers').glob('*.py') if f.stem[0] != '_')
   assert teachers.names() == [teachers.NONE, *files]
   for kind in ('oracle', teachers.NONE):
     with pytest.raises(ValueError) as error:

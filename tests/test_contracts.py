@@ -579,7 +579,7 @@ def test_tasks_are_the_same_in_every_process():
 
 def test_tasks_are_found_by_listing_the_folder():
   assert tasks.names() == sorted(
-      f.stem for f in (PACKAGE / 'tasks').glob('*.py') if f.stem[0] != '_')
+      f.stem for f in (PACKAGE / 'tasks').glob('*.py') if f.stem != '__init__')
   with pytest.raises(ValueError) as error:
     tasks.get('chess')
   assert "task.name='chess'" in str(error.value) and str(tasks.names()) in str(error.value)
@@ -589,7 +589,7 @@ def test_tasks_are_found_by_listing_the_folder():
 
 
 def test_teachers_are_found_by_listing_the_folder():
-  files = sorted(f.stem for f in (PACKAGE / 'teachers').glob('*.py') if f.stem[0] != '_')
+  files = sorted(f.stem for f in (PACKAGE / 'teachers').glob('*.py') if f.stem != '__init__')
   assert teachers.names() == [teachers.NONE, *files]
   for kind in ('oracle', teachers.NONE):
     with pytest.raises(ValueError) as error:

@@ -69,8 +69,8 @@ def check_fields(family: str, hf_config: dict[str, Any], read: Collection[str],
                          f'allowed: {list(only[name])}')
     elif not (value is None or value is False or name in read or name in inert or name in _INERT
               or name.startswith('_')):
-      raise ValueError(f'{family} config.json: {name}={value!r} is an unknown field, which may change '
-                       f'the computation; allowed: {sorted({*read, *only})}')
+      raise ValueError(f'{family} config.json: {name}={value!r} is an unknown field, which may '
+                       f'change the computation; allowed: {sorted({*read, *only})}')
 
 
 def rope_scaling(family: str, given: dict[str, Any], where: str, types: tuple[str, ...]
@@ -133,12 +133,20 @@ def make(config: type, family: str, values: dict[str, Any]) -> Any:
   """The family's frozen `config` from config.json's values.
 
   Raises:
-    ValueError: fields that are missing, or sizes that do not fit each other.
+    ValueError: fields that are missing, no numbers, or sizes that do not fit each other.
   """
   names = [f.name for f in dataclasses.fields(config)]
   missing = [name for name in names if name not in values]
   if missing:
     raise ValueError(f'{family} config.json lacks {missing}')
+  for f in dataclasses.fields(config):
+    value = values[f.name]
+    if f.type == 'int' and (type(value) is not int or value < 1):
+      raise ValueError(f'{family} config.json: {f.name}={value!r}; allowed: a number of at least 1')
+    if f.type == 'float':  # files write 1000000 for 1000000.0
+      if type(value) not in (int, float) or not value > 0:
+        raise ValueError(f'{family} config.json: {f.name}={value!r}; allowed: a number above 0')
+      values = {**values, f.name: float(value)}
   c = config(**{name: values[name] for name in names})
   if c.head_dim % 2:
     raise ValueError(f'{family} config.json: head_dim={c.head_dim}; allowed: an even number, since '
@@ -170,7 +178,7 @@ def rope_parameters(theta: float, scaling: RopeScaling | None) -> dict[str, Any]
   return {'rope_theta': theta, **given}
 
 
-def to_hf(c: Decoder, family: str, architecture: str, **more: Any) -> dict[str, Any]:
+def to_hf(c: Decoder, family: str, architecture: str, more: dict[str, Any]) -> dict[str, Any]:
   """config.json of a family: the fields of its `Config`, and `more` that win over them."""
   values = dataclasses.asdict(c)
   parameters = rope_parameters(values.pop('rope_theta'), getattr(c, 'rope_scaling', None))

@@ -27,7 +27,7 @@ LOCAL, GLOBAL = 'sliding_attention', 'full_attention'
 class Config(_config.Decoder):
   """What every family has, and Gemma's own. A bound of None is none."""
 
-  query_pre_attn_scalar: float
+  query_pre_attn_scalar: int | float
   sliding_window: int
   layer_types: tuple[str, ...]
   attn_logit_softcapping: float | None
@@ -49,8 +49,8 @@ def with_layer_types(family: str, hf_config: dict[str, Any], pattern: int) -> di
   types = hf_config.get('layer_types') or [
       LOCAL if (i + 1) % pattern else GLOBAL for i in range(layers)]
   if set(types) - {LOCAL, GLOBAL} or len(types) != layers:
-    raise ValueError(f'{family} config.json: layer_types={types}; allowed: for each of the {layers} '
-                     f'layers {LOCAL!r} or {GLOBAL!r}')
+    raise ValueError(f'{family} config.json: layer_types={types}; allowed: for each of the '
+                     f'{layers} layers {LOCAL!r} or {GLOBAL!r}')
   # A gemma whose config.json says nothing of the head has a tied one.
   return {'tie_word_embeddings': True, **hf_config, 'layer_types': tuple(types)}
 
@@ -68,8 +68,9 @@ def parse(hf_config: dict[str, Any]) -> Config:
 
 def to_hf(c: Config) -> dict[str, Any]:
   """The inverse of `parse`: the content of a config.json that transformers opens."""
-  return _config.to_hf(c, 'gemma2', 'Gemma2ForCausalLM', hidden_activation='gelu_pytorch_tanh',
-                       attention_bias=False, layer_types=list(c.layer_types))
+  return _config.to_hf(c, 'gemma2', 'Gemma2ForCausalLM', {
+      'hidden_activation': 'gelu_pytorch_tanh', 'attention_bias': False,
+      'layer_types': list(c.layer_types)})
 
 
 def param_specs(c: Any, attention_norms: dict[str, ParamSpec] | None = None) -> dict[str, Any]:
@@ -102,12 +103,13 @@ def layer(c: Any, softcap: float, x: Any, w: dict[str, Any], rope: Any, allowed:
 
 
 def decoder(c: Any, softcap: float, local: _decoder.Kind, other: _decoder.Kind,
-            **options: Any) -> _decoder.Decoder:
+            dtype: Any, remat: bool, layer_unroll: int) -> _decoder.Decoder:
   """The model of a gemma: its layers are of the kinds `local` and `other` (the global one)."""
   return _decoder.Decoder(
       c, functools.partial(layer, c, softcap), (local, other),
       tuple(int(t == GLOBAL) for t in c.layer_types), norm=nn.offset_rms_norm,
-      embed_scale=c.hidden_size**0.5, softcap=c.final_logit_softcapping or 0.0, **options)
+      embed_scale=c.hidden_size**0.5, softcap=c.final_logit_softcapping or 0.0, dtype=dtype,
+      remat=remat, layer_unroll=layer_unroll)
 
 
 def build(hf_config: dict[str, Any], *, dtype: Any = jnp.float32, remat: bool = False,
@@ -116,5 +118,5 @@ def build(hf_config: dict[str, Any], *, dtype: Any = jnp.float32, remat: bool = 
   c = parse(hf_config)
   local = _decoder.Kind(c.rope_theta, window=c.sliding_window)
   model = decoder(c, c.attn_logit_softcapping or 0.0, local, _decoder.Kind(c.rope_theta),
-                  dtype=dtype, remat=remat, layer_unroll=layer_unroll)
+                  dtype, remat, layer_unroll)
   return _decoder.build(model, 'gemma2', param_specs(c), to_hf(c))

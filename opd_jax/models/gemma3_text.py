@@ -26,7 +26,7 @@ class Config(_config.Decoder):
 
   rope_scaling: nn.RopeScaling | None
   rope_local_base_freq: float
-  query_pre_attn_scalar: float
+  query_pre_attn_scalar: int | float
   sliding_window: int
   layer_types: tuple[str, ...]
   final_logit_softcapping: float | None
@@ -76,9 +76,9 @@ def parse(hf_config: dict[str, Any]) -> Config:
 
 def to_hf(c: Config) -> dict[str, Any]:
   """The inverse of `parse`: the content of a config.json that transformers opens."""
-  out = _config.to_hf(
-      c, 'gemma3_text', 'Gemma3ForCausalLM', hidden_activation='gelu_pytorch_tanh',
-      attention_bias=False, layer_types=list(c.layer_types))
+  out = _config.to_hf(c, 'gemma3_text', 'Gemma3ForCausalLM', {
+      'hidden_activation': 'gelu_pytorch_tanh', 'attention_bias': False,
+      'layer_types': list(c.layer_types)})
   local = _config.rope_parameters(out.pop('rope_local_base_freq'), None)
   return {**out, 'rope_parameters': {gemma2.LOCAL: local, gemma2.GLOBAL: out['rope_parameters']}}
 
@@ -96,6 +96,6 @@ def build(hf_config: dict[str, Any], *, dtype: Any = jnp.float32, remat: bool = 
   """See `models.build`. `layer_unroll` layers share one iteration of the scan."""
   c = parse(hf_config)
   local = _decoder.Kind(c.rope_local_base_freq, window=c.sliding_window)
-  model = gemma2.decoder(c, 0.0, local, _decoder.Kind(c.rope_theta, c.rope_scaling), dtype=dtype,
-                         remat=remat, layer_unroll=layer_unroll)
+  model = gemma2.decoder(c, 0.0, local, _decoder.Kind(c.rope_theta, c.rope_scaling), dtype,
+                         remat, layer_unroll)
   return _decoder.build(model, 'gemma3_text', param_specs(c), to_hf(c))

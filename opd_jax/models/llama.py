@@ -46,8 +46,8 @@ def parse(hf_config: dict[str, Any]) -> Config:
 
 def to_hf(c: Config) -> dict[str, Any]:
   """The inverse of `parse`: the content of a config.json that transformers opens."""
-  return _config.to_hf(c, 'llama', 'LlamaForCausalLM', hidden_act='silu', attention_bias=False,
-                       mlp_bias=False)
+  return _config.to_hf(c, 'llama', 'LlamaForCausalLM', {
+      'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False})
 
 
 def param_specs(c: Any) -> dict[str, Any]:

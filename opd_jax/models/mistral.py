@@ -42,7 +42,7 @@ def parse(hf_config: dict[str, Any]) -> Config:
 
 def to_hf(c: Config) -> dict[str, Any]:
   """The inverse of `parse`: the content of a config.json that transformers opens."""
-  return _config.to_hf(c, 'mistral', 'MistralForCausalLM', hidden_act='silu')
+  return _config.to_hf(c, 'mistral', 'MistralForCausalLM', {'hidden_act': 'silu'})
 
 
 def build(hf_config: dict[str, Any], *, dtype: Any = jnp.float32, remat: bool = False,

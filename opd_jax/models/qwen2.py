@@ -43,8 +43,9 @@ def parse(hf_config: dict[str, Any]) -> Config:
 
 def to_hf(c: Config) -> dict[str, Any]:
   """The inverse of `parse`: the content of a config.json that transformers opens."""
-  return _config.to_hf(c, 'qwen2', 'Qwen2ForCausalLM', hidden_act='silu', use_sliding_window=False,
-                       layer_types=['full_attention'] * c.num_hidden_layers)
+  return _config.to_hf(c, 'qwen2', 'Qwen2ForCausalLM', {
+      'hidden_act': 'silu', 'use_sliding_window': False,
+      'layer_types': ['full_attention'] * c.num_hidden_layers})
 
 
 def _bias(c: Config, name: str, heads: int, axis: str) -> ParamSpec:

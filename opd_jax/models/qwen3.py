@@ -43,9 +43,9 @@ def parse(hf_config: dict[str, Any]) -> Config:
 
 def to_hf(c: Config) -> dict[str, Any]:
   """The inverse of `parse`: the content of a config.json that transformers opens."""
-  return _config.to_hf(c, 'qwen3', 'Qwen3ForCausalLM', hidden_act='silu', attention_bias=False,
-                       use_sliding_window=False,
-                       layer_types=['full_attention'] * c.num_hidden_layers)
+  return _config.to_hf(c, 'qwen3', 'Qwen3ForCausalLM', {
+      'hidden_act': 'silu', 'attention_bias': False, 'use_sliding_window': False,
+      'layer_types': ['full_attention'] * c.num_hidden_layers})
 
 
 def attention_table(c: Any) -> dict[str, ParamSpec]:

@@ -95,11 +95,18 @@ def rope_scaling(family: str, given: dict[str, Any], where: str, types: tuple[st
     raise ValueError(f'{family} config.json: {where} of rope_type={kind!r} lacks {missing}')
   if kind == 'default':
     return None
-  return RopeScaling(kind, **{name: given[name] for name in parameters})
+  values = [_number(family, f, given[f.name]) for f in dataclasses.fields(RopeScaling)
+            if f.name in parameters]
+  scaling = RopeScaling(kind, *values)
+  if scaling.factor < 1 or (kind == 'llama3' and not (
+      scaling.high_freq_factor > scaling.low_freq_factor)):
+    raise ValueError(f'{family} config.json: {where}={given}; allowed: a factor of at least 1, and '
+                     'high_freq_factor above low_freq_factor')
+  return scaling
 
 
 def rope(family: str, hf_config: dict[str, Any], types: tuple[str, ...] = ('default',)
-         ) -> tuple[dict[str, float], RopeScaling | None]:
+         ) -> tuple[dict[str, Any], RopeScaling | None]:
   """({'rope_theta': theta}, scaling), or ({}, scaling) of a config.json without a theta.
 
   transformers 5 keeps all of it in `rope_parameters`; checkpoints written before have `rope_theta`
@@ -129,6 +136,21 @@ def only_full_attention(family: str, hf_config: dict[str, Any]) -> None:
                      "allowed: ['full_attention']")
 
 
+def _number(family: str, field: dataclasses.Field, value: Any) -> Any:
+  """A field's value, checked where its type is a number; files write 1000000 for 1000000.0."""
+  kinds = field.type.split(' | ')
+  null = ', or null' if 'None' in kinds else ''
+  if (null and value is None) or not {'int', 'float'} & set(kinds):
+    return value
+  if 'float' not in kinds and (type(value) is not int or value < 1):
+    raise ValueError(f'{family} config.json: {field.name}={value!r}; allowed: a whole number of at '
+                     f'least 1{null}')
+  if type(value) not in (int, float) or not value > 0:
+    raise ValueError(f'{family} config.json: {field.name}={value!r}; allowed: a number above 0'
+                     f'{null}')
+  return value if 'int' in kinds else float(value)
+
+
 def make(config: type, family: str, values: dict[str, Any]) -> Any:
   """The family's frozen `config` from config.json's values.
 
@@ -139,15 +161,8 @@ def make(config: type, family: str, values: dict[str, Any]) -> Any:
   missing = [name for name in names if name not in values]
   if missing:
     raise ValueError(f'{family} config.json lacks {missing}')
-  for f in dataclasses.fields(config):
-    value = values[f.name]
-    if f.type == 'int' and (type(value) is not int or value < 1):
-      raise ValueError(f'{family} config.json: {f.name}={value!r}; allowed: a number of at least 1')
-    if f.type == 'float':  # files write 1000000 for 1000000.0
-      if type(value) not in (int, float) or not value > 0:
-        raise ValueError(f'{family} config.json: {f.name}={value!r}; allowed: a number above 0')
-      values = {**values, f.name: float(value)}
-  c = config(**{name: values[name] for name in names})
+  values = {f.name: _number(family, f, values[f.name]) for f in dataclasses.fields(config)}
+  c = config(**values)
   if c.head_dim % 2:
     raise ValueError(f'{family} config.json: head_dim={c.head_dim}; allowed: an even number, since '
                      'RoPE turns pairs')

@@ -32,12 +32,8 @@ def parse(hf_config: dict[str, Any]) -> Config:
   """
   _config.check_fields('mistral', hf_config, _config.read_names(Config), {'hidden_act': ('silu',)})
   theta, scaling = _config.rope('mistral', hf_config, llama.ROPE_TYPES)
-  c = _config.make(Config, 'mistral',
-                   {**_config.with_head_dim(hf_config), **theta, 'rope_scaling': scaling})
-  if c.sliding_window is not None and c.sliding_window < 1:
-    raise ValueError(f'mistral config.json: sliding_window={c.sliding_window}; allowed: null, or a '
-                     'number of at least 1')
-  return c
+  return _config.make(Config, 'mistral',
+                      {**_config.with_head_dim(hf_config), **theta, 'rope_scaling': scaling})
 
 
 def to_hf(c: Config) -> dict[str, Any]:

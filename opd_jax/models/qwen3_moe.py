@@ -146,6 +146,9 @@ def mixture(c: Config, x: Float[Array, 'B S D'], w: dict[str, Any]) -> Float[Arr
     if 'expert' not in names:
       return experts(x, weights, chosen, gate, up, down, 0)
     first = jax.lax.axis_index('expert') * gate.shape[0]
+    # Said here that these will differ by device: jax 0.10 takes the result of a sort to be the same
+    # everywhere, and would add up the gradient of x before it is put back in order.
+    x, weights, chosen = jax.lax.pcast((x, weights, chosen), 'expert', to='varying')
     return jax.lax.psum(experts(x, weights, chosen, gate, up, down, first), 'expert')
 
   return jax.shard_map(local, in_specs=(by_row,) * 3 + (by_expert,) * 3, out_specs=by_row,

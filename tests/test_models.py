@@ -39,8 +39,8 @@ def _refusal(config):
     ('attention_dropout', 0.1), ('hidden_act', 'relu'), ('attention_bias', True),
     ('quantization_config', {'bits': 4}), ('partial_rotary_factor', 0.5), ('auto_map', {'a': 'b'}),
     ('layer_types', ['linear_attention'] * 2), ('a_new_feature', 3), ('num_hidden_layers', 0),
-    ('hidden_size', '16'), ('rms_norm_eps', None), ('head_dim', 7), ('num_key_value_heads', 3),
-    ('use_sliding_window', True), ('mlp_bias', True)])
+    ('hidden_size', '16'), ('rms_norm_eps', None), ('tie_word_embeddings', 1), ('head_dim', 7),
+    ('num_key_value_heads', 3), ('use_sliding_window', True), ('mlp_bias', True)])
 def test_what_no_family_implements_is_refused_by_name(family, name, value):
   message = _refusal(_config(family, **{name: value}))
   assert f'{family} config.json' in message and 'allowed' in message
@@ -133,6 +133,46 @@ def test_a_config_in_the_way_of_the_hub_is_read(family, hub):
     assert model.attention_windows == (4, None)
     del config['tie_word_embeddings']  # as gemma's own files do
     assert models.build(config).config == model.config
+
+
+def _published(family, layers, d, f, n, k, head, vocab, tied, **more):
+  config = dict(
+      model_type=family, num_hidden_layers=layers, hidden_size=d, intermediate_size=f,
+      num_attention_heads=n, num_key_value_heads=k, vocab_size=vocab, tie_word_embeddings=tied,
+      max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e6, **more)
+  return config | ({} if head is None else {'head_dim': head})
+
+
+_LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, rope_type='llama3',
+               original_max_position_embeddings=8192)
+PUBLISHED = {  # sizes from the models' config.json, and how many parameters their authors count
+    'Qwen3-0.6B': (_published('qwen3', 28, 1024, 3072, 16, 8, 128, 151936, True), 596_049_920),
+    'Qwen2.5-7B': (_published('qwen2', 28, 3584, 18944, 28, 4, None, 152064, False), 7_615_616_512),
+    'Llama-3.1-8B': (_published('llama', 32, 4096, 14336, 32, 8, None, 128256, False,
+                                rope_scaling=_LLAMA3), 8_030_261_248),
+    'Mistral-7B-v0.1': (_published('mistral', 32, 4096, 14336, 32, 8, None, 32000, False,
+                                   sliding_window=4096), 7_241_732_096),
+    'Qwen3-30B-A3B': (_published(
+        'qwen3_moe', 48, 2048, 6144, 32, 4, 128, 151936, False, moe_intermediate_size=768,
+        num_experts=128, num_experts_per_tok=8, norm_topk_prob=True), 30_532_122_624),
+    'gemma-2-2b': (_published(
+        'gemma2', 26, 2304, 9216, 8, 4, 256, 256000, True, query_pre_attn_scalar=256,
+        sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
+                   2_614_341_888),
+    'gemma-3-1b': (_published(
+        'gemma3_text', 26, 1152, 6912, 4, 1, 256, 262144, True, query_pre_attn_scalar=256,
+        sliding_window=512, sliding_window_pattern=6, final_logit_softcapping=None,
+        rope_local_base_freq=10000.0), 999_885_952),
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_models_have_as_many_parameters_as_their_authors_count(name):
+  config, count = PUBLISHED[name]
+  model = models.build(config)
+  assert params.count_params(model.specs) == count
+  if name == 'Qwen3-30B-A3B':  # "A3B": 3.3 billion are used, of which the look-up is 0.3
+    assert 3.0e9 < params.count_params(model.specs, matmul_only=True) < 3.1e9
 
 
 # --- the mixture of experts ---

@@ -92,10 +92,11 @@ def rope_scaling(family: str, given: dict[str, Any], where: str, types: tuple[st
                        f'rope_type={kind!r}; allowed: {["rope_theta", *parameters]}')
   missing = [name for name in parameters if given.get(name) is None]
   if missing:
-    raise ValueError(f'{family} config.json: {where} of rope_type={kind!r} lacks {missing}')
+    raise ValueError(f'{family} config.json: {where} of rope_type={kind!r} lacks {missing}; '
+                     f'allowed: {list(parameters)}')
   if kind == 'default':
     return None
-  values = [_number(family, f, given[f.name]) for f in dataclasses.fields(RopeScaling)
+  values = [_checked(family, f, given[f.name]) for f in dataclasses.fields(RopeScaling)
             if f.name in parameters]
   scaling = RopeScaling(kind, *values)
   if scaling.factor < 1 or (kind == 'llama3' and not (
@@ -136,9 +137,11 @@ def only_full_attention(family: str, hf_config: dict[str, Any]) -> None:
                      "allowed: ['full_attention']")
 
 
-def _number(family: str, field: dataclasses.Field, value: Any) -> Any:
-  """A field's value, checked where its type is a number; files write 1000000 for 1000000.0."""
+def _checked(family: str, field: dataclasses.Field, value: Any) -> Any:
+  """A field's value, checked by the field's type; files write 1000000 for 1000000.0."""
   kinds = field.type.split(' | ')
+  if kinds == ['bool'] and type(value) is not bool:
+    raise ValueError(f'{family} config.json: {field.name}={value!r}; allowed: true or false')
   null = ', or null' if 'None' in kinds else ''
   if (null and value is None) or not {'int', 'float'} & set(kinds):
     return value
@@ -155,13 +158,13 @@ def make(config: type, family: str, values: dict[str, Any]) -> Any:
   """The family's frozen `config` from config.json's values.
 
   Raises:
-    ValueError: fields that are missing, no numbers, or sizes that do not fit each other.
+    ValueError: fields that are missing or of another type, or sizes that do not fit each other.
   """
   names = [f.name for f in dataclasses.fields(config)]
   missing = [name for name in names if name not in values]
   if missing:
-    raise ValueError(f'{family} config.json lacks {missing}')
-  values = {f.name: _number(family, f, values[f.name]) for f in dataclasses.fields(config)}
+    raise ValueError(f'{family} config.json lacks {missing}; allowed: one with all of {names}')
+  values = {f.name: _checked(family, f, values[f.name]) for f in dataclasses.fields(config)}
   c = config(**values)
   if c.head_dim % 2:
     raise ValueError(f'{family} config.json: head_dim={c.head_dim}; allowed: an even number, since '

@@ -17,13 +17,17 @@ from opd_jax.types import Model
 def forward_flops(model: Model, lengths: np.ndarray) -> float:
   """One forward pass (or one decode) over rows of these lengths.
 
-  2 N n for the matrices (N of them per token, head included, embedding look-up not), plus
-  4 L heads head_dim for each of the n (n + 1) / 2 query-key pairs (scores and average).
+  2 N n for the matrices (N of them per token, head included, embedding look-up not, of experts
+  those that are used), plus 4 heads head_dim in every layer for each of the n (n + 1) / 2 query-key
+  pairs (scores and average), or for those that a sliding window allows.
   """
   n = np.asarray(lengths, np.float64)
   c = model.config
-  pairs = n * (n + 1) / 2
-  attention = 4.0 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * pairs.sum()
+  pairs = 0.0
+  for window in model.attention_windows or (None,) * c.num_hidden_layers:
+    growing = n if window is None else np.minimum(n, window)  # then each query sees `window` keys
+    pairs += (growing * (growing + 1) / 2 + (n - growing) * growing).sum()
+  attention = 4.0 * c.num_attention_heads * c.head_dim * pairs
   return 2.0 * count_params(model.specs, matmul_only=True) * n.sum() + attention
 
 

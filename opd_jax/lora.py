@@ -126,10 +126,10 @@ def _pair(spec: ParamSpec, rank: int) -> dict[str, ParamSpec]:
   return {
       'a': ParamSpec((*layers, *pick(spec.shape, in_axes), rank),
                      ('layer', *pick(spec.axes, in_axes), None), uniform,
-                     f'{module}.lora_A.weight', (rank, spec.hf_shape[1]), True, True),
+                     f'{module}.lora_A.weight', (rank, spec.hf_shape[1]), True, 1.0),
       'b': ParamSpec((*layers, rank, *pick(spec.shape, out_axes)),
                      ('layer', None, *pick(spec.axes, out_axes)), jax.nn.initializers.zeros,
-                     f'{module}.lora_B.weight', (spec.hf_shape[0], rank), True, True)}
+                     f'{module}.lora_B.weight', (spec.hf_shape[0], rank), True, 1.0)}
 
 
 def join(frozen: Frozen | None, trained: Params) -> Params:

@@ -6,6 +6,8 @@ float64 throughout, which is what the oracle tests use.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -35,13 +37,54 @@ def rms_norm(x: Float[Array, '... D'], weight: Float[Array, 'D'], eps: float
   return wide.astype(x.dtype) * weight.astype(x.dtype)
 
 
-def rope_tables(positions: Int[Array, 'B S'], head_dim: int, theta: float, dtype: jnp.dtype
+def offset_rms_norm(x: Float[Array, '... D'], weight: Float[Array, 'D'], eps: float
+                    ) -> Float[Array, '... D']:
+  """`rms_norm` with the gain 1 + weight, rounded once, after it (Gemma, 2403.08295)."""
+  wide = x.astype(_reduction_dtype(x))
+  wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+  weight = jnp.reshape(weight, (1,) * (x.ndim - 1) + weight.shape)
+  return (wide * (1.0 + weight.astype(wide.dtype))).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How rotary frequencies are lowered for contexts longer than those of pre-training.
+
+  Attributes:
+    rope_type: 'linear' divides every frequency by `factor` (Chen et al. 2023, 2306.15595); 'llama3'
+      (Grattafiori et al. 2024, 2407.21783) only those whose wavelength is above the original
+      context / low_freq_factor, none below context / high_freq_factor, and blends in between.
+    factor: the divisor, at least 1.
+    low_freq_factor, high_freq_factor, original_max_position_embeddings: of 'llama3' only.
+  """
+
+  rope_type: str
+  factor: float
+  low_freq_factor: float | None = None
+  high_freq_factor: float | None = None
+  original_max_position_embeddings: int | None = None
+
+
+def _scaled(frequency: Array, scaling: RopeScaling) -> Array:
+  slow = frequency / scaling.factor
+  if scaling.rope_type == 'linear':
+    return slow
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  turns = scaling.original_max_position_embeddings * frequency / (2 * jnp.pi)  # in the context
+  kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+  return (1.0 - kept) * slow + kept * frequency
+
+
+def rope_tables(positions: Int[Array, 'B S'], head_dim: int, theta: float, dtype: jnp.dtype,
+                scaling: RopeScaling | None = None
                 ) -> tuple[Float[Array, 'B S 1 h'], Float[Array, 'B S 1 h']]:
   """cos and sin of position * theta^(-2i/H), i < H/2 (Su et al. 2021), for `apply_rope`."""
   wide = jnp.promote_types(dtype, jnp.float32)
   exponent = jnp.arange(0, head_dim, 2, dtype=wide) / head_dim
-  frequency = (1.0 / theta**exponent).reshape(1, 1, 1, -1)
-  angle = positions.astype(wide)[:, :, None, None] * frequency
+  frequency = 1.0 / theta**exponent
+  if scaling is not None:
+    frequency = _scaled(frequency, scaling)
+  angle = positions.astype(wide)[:, :, None, None] * frequency.reshape(1, 1, 1, -1)
   return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
 
 
@@ -53,16 +96,22 @@ def apply_rope(x: Float[Array, 'B S n H'], cos: Float[Array, 'B S 1 h'],
 
 
 def attention(q: Float[Array, 'B S N H'], k: Float[Array, 'B K T H'], v: Float[Array, 'B K T H'],
-              allowed: Bool[Array, 'B S T']) -> Float[Array, 'B S N H']:
-  """Grouped-query attention, softmax(q k^T / sqrt(H)) v over the `allowed` key positions.
+              allowed: Bool[Array, 'B S T'], scale: float | None = None, softcap: float = 0.0
+              ) -> Float[Array, 'B S N H']:
+  """Grouped-query attention, softmax(scale q k^T) v over the `allowed` key positions.
 
-  Query head n reads key head n // (N / K). A query with no allowed key (left padding) gets some
-  finite average, which nobody reads: -inf there would turn into NaN in the gradient.
+  Query head n reads key head n // (N / K). `scale` is 1 / sqrt(H) where none is given; a `softcap`
+  c bounds the scores, c tanh(scores / c) (Gemma 2, 2408.00118). Scores are never rounded below
+  float32. A query with no allowed key (left padding) gets some finite average, which nobody reads:
+  -inf there would turn into NaN in the gradient.
   """
   batch, length, heads, width = q.shape
   grouped = q.reshape(batch, length, k.shape[1], heads // k.shape[1], width)
-  logits = jnp.einsum('bskgh,bkth->bkgst', grouped, k).astype(_reduction_dtype(q))
-  logits = jnp.where(allowed[:, None, None], logits * width**-0.5, jnp.finfo(logits.dtype).min)
+  logits = jnp.einsum('bskgh,bkth->bkgst', grouped, k, preferred_element_type=_reduction_dtype(q))
+  logits = logits * (width**-0.5 if scale is None else scale)
+  if softcap:
+    logits = softcap * jnp.tanh(logits / softcap)
+  logits = jnp.where(allowed[:, None, None], logits, jnp.finfo(logits.dtype).min)
   weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
   return jnp.einsum('bkgst,bkth->bskgh', weights, v).reshape(q.shape)
 
@@ -72,3 +121,10 @@ def swiglu(x: Float[Array, 'B S D'], gate: Array | LoRA, up: Array | LoRA,
   """(silu(x gate) * (x up)) down (Shazeer 2020)."""
   hidden = jax.nn.silu(einsum('bsd,df->bsf', x, gate)) * einsum('bsd,df->bsf', x, up)
   return einsum('bsf,fd->bsd', hidden, down)
+
+
+def geglu(x: Float[Array, 'B S D'], gate: Array | LoRA, up: Array | LoRA,
+          down: Array | LoRA) -> Float[Array, 'B S D']:
+  """(gelu(x gate) * (x up)) down (Shazeer 2020), with the tanh approximation of gelu."""
+  hidden = jax.nn.gelu(einsum('bsd,df->bsf', x, gate), approximate=True)
+  return einsum('bsf,fd->bsd', hidden * einsum('bsd,df->bsf', x, up), down)

@@ -23,13 +23,15 @@ class ParamSpec:
   """One parameter.
 
   Attributes:
-    shape: of the array in memory; the first axis of a stacked parameter is the layer.
+    shape: of the array in memory; the first axes of a stacked parameter are layer and expert.
     axes: the logical name of each axis, resolved to mesh axes by `sharding.py`; None replicates.
     init: `jax.nn.initializers`-style function (key, shape, dtype) -> array.
-    hf_name: tensor name in a Hugging Face checkpoint; '{layer}' marks a stacked parameter.
-    hf_shape: shape of that tensor (of one layer).
+    hf_name: tensor name in a Hugging Face checkpoint; '{layer}', or '{layer}' and '{expert}', mark
+      a stacked parameter, whose leading axes they are, in this order.
+    hf_shape: shape of that tensor (of one layer, of one expert).
     hf_transpose: whether the tensor is transposed ([out, in] to [in, out]) before the reshape.
-    matmul: whether each token is multiplied by it, so that it counts in the FLOPs.
+    matmul: the share of it that each token is multiplied by, which counts in the FLOPs: 1 for a
+      linear layer, k / E for E experts of which k are used, 0 for what is added or looked up.
   """
 
   shape: tuple[int, ...]
@@ -38,7 +40,7 @@ class ParamSpec:
   hf_name: str
   hf_shape: tuple[int, ...]
   hf_transpose: bool = False
-  matmul: bool = False
+  matmul: float = 0.0
 
   def __post_init__(self):
     if len(self.shape) != len(self.axes):
@@ -82,5 +84,6 @@ def abstract_params(specs: dict[str, Any], dtype: Any = jnp.float32) -> Params:
 
 
 def count_params(specs: dict[str, Any], matmul_only: bool = False) -> int:
-  """Number of parameters; with `matmul_only`, those that multiply every token (the N of 2N)."""
-  return sum(math.prod(s.shape) for s in flatten(specs).values() if s.matmul or not matmul_only)
+  """Number of parameters; with `matmul_only`, those that multiply a token (the N of 2N)."""
+  sizes = ((math.prod(s.shape), s.matmul) for s in flatten(specs).values())
+  return sum(round(size * share) if matmul_only else size for size, share in sizes)

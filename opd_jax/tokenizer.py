@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 from typing import Any
@@ -34,9 +35,15 @@ def load(path: str | os.PathLike[str]) -> Any:
     FileNotFoundError: no tokenizer there.
     ValueError: it has no EOS token.
   """
-  if not (pathlib.Path(path) / 'tokenizer_config.json').exists():
+  file = pathlib.Path(path) / 'tokenizer_config.json'
+  if not file.exists():
     raise FileNotFoundError(f'no tokenizer in {path} (tokenizer_config.json is missing)')
-  tokenizer = _transformers().AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+  loader = _transformers().AutoTokenizer
+  # For some model types (qwen2) transformers overrules the generic class that a file names by one
+  # that adds tokens of its own.
+  if json.loads(file.read_text()).get('tokenizer_class') == 'TokenizersBackend':
+    loader = _transformers().PreTrainedTokenizerFast
+  tokenizer = loader.from_pretrained(str(path), local_files_only=True)
   for how_it_was_loaded in ('local_files_only', 'is_local'):  # or save_pretrained would store it
     tokenizer.init_kwargs.pop(how_it_was_loaded, None)
   if tokenizer.eos_token_id is None:

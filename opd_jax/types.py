@@ -117,6 +117,8 @@ class Model:
     init_cache: (batch, length) -> an empty key/value cache with `length` slots.
     unstack: (params) -> the same parameters with the layers as a tuple, for unrolled decoding.
     to_hf: () -> the dict of a Hugging Face config.json.
+    attention_windows: of each layer, how many keys a query sees at most, None for all; () where no
+      layer has a bound. For counting operations.
   """
 
   family: str
@@ -128,3 +130,4 @@ class Model:
   init_cache: Callable[[int, int], Any]
   unstack: Callable[[Params], Params]
   to_hf: Callable[[], dict[str, Any]]
+  attention_windows: tuple[int | None, ...] = ()

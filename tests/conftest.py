@@ -8,6 +8,8 @@ the session.
 from __future__ import annotations
 
 import atexit
+import functools
+import json
 import os
 import shutil
 import sys
@@ -79,13 +81,55 @@ def qwen3_config(**changes) -> dict:
       tie_word_embeddings=False, max_position_embeddings=64), **changes)
 
 
+# What a tiny model of a family needs beyond the sizes that all have: few experts, and windows and
+# bounds small enough to show. A family without an entry is made from transformers' defaults.
+FAMILY_FIELDS = {
+    'qwen3_moe': dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12,
+                      norm_topk_prob=True),
+    'mistral': dict(sliding_window=4),
+    'gemma2': dict(sliding_window=4, query_pre_attn_scalar=12, attn_logit_softcapping=4.0,
+                   final_logit_softcapping=6.0),
+    'gemma3_text': dict(sliding_window=4, query_pre_attn_scalar=12, sliding_window_pattern=2),
+}
+
+
+@functools.cache
+def _family_config(family: str, tied: bool) -> str:
+  import transformers
+  return json.dumps(transformers.AutoConfig.for_model(
+      family, **dict(dict(
+          vocab_size=64, hidden_size=16, intermediate_size=20, num_hidden_layers=2,
+          num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+          tie_word_embeddings=tied), **FAMILY_FIELDS.get(family, {}))).to_dict())
+
+
+def family_config(family: str, tied: bool) -> dict:
+  """A tiny config.json, as transformers itself writes it for this `model_type`."""
+  return json.loads(_family_config(family, tied))
+
+
+def ways_to_tie(family: str) -> list[bool]:
+  """Whether the family has an untied head (False), a tied one (True), or both."""
+  out = []
+  for tied in (False, True):
+    try:
+      models.build(family_config(family, tied))
+      out.append(tied)
+    except ValueError as error:
+      assert 'tie_word_embeddings' in str(error), error
+  return out
+
+
 def sharp_params(model: Model, seed: int = 0, dtype: jnp.dtype = jnp.float32) -> Params:
   """Random parameters with nothing left at a neutral value: gains are not 1, and the distributions
   over the next token are neither flat nor one-hot. Made by NumPy, so nothing is compiled."""
   rng, params = np.random.RandomState(seed), {}
   for name, spec in params_lib.flatten(model.specs).items():
     x = rng.standard_normal(spec.shape)
-    x = 1 + 0.3 * x if len(spec.hf_shape) == 1 else 1.5 * x * spec.hf_shape[-1]**-0.5
+    if len(spec.hf_shape) == 1:  # away from where it starts, 1 or 0
+      x = float(spec.init(None, (), jnp.float32)) + 0.3 * x
+    else:
+      x = 1.5 * x * spec.hf_shape[-1]**-0.5
     params[name] = jnp.asarray(x, dtype)
   return params_lib.unflatten(params)
 

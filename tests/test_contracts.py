@@ -15,7 +15,7 @@ import pathlib
 import subprocess
 import sys
 
-from conftest import left_padded, quick_jit, sharp_params
+from conftest import family_config, left_padded, quick_jit, sharp_params, ways_to_tie
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -223,17 +223,6 @@ def test_divergence_has_no_nan_at_extreme_logits(name):
 # --- model families ---
 
 
-@functools.lru_cache
-def _hf_config(family: str, tied: bool) -> str:
-  """A tiny config.json, as transformers itself writes it for this `model_type`."""
-  import transformers
-  config = transformers.AutoConfig.for_model(
-      family, vocab_size=64, hidden_size=16, intermediate_size=20, num_hidden_layers=2,
-      num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
-      tie_word_embeddings=tied)
-  return json.dumps(config.to_dict())
-
-
 @dataclasses.dataclass(frozen=True)
 class Family:
   """A tiny model of a family, its parameters, and a batch with left padding."""
@@ -259,10 +248,15 @@ PROMPTS = [[5, 9, 1, 2, 8, 30, 31, 60, 7], [7, 3, 3, 8], [1, 2, 30, 41, 17, 17]]
 WIDTH = 10
 
 
-@pytest.fixture(scope='module', params=[(f, t) for f in models.families() for t in (False, True)],
+# Each family once, with an untied head where it has one; what a tied head changes is code that all
+# share, and tried on one of them.
+CASES = [(f, ways_to_tie(f)[0]) for f in models.families()] + [('qwen3', True)]
+
+
+@pytest.fixture(scope='module', params=CASES,
                 ids=lambda p: f'{p[0]}-{"tied" if p[1] else "untied"}')
 def family(request):
-  config = json.loads(_hf_config(*request.param))
+  config = family_config(*request.param)
   model = models.build(config)
   batch = left_padded(PROMPTS, WIDTH)
   return Family(config, model, sharp_params(model), batch.tokens, batch.valid)
@@ -279,7 +273,7 @@ FLOAT32 = dict(atol=3e-5)
 
 def test_families_are_found_by_listing_the_folder():
   assert models.families() == sorted(
-      f.stem for f in (PACKAGE / 'models').glob('*.py') if f.stem != '__init__')
+      f.stem for f in (PACKAGE / 'models').glob('*.py') if f.stem[0] != '_')
   with pytest.raises(ValueError) as error:
     models.build({'model_type': 'gpt17'})
   assert "'gpt17'" in str(error.value) and str(models.families()) in str(error.value)
@@ -313,7 +307,7 @@ def test_init_follows_the_table(family):
   multiplied = params_lib.count_params(family.model.specs, matmul_only=True)
   # The head multiplies every token, tied or not; the look-up of an untied embedding does not.
   assert family.model.head(params_lib.unflatten(one)).matrix.shape == (16, 64)
-  assert multiplied == sum(one[n].size for n, s in specs.items() if s.matmul)
+  assert multiplied == sum(one[n].size * s.matmul for n, s in specs.items())
   assert multiplied >= 16 * 64
 
 
@@ -393,10 +387,10 @@ def _dtypes(family, model):
 
   def walk(jaxpr):
     for equation in jaxpr.eqns:
-      dtypes = {str(v.aval.dtype) for v in equation.invars if hasattr(v.aval, 'dtype')}
+      dtypes = [str(v.aval.dtype) for v in equation.invars if hasattr(v.aval, 'dtype')]
       everything.update(dtypes)
-      if equation.primitive.name == 'dot_general':
-        factors.update(dtypes)
+      if equation.primitive.name in ('dot_general', 'ragged_dot_general'):
+        factors.update(dtypes[:2])  # a ragged product has group sizes beside its factors
       for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, 'eqns')):
         inner = getattr(value, 'jaxpr', value)
         if hasattr(inner, 'eqns'):
@@ -424,6 +418,10 @@ def test_float32_is_float32_everywhere_and_bfloat16_is_close(family):
   assert got.dtype == jnp.float32
   difference = np.abs(np.asarray(got - exact)).reshape(*family.tokens.shape, -1)[
       np.asarray(family.valid)]
+  if 'layers/router' in params_lib.flatten(family.model.specs):
+    # Where two experts are nearly equal for a token, rounding may pick the other one, and the
+    # token's logits jump: two of the 19 tokens may.
+    difference = difference[np.argsort(difference.max(axis=-1))[:-2]]
   # bfloat16 has 8 bits, 0.4 % a rounding; logits reach 10 here and pass two layers.
   assert difference.max() < 0.3 and difference.mean() < 0.05
 
@@ -600,11 +598,10 @@ def test_teachers_are_found_by_listing_the_folder():
 
 @pytest.mark.parametrize('kind', [n for n in teachers.names() if n != teachers.NONE])
 def test_teacher(kind, tmp_path):
-  family = models.families()[0]
   characters = tokenizer.character_tokenizer()
   made = []
   for seed, tied in ((0, False), (1, True)):
-    model = models.build(json.loads(_hf_config(family, tied)))
+    model = models.build(family_config('qwen3', tied))
     path = tmp_path / str(seed)
     hf.write_checkpoint(path, model, sharp_params(model, seed), characters)
     made.append(hf.load(path, {'dtype': jnp.float32}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conftest import qwen3_config
+from conftest import family_config, qwen3_config, ways_to_tie
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +45,29 @@ def test_forward_flops_counts_each_row_by_its_own_length():
   one = [flops.forward_flops(model, np.array([n])) for n in (5, 9)]
   assert flops.forward_flops(model, np.array([5, 9])) == sum(one)
   assert flops.forward_flops(model, np.array([0])) == 0.0
+
+
+@pytest.mark.parametrize('family', ['mistral', 'gemma2'])
+def test_a_sliding_window_bounds_the_pairs(family):
+  model = models.build(family_config(family, ways_to_tie(family)[0]))  # windows of 4
+  c = model.config
+  matrices = 2 * params.count_params(model.specs, matmul_only=True)
+  for n in (1, 3, 4, 5, 11):
+    seen = [min(i + 1, 4) for i in range(n)]
+    pairs = {'mistral': 2 * sum(seen), 'gemma2': sum(seen) + n * (n + 1) / 2}[family]
+    want = matrices * n + 4 * c.num_attention_heads * c.head_dim * pairs
+    assert flops.forward_flops(model, np.array([n])) == want
+
+
+def test_of_the_experts_those_in_use_count():
+  # 2 of 4 experts a token: as many operations as a dense layer of twice their width, and a router.
+  mixture = models.build(family_config('qwen3_moe', False))
+  dense = models.build({**family_config('qwen3', False), 'intermediate_size': 24})
+  router = 2 * 16 * 4
+  assert (params.count_params(mixture.specs, matmul_only=True)
+          == params.count_params(dense.specs, matmul_only=True) + router)
+  assert (params.count_params(mixture.specs)
+          == params.count_params(dense.specs) + router + 2 * 2 * 3 * 16 * 12)
 
 
 def test_step_flops_books_every_forward_where_it_belongs():

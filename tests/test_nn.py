@@ -42,6 +42,52 @@ def test_rms_norm_in_bfloat16_reduces_in_float32_and_rounds_before_the_gain():
   assert np.mean(np.asarray(got, np.float32) == np.asarray(want, np.float32)) > 0.99
 
 
+def test_offset_rms_norm_has_the_gain_one_plus_weight_and_rounds_after_it():
+  x, weight = 3 * _normal(2, 5, 512), _normal(512, seed=1)
+  want = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * (1 + weight)
+  got = nn.offset_rms_norm(jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.float32), 1e-6)
+  np.testing.assert_allclose(got, want, **CLOSE)
+  half = jnp.asarray(x, jnp.bfloat16)
+  exact = np.asarray(half, np.float64)
+  want = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6) * (1 + weight)
+  got = nn.offset_rms_norm(half, jnp.asarray(weight, jnp.float32), 1e-6)
+  assert got.dtype == jnp.bfloat16
+  # One rounding in all: bit for bit but for values on the edge between two bfloat16.
+  want = jnp.asarray(want, jnp.float32).astype(jnp.bfloat16)
+  assert np.mean(np.asarray(got, np.float32) == np.asarray(want, np.float32)) > 0.99
+
+
+def test_stretched_rope():
+  theta, width, positions = 100.0, 16, np.array([[0, 1, 7, 40]])
+  plain = theta ** (-2 * np.arange(width // 2) / width)  # wavelengths from 6 to 353
+
+  def angles(scaling):
+    cos, sin = nn.rope_tables(jnp.asarray(positions), width, theta, FLOAT32, scaling)
+    np.testing.assert_allclose(cos**2 + sin**2, 1, atol=1e-6)
+    return np.arctan2(sin, cos)[0, :, 0]
+
+  def expected(frequency):
+    turn = positions[0][:, None] * frequency[None]
+    return np.arctan2(np.sin(turn), np.cos(turn))
+
+  # Angles reach 40 radians, whose float32 spacing is 4e-6.
+  np.testing.assert_allclose(angles(nn.RopeScaling('linear', 4.0)), expected(plain / 4), atol=2e-5)
+  wanted = []
+  for f in plain:  # the cases of the definition, one at a time
+    wavelength = 2 * np.pi / f
+    if wavelength < 64 / 4:
+      wanted.append(f)
+    elif wavelength > 64 / 1:
+      wanted.append(f / 8)
+    else:
+      smooth = (64 / wavelength - 1) / (4 - 1)
+      wanted.append((1 - smooth) * f / 8 + smooth * f)
+  blended = [w for w, f in zip(wanted, plain, strict=True) if not (w == f or w == f / 8)]
+  assert 0 < len(blended) < len(wanted)
+  np.testing.assert_allclose(angles(nn.RopeScaling('llama3', 8.0, 1.0, 4.0, 64)),
+                             expected(np.array(wanted)), atol=2e-5)
+
+
 @pytest.mark.parametrize('theta', [100.0, 1e6])
 def test_rope_turns_complex_pairs_by_position_times_frequency(theta):
   width, positions = 8, np.array([[0, 0, 1, 2, 3], [0, 1, 2, 30, 31]])
@@ -69,27 +115,29 @@ def test_rope_scores_depend_on_distance_only():
   assert abs(score(5, 2) - score(2, 5)) > 1e-2
 
 
-def _attention(q, k, v, allowed):
+def _attention(q, k, v, allowed, scale=None, softcap=0.0):
   """One query at a time. q [B,S,N,H]; k, v [B,K,T,H]; allowed [B,S,T]."""
   out = np.zeros_like(q)
   share = q.shape[2] // k.shape[1]
   for b, s, n in np.ndindex(*q.shape[:3]):
     keys = np.flatnonzero(allowed[b, s])
-    logits = k[b, n // share, keys] @ q[b, s, n] / np.sqrt(q.shape[3])
+    logits = k[b, n // share, keys] @ q[b, s, n] * (scale or 1 / np.sqrt(q.shape[3]))
+    logits = softcap * np.tanh(logits / softcap) if softcap else logits
     weights = np.exp(logits - logits.max())
     out[b, s, n] = weights / weights.sum() @ v[b, n // share, keys]
   return out
 
 
+@pytest.mark.parametrize('more', [(), (0.2,), (None, 1.5), (0.7, 0.4)], ids=str)
 @pytest.mark.parametrize(('heads', 'kv_heads'), [(4, 4), (6, 2), (3, 1)])
-def test_attention_against_one_query_at_a_time(heads, kv_heads):
+def test_attention_against_one_query_at_a_time(heads, kv_heads, more):
   q = _normal(2, 3, heads, 8)
   k, v = (_normal(2, kv_heads, 5, 8, seed=s) for s in (1, 2))
   allowed = np.random.RandomState(3).rand(2, 3, 5) < 0.5
   allowed[:, :, 2] = True  # every query has a key to read
   inputs = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
-  got = jax.jit(nn.attention)(*inputs, jnp.asarray(allowed))
-  np.testing.assert_allclose(got, _attention(q, k, v, allowed), **CLOSE)
+  got = jax.jit(lambda *x: nn.attention(*x, *more))(*inputs, jnp.asarray(allowed))
+  np.testing.assert_allclose(got, _attention(q, k, v, allowed, *more), **CLOSE)
 
 
 def test_attention_ignores_forbidden_keys_exactly_and_survives_a_row_without_any():
@@ -119,6 +167,23 @@ def test_attention_in_bfloat16_takes_its_softmax_in_float32():
   assert got.dtype == jnp.bfloat16
   # The weight 1/300 itself is rounded to bfloat16, 0.4 % at most.
   np.testing.assert_allclose(np.asarray(got, np.float32), 1.0, atol=0.008)
+
+
+def test_attention_scores_of_bfloat16_factors_are_not_rounded_to_it():
+  # Scores 256 and 257 differ by 1, which bfloat16 cannot hold: rounded, both weights would be 1/2.
+  q = jnp.ones((1, 1, 1, 4), jnp.bfloat16)
+  k = jnp.asarray([[[[256, 256, 0, 0], [256, 256, 1, 1]]]], jnp.bfloat16)
+  v = jnp.asarray([[[[0, 0, 0, 0], [1, 1, 1, 1]]]], jnp.bfloat16)
+  got = jax.jit(nn.attention)(q, k, v, jnp.ones((1, 1, 2), bool))
+  np.testing.assert_allclose(np.asarray(got, np.float32), 1 / (1 + np.exp(-1)), atol=0.004)
+
+
+def test_geglu():
+  x, gate, up, down = _normal(2, 3, 8), _normal(8, 12), _normal(8, 12, seed=1), _normal(12, 8)
+  pre = x @ gate
+  gelu = 0.5 * pre * (1 + np.tanh(np.sqrt(2 / np.pi) * (pre + 0.044715 * pre**3)))
+  got = nn.geglu(*(jnp.asarray(a, jnp.float32) for a in (x, gate, up, down)))
+  np.testing.assert_allclose(got, (gelu * (x @ up)) @ down, rtol=2e-5, atol=1e-4)
 
 
 def test_swiglu():

@@ -1,0 +1,250 @@
+"""What the families share around their layer function: embedding, masks, rotary tables, the run
+over the layers, the key/value cache, the head, and the entries of the parameter table.
+
+A layer function takes (x [B,S,D], weights of one layer, (cos, sin), allowed [B,S,T], cache) and
+returns x and the layer's (keys, values) [B,K,T,H]; cache is None, or (keys, values, index) with the
+new positions to be written at `index`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from opd_jax import nn
+from opd_jax.lora import LoRA
+from opd_jax.params import ParamSpec
+from opd_jax.types import Head, Model, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """What the layers of one kind share.
+
+  Attributes:
+    theta, scaling: of the rotary positions.
+    window: how many keys a query sees, itself and those before it; None for all of them.
+  """
+
+  theta: float
+  scaling: nn.RopeScaling | None = None
+  window: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decoder:
+  """A family's model, as `forward` runs it.
+
+  Attributes:
+    config: the family's.
+    layer: see the top of this file.
+    kinds: the kinds of layers there are.
+    kind_of_layer: for each layer, which of `kinds` it is; () where there is only one.
+    norm: (x, gain, eps) -> x, of the final hidden states.
+    embed_scale: what embeddings are multiplied with, rounded to the dtype of the activations.
+    softcap: of the final logits; 0 for none.
+    dtype, remat, layer_unroll: the options of `models.build`.
+  """
+
+  config: Any
+  layer: Callable[..., tuple[Any, Any]]
+  kinds: tuple[Kind, ...]
+  kind_of_layer: tuple[int, ...] = ()
+  norm: Callable[..., Any] = nn.rms_norm
+  embed_scale: float = 1.0
+  softcap: float = 0.0
+  dtype: Any = jnp.float32
+  remat: bool = False
+  layer_unroll: int = 1
+
+
+# --- inside a layer ---
+
+
+def project(h: Float[Array, 'B S D'], w: dict[str, Any]
+            ) -> tuple[Float[Array, 'B S N H'], Float[Array, 'B S K H'], Float[Array, 'B S K H']]:
+  """Queries, keys and values, without biases."""
+  return (nn.einsum('bsd,dnh->bsnh', h, w['q']), nn.einsum('bsd,dkh->bskh', h, w['k']),
+          nn.einsum('bsd,dkh->bskh', h, w['v']))
+
+
+def attend(q: Float[Array, 'B S N H'], k: Float[Array, 'B S K H'], v: Float[Array, 'B S K H'],
+           o: Array | LoRA, rope: tuple[Array, Array], allowed: Bool[Array, 'B S T'], cache: Any, *,
+           scale: float | None = None, softcap: float = 0.0
+           ) -> tuple[Float[Array, 'B S D'], tuple[Array, Array]]:
+  """Rotation, cache, attention and output projection; also returns the layer's (keys, values)."""
+  q, k = nn.apply_rope(q, *rope), nn.apply_rope(k, *rope)
+  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+  if cache is not None:
+    old_k, old_v, index = cache
+    k = jax.lax.dynamic_update_slice_in_dim(old_k, k, index, axis=2)
+    v = jax.lax.dynamic_update_slice_in_dim(old_v, v, index, axis=2)
+  mixed = nn.attention(q, k, v, allowed, scale, softcap)
+  return nn.einsum('bsnh,nhd->bsd', mixed, o), (k, v)
+
+
+# --- the table ---
+
+
+def matrix(c: Any, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...],
+           hf_shape: tuple[int, int], *, residual: bool = False) -> ParamSpec:
+  """A linear layer of every block, [in..., out...] here and [out, in] in the checkpoint.
+
+  A projection keeps the scale of its input; one back into the `residual` stream is damped with
+  depth (GPT-2), so that fresh models of any depth start alike.
+  """
+  std = hf_shape[1]**-0.5 * ((2 * c.num_hidden_layers)**-0.5 if residual else 1.0)
+  return ParamSpec((c.num_hidden_layers, *shape), ('layer', *axes),
+                   jax.nn.initializers.normal(std), f'model.layers.{{layer}}.{name}.weight',
+                   hf_shape, True, 1.0)
+
+
+def gain(c: Any, name: str, width: int, init: Callable[..., Array] = jax.nn.initializers.ones
+         ) -> ParamSpec:
+  """The gain of a norm of every block."""
+  return ParamSpec((c.num_hidden_layers, width), ('layer', None), init,
+                   f'model.layers.{{layer}}.{name}.weight', (width,))
+
+
+def attention_table(c: Any) -> dict[str, ParamSpec]:
+  """The linear layers of attention: q, k, v, o."""
+  d, n, k, h = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+  return {
+      'q': matrix(c, 'self_attn.q_proj', (d, n, h), ('embed', 'heads', None), (n * h, d)),
+      'k': matrix(c, 'self_attn.k_proj', (d, k, h), ('embed', 'kv_heads', None), (k * h, d)),
+      'v': matrix(c, 'self_attn.v_proj', (d, k, h), ('embed', 'kv_heads', None), (k * h, d)),
+      'o': matrix(c, 'self_attn.o_proj', (n, h, d), ('heads', None, 'embed'), (d, n * h),
+                  residual=True)}
+
+
+def mlp_table(c: Any) -> dict[str, ParamSpec]:
+  """The linear layers of a gated feed-forward block: gate, up, down."""
+  d, f = c.hidden_size, c.intermediate_size
+  return {
+      'gate': matrix(c, 'mlp.gate_proj', (d, f), ('embed', 'mlp'), (f, d)),
+      'up': matrix(c, 'mlp.up_proj', (d, f), ('embed', 'mlp'), (f, d)),
+      'down': matrix(c, 'mlp.down_proj', (f, d), ('mlp', 'embed'), (d, f), residual=True)}
+
+
+def table(c: Any, layers: dict[str, ParamSpec],
+          gain_init: Callable[..., Array] = jax.nn.initializers.ones) -> dict[str, Any]:
+  """The whole table: the embedding, `layers`, the last norm, and the head unless it is tied.
+
+  Axis names: layer, vocab, embed, heads, kv_heads, mlp, experts.
+  """
+  d, v, normal = c.hidden_size, c.vocab_size, jax.nn.initializers.normal
+  specs = {
+      'embed': ParamSpec((v, d), ('vocab', 'embed'), normal(d**-0.5), 'model.embed_tokens.weight',
+                         (v, d), matmul=float(c.tie_word_embeddings)),
+      'layers': layers,
+      'final_norm': ParamSpec((d,), (None,), gain_init, 'model.norm.weight', (d,)),
+  }
+  if not c.tie_word_embeddings:
+    specs['head'] = ParamSpec((d, v), ('embed', 'vocab'), normal(d**-0.5), 'lm_head.weight',
+                              (v, d), True, 1.0)
+  return specs
+
+
+# --- around the layers ---
+
+
+def _of_kind(kind: Any, options: list[Any]) -> Any:
+  """options[kind], of a kind known now or only when the program runs."""
+  if isinstance(kind, int):
+    return options[kind]
+  return jax.tree.map(lambda *leaves: jax.lax.select_n(kind, *leaves), *options)
+
+
+def _masks(d: Decoder, length: int, index: Any, seen: Array) -> list[Array]:
+  """For each kind, which of the T slots each of the `length` queries from slot `index` may read."""
+  slots = jnp.arange(seen.shape[1])[None, :]
+  queries = index + jnp.arange(length)[:, None]
+  causal = slots <= queries
+  return [(causal if kind.window is None else causal & (slots > queries - kind.window))[None]
+          & seen[:, None, :] for kind in d.kinds]
+
+
+def forward(d: Decoder, params: Params, tokens: Int[Array, 'B S'], positions: Int[Array, 'B S'],
+            valid: Bool[Array, 'B S'], cache: dict[str, Any] | None = None
+            ) -> tuple[Float[Array, 'B S D'], Any]:
+  """Final hidden states (after the last norm) and the updated cache.
+
+  `params['layers']` stacked: one `lax.scan`. As a tuple (see `unstack`): a Python loop, whose
+  cache is never copied through a scan, which is what decoding wants on CPU and GPU.
+  """
+  c, length = d.config, tokens.shape[1]
+  x = params['embed'][tokens].astype(d.dtype)  # in this order, or gradients add up in bf16
+  if d.embed_scale != 1.0:
+    x = x * jnp.asarray(d.embed_scale, d.dtype)
+  ropes = [nn.rope_tables(positions, c.head_dim, k.theta, d.dtype, k.scaling) for k in d.kinds]
+  index, seen = 0, valid
+  if cache is not None:
+    index = cache['index']
+    seen = jax.lax.dynamic_update_slice_in_dim(cache['valid'], valid, index, axis=1)
+  masks = _masks(d, length, index, seen)
+
+  def block(x, w, kind, old):  # picks by kind in here, so that remat does not keep what is picked
+    return d.layer(x, w, _of_kind(kind, ropes), _of_kind(kind, masks),
+                   None if old is None else (*old, index))
+
+  if d.remat:
+    block = jax.checkpoint(block, policy=jax.checkpoint_policies.nothing_saveable,
+                           static_argnums=() if d.kind_of_layer else (2,))
+  kinds = d.kind_of_layer or (0,) * c.num_hidden_layers
+  if isinstance(params['layers'], tuple):
+    kv = []
+    for i, w in enumerate(params['layers']):
+      x, new = block(x, w, kinds[i], None if cache is None else cache['kv'][i])
+      kv.append(new)
+    kv = tuple(kv)
+  else:
+    stacked = None
+    if cache is not None:
+      stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *cache['kv'])
+
+    def body(x, xs):
+      w, old, kind = xs
+      x, new = block(x, w, 0 if kind is None else kind, old)
+      return x, None if old is None else new
+
+    scanned = jnp.array(kinds, jnp.int32) if d.kind_of_layer else None
+    x, new = jax.lax.scan(body, x, (params['layers'], stacked, scanned), unroll=d.layer_unroll)
+    kv = None
+    if cache is not None:
+      kv = tuple(jax.tree.map(lambda a, i=i: a[i], new) for i in range(c.num_hidden_layers))
+
+  x = d.norm(x, params['final_norm'], c.rms_norm_eps)
+  if cache is not None:
+    cache = {'kv': kv, 'valid': seen, 'index': index + length}
+  return x, cache
+
+
+def build(d: Decoder, family: str, specs: dict[str, Any], to_hf: dict[str, Any]) -> Model:
+  """The contract of `types.Model` around `forward`."""
+  c, layers = d.config, range(d.config.num_hidden_layers)
+  dtype = jnp.dtype(d.dtype)
+
+  def head(params):
+    matrix = params['embed'].T if c.tie_word_embeddings else params['head']
+    return Head(matrix, c.vocab_size, d.softcap)
+
+  def init_cache(batch, length):
+    shape = (batch, c.num_key_value_heads, length, c.head_dim)
+    kv = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in layers)
+    return {'kv': kv, 'valid': jnp.zeros((batch, length), bool), 'index': jnp.int32(0)}
+
+  def unstack(params):
+    pick = tuple(jax.tree.map(lambda a, i=i: a[i], params['layers']) for i in layers)
+    return {**params, 'layers': pick}
+
+  windows = tuple(d.kinds[i].window for i in d.kind_of_layer or (0,) * c.num_hidden_layers)
+  return Model(family=family, config=c, vocab_in_use=c.vocab_size, specs=specs,
+               forward=functools.partial(forward, dataclasses.replace(d, dtype=dtype)), head=head,
+               init_cache=init_cache, unstack=unstack, to_hf=lambda: dict(to_hf),
+               attention_windows=windows)

@@ -47,7 +47,7 @@ def load(path: str | os.PathLike[str], options: dict[str, Any]) -> LoadedModel:
   tokenizer = tokenizer_lib.load(path)
   in_use = max(tokenizer.get_vocab().values()) + 1
   model = models.build(read_config(path), vocab_in_use=in_use, **options)
-  return LoadedModel(model, tokenizer, (tokenizer.eos_token_id,),
+  return LoadedModel(model, tokenizer, tokenizer_lib.stop_tokens(path, tokenizer),
                      functools.partial(read_params, path, model))
 
 

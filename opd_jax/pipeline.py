@@ -48,21 +48,39 @@ def check_data(c: ConfigDict) -> None:
   """
   seen = set()
   for name in c.order[1:]:
-    stage = origin = c.stages[name]
-    while origin.student.path.startswith(config_lib.STAGE):
-      origin = c.stages[origin.student.path.removeprefix(config_lib.STAGE)]
-    key = json.dumps([config_lib.to_dict(stage.task), config_lib.to_dict(stage.data),
-                      stage.eval.problems, origin.student.path])
+    stage = c.stages[name]
+    student = teacher = origin(c, stage.student.path)
+    if stage.prompt.template == 'teacher' and stage.teacher.path:
+      teacher = origin(c, stage.teacher.path)
+    groups = (stage.task, stage.prompt, stage.data)
+    key = json.dumps([*map(config_lib.to_dict, groups), stage.eval.problems, student, teacher])
     if key in seen:
       continue
     seen.add(key)
-    path = origin.student.path
     try:
-      tokens = tokenizer.load(path) if path else tokenizer.character_tokenizer()
-      build.load_examples(stage, stage.data.split, stage.data.limit, tokens)
-      build.load_examples(stage, 'eval', stage.eval.problems, tokens)
+      tokens, stop_tokens = vocabulary(student)
+      style = build.prompt_style(stage, tokens, vocabulary(teacher)[0], stop_tokens)
+      build.load_examples(stage, stage.data.split, stage.data.limit, tokens, style)
+      build.load_examples(stage, 'eval', stage.eval.problems, tokens, style)
     except (ValueError, FileNotFoundError) as e:
       raise config_lib.ConfigError(f'stages.{name}: {e}') from e
+
+
+def origin(c: ConfigDict, path: str) -> str:
+  """The directory that a 'stage:NAME' comes from in the end ('': a fresh model), with its tokenizer;
+  other paths as they are."""
+  while path.startswith(config_lib.STAGE):
+    path = c.stages[path.removeprefix(config_lib.STAGE)].student.path
+  return path
+
+
+def vocabulary(path: str) -> tuple[Any, tuple[int, ...]]:
+  """The tokenizer and the stop tokens of a directory; '' for those of a fresh model."""
+  if not path:
+    characters = tokenizer.character_tokenizer()
+    return characters, (characters.eos_token_id,)
+  tokens = tokenizer.load(path)
+  return tokens, tokenizer.stop_tokens(path, tokens)
 
 
 def stage_dir(workdir: pathlib.Path, name: str, seed: int) -> pathlib.Path:

@@ -60,22 +60,7 @@ def default_config() -> ConfigDict:
   # What it learns on: name is a file in opd_jax/tasks/, options are its Options.
   c.task = task_config('arithmetic')
 
-  # How its prompts become tokens. template is 'none' (the text as it is) or whose chat template is
-  # used, 'student' or 'teacher'; system and thinking ('default', 'on', 'off') are for a template;
-  # special_tokens, only without one, lets the tokenizer put its own tokens (BOS) first.
-  c.prompt = ConfigDict(dict(template='none', system='', thinking='default', special_tokens=False))
-
-  c.data = ConfigDict()
-  c.data.source = 'student'  # who writes the completions: student, teacher or dataset
-  c.data.split = 'train'
-  c.data.limit = 0  # use only the first so many examples, 0 for all
-  c.data.prompts_per_step = 256
-  c.data.samples_per_prompt = 1
-  c.data.max_prompt_tokens = 12
-  c.data.max_new_tokens = 36
-  # Examples that do not fit: 'raise'; 'drop'; 'cut' (the beginning of a prompt, the end of a given
-  # completion).
-  c.data.overlong = 'raise'
+  _add_data(c)
 
   # How completions are sampled, in training and evaluation. The student is trained at this
   # temperature too.
@@ -94,6 +79,25 @@ def default_config() -> ConfigDict:
   _add_bookkeeping(c)
   c.lock()
   return c
+
+
+def _add_data(c: ConfigDict) -> None:
+  # How prompts become tokens. template is 'none' (the text as it is) or whose chat template is
+  # used, 'student' or 'teacher'; system and thinking ('default', 'on', 'off') are for a template;
+  # special_tokens, only without one, lets the tokenizer put its own tokens (BOS) first.
+  c.prompt = ConfigDict(dict(template='none', system='', thinking='default', special_tokens=False))
+
+  c.data = ConfigDict()
+  c.data.source = 'student'  # who writes the completions: student, teacher or dataset
+  c.data.split = 'train'
+  c.data.limit = 0  # use only the first so many examples, 0 for all
+  c.data.prompts_per_step = 256
+  c.data.samples_per_prompt = 1
+  c.data.max_prompt_tokens = 12
+  c.data.max_new_tokens = 36
+  # Examples that do not fit: 'raise'; 'drop'; 'cut' (the beginning of a prompt, the end of a given
+  # completion).
+  c.data.overlong = 'raise'
 
 
 def _add_bookkeeping(c: ConfigDict) -> None:

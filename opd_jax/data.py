@@ -119,7 +119,8 @@ class Examples:
           f'{sizes[worst]} tokens: {text[:SHOWN]!r}; allowed: at least {sizes[worst]}, or '
           "data.overlong='drop' or 'cut'")
     if overlong != 'raise':
-      self.report[f'{overlong}_{"prompts" if prompts else "completions"}'] = len(long)
+      done = {'drop': 'dropped', 'cut': 'cut'}[overlong]
+      self.report[f'{"prompts" if prompts else "completions"}_too_long_{done}'] = len(long)
     if long and overlong == 'drop':
       if len(long) == len(sizes):
         raise ValueError(f"{field}={room} with data.overlong='drop': none of {len(sizes)} examples "

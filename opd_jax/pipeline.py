@@ -67,8 +67,7 @@ def check_data(c: ConfigDict) -> None:
 
 
 def origin(c: ConfigDict, path: str) -> str:
-  """The directory that a 'stage:NAME' comes from in the end ('': a fresh model), with its tokenizer;
-  other paths as they are."""
+  """The directory that a 'stage:NAME' has its tokenizer from ('': a fresh model), or `path`."""
   while path.startswith(config_lib.STAGE):
     path = c.stages[path.removeprefix(config_lib.STAGE)].student.path
   return path

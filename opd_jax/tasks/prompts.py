@@ -142,8 +142,8 @@ def _check(o):
   for name in ('eval_prompt_column', 'eval_messages_column', 'eval_answer_column', 'eval_filters'):
     value = getattr(o, name)
     if value and not separate:
-      raise ValueError(f'task.options.{name}={value!r} has no effect where evaluation rows are held '
-                       f'out of the training rows; allowed: {type(value)()!r}')
+      raise ValueError(f'task.options.{name}={value!r} has no effect where evaluation rows are '
+                       f'held out of the training rows; allowed: {type(value)()!r}')
   for part in (_train_part(o), _eval_part(o)):
     if bool(part.prompt_column) == bool(part.messages_column):
       raise ValueError(
@@ -431,7 +431,8 @@ def same_answer(a: str, b: str) -> bool:
   numbers = _number(a), _number(b)
   if None not in numbers:
     return numbers[0] == numbers[1]
-  return _plain(a) == _plain(b)
+  a, b = (re.sub(r' ?([^\w ]) ?', r'\1', _plain(x)) for x in (a, b))  # '(1, 2)' is '( 1,2 )'
+  return a == b
 
 
 def _plain(text):

@@ -117,7 +117,7 @@ class Examples:
       raise ValueError(
           f'{field}={room}: {len(long)} of {len(sizes)} examples do not fit, the longest with '
           f'{sizes[worst]} tokens: {text[:SHOWN]!r}; allowed: at least {sizes[worst]}, or '
-          "data.overlong='drop' or 'cut'")
+          "data.overlong='drop'")
     if overlong != 'raise':
       done = {'drop': 'dropped', 'cut': 'cut'}[overlong]
       self.report[f'{"prompts" if prompts else "completions"}_too_long_{done}'] = len(long)

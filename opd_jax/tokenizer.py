@@ -104,7 +104,8 @@ def check_style(style: Style) -> None:
   """
   if style.chat is None:
     return
-  whose = f'prompt.template={style.template!r}: the tokenizer in {style.chat.name_or_path!r}'
+  where = repr(style.chat.name_or_path or 'a fresh model')
+  whose = f'prompt.template={style.template!r}: the tokenizer in {where}'
   if not style.chat.chat_template:
     raise ValueError(f"{whose} has no chat template; allowed: 'none', or a tokenizer with a chat "
                      'template')

@@ -135,7 +135,7 @@ class TestRoom:
     with pytest.raises(ValueError) as e:
       make(problems=['1+1', '12+34+56', '12+34'], room=(5, 40))
     assert ("data.max_prompt_tokens=5: 2 of 3 examples do not fit, the longest with 9 tokens: "
-            "'12+34+56='; allowed: at least 9, or data.overlong='drop' or 'cut'") == str(e.value)
+            "'12+34+56='; allowed: at least 9, or data.overlong='drop'") == str(e.value)
 
   def test_a_completion_that_is_too_long(self):
     # '1+1=2#2' has seven characters, and EOS needs a place.

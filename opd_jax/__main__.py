@@ -2,7 +2,9 @@
 
     opd train --config experiments/quickstart.py [--workdir DIR] [--config.FIELD=VALUE ...]
     opd evaluate --config experiments/quickstart.py --stage opd --model DIR [--teacher DIR]
+    opd doctor --config experiments/quickstart.py [--stage opd]
     opd report --config experiments/dense_vs_rl.py:tiny,seeds=3 --workdir DIR
+    opd export --workdir runs/quickstart/seed_0/opd --output DIR [--format adapter] [--step N]
 """
 
 from __future__ import annotations
@@ -17,7 +19,11 @@ import sys
 # keep them. They only work when set before the process starts.
 _MALLOC = {'MALLOC_ARENA_MAX': '1', 'MALLOC_MMAP_MAX_': '0',
            'MALLOC_TRIM_THRESHOLD_': str(2**33), 'MALLOC_TOP_PAD_': str(2**28)}
-COMMANDS = ('train', 'evaluate', 'report')
+COMMANDS = ('train', 'evaluate', 'doctor', 'report', 'export')
+# Flags that only some commands read; with others they would have no effect.
+_ONLY = {'stage': ('evaluate', 'doctor'), 'model': ('evaluate',), 'teacher': ('evaluate',),
+         'output': ('export',), 'format': ('export',), 'step': ('export',),
+         'config': ('train', 'evaluate', 'doctor', 'report')}
 
 
 def main() -> None:
@@ -30,8 +36,8 @@ def main() -> None:
     sys.exit(0 if asked and asked[0] in ('-h', '--help') else 2)
   keep_allocations()
   from absl import app
-  define_flags()
   command = sys.argv.pop(1)
+  define_flags(command)
   app.run(lambda argv: sys.exit(dispatch(command, argv)), flags_parser=parse_flags)
 
 
@@ -46,17 +52,21 @@ def keep_allocations() -> None:
   os.execv(sys.executable, [sys.executable, '-m', 'opd_jax', *sys.argv[1:]])
 
 
-def define_flags() -> None:
+def define_flags(command: str) -> None:
   """Every flag of every command."""
   from absl import flags
   from ml_collections import config_flags
   config_flags.DEFINE_config_file('config', None, 'Experiment config, FILE or FILE:ARGUMENT.',
                                   lock_config=True)
   flags.DEFINE_string('workdir', None, 'Where the run lives; default: runs/EXPERIMENT.')
-  flags.DEFINE_string('stage', None, 'evaluate: the stage of a pipeline whose settings to use.')
+  flags.DEFINE_string('stage', None, 'evaluate, doctor: the stage of a pipeline.')
   flags.DEFINE_string('model', '', 'evaluate: the Hugging Face directory to evaluate.')
   flags.DEFINE_string('teacher', '', 'evaluate: another, to measure the reverse KL to.')
-  flags.mark_flag_as_required('config')
+  flags.DEFINE_string('output', None, 'export: the directory to make.')
+  flags.DEFINE_string('format', 'full', "export: 'full' or 'adapter'.")
+  flags.DEFINE_integer('step', -1, 'export: of which checkpoint; -1 for the newest.')
+  for name in ('config',) if command in _ONLY['config'] else ('workdir', 'output'):
+    flags.mark_flag_as_required(name)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -64,8 +74,9 @@ def parse_flags(argv: list[str]) -> list[str]:
   from absl import flags
   try:
     rest = flags.FLAGS(argv)
-    name = flags.FLAGS['config'].value.name  # a file that cannot be read is noticed only here
-    return rest if name else argv
+    if flags.FLAGS['config'].value is not None:
+      _ = flags.FLAGS.config.name  # a file that cannot be read is noticed only here
+    return rest
   except (AttributeError, KeyError):
     print(f'error: {unknown_field(argv)}', file=sys.stderr)
   except OSError as e:
@@ -103,8 +114,9 @@ def set_up_jax() -> None:
     jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(root) / 'opd_jax' / 'xla'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
-  for logger in (logging.getLogger(), logging.getLogger('absl')):
-    logger.setLevel(logging.WARNING)  # libraries narrate every file and every missing backend
+  # Libraries narrate every file and every missing backend.
+  logging.getLogger().setLevel(logging.WARNING)
+  logging.getLogger('absl').setLevel(logging.ERROR)
 
 
 def dispatch(command: str, argv: list[str]) -> int:
@@ -115,21 +127,28 @@ def dispatch(command: str, argv: list[str]) -> int:
   if len(argv) > 1:
     print(f'error: unexpected arguments {argv[1:]}', file=sys.stderr)
     return 2
-  if command != 'evaluate' and (flags.FLAGS.stage or flags.FLAGS.model or flags.FLAGS.teacher):
-    print(f'error: --stage, --model and --teacher have no effect with {command!r}; allowed: with '
-          "'evaluate'", file=sys.stderr)
-    return 2
+  for name, commands in _ONLY.items():
+    if flags.FLAGS[name].present and command not in commands:
+      print(f'error: --{name} has no effect with {command!r}; allowed: with {list(commands)}',
+            file=sys.stderr)
+      return 2
   c, workdir = flags.FLAGS.config, flags.FLAGS.workdir
   workdir = pathlib.Path(workdir or pathlib.Path('runs') / c.name)
   os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # it asks for torch, which is not needed
   set_up_jax()
-  from opd_jax import build, checkpoint, pipeline, report, train
+  from opd_jax import build, checkpoint, export, pipeline, report, train
   try:
     if command == 'train':
       (pipeline.run if config_lib.is_pipeline(c) else train.train)(c, workdir)
       print(f'done: {workdir}')
     elif command == 'report':
       report.write(c, workdir)
+    elif command == 'doctor':
+      return 0 if pipeline.diagnose(c, flags.FLAGS.stage, workdir) else 1
+    elif command == 'export':
+      step = export.export(workdir, pathlib.Path(flags.FLAGS.output), flags.FLAGS.format,
+                           flags.FLAGS.step)
+      print(f'step {step}: {flags.FLAGS.output}')
     else:
       build.evaluate_model(pipeline.pick_stage(c, flags.FLAGS.stage), flags.FLAGS.model,
                            flags.FLAGS.teacher)

@@ -6,6 +6,7 @@ dataclasses. Whatever does not fit together is refused here, before the first pr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 import json
 import pathlib
@@ -21,6 +22,7 @@ from opd_jax import (
   data,
   evaluate,
   hf,
+  lora,
   metrics,
   models,
   optim,
@@ -31,10 +33,25 @@ from opd_jax import (
   tokenizer,
   update,
 )
-from opd_jax.types import Model
+from opd_jax.types import Model, Params
 
 INIT, SAMPLE, EVAL = range(3)  # what a random key is for
 CONFIG = 'config.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+  """The low-rank adapters that are trained, before training.
+
+  Attributes:
+    settings: rank, alpha and targets.
+    specs: the table of what is trained (`lora.adapter_specs`).
+    read: (dtype, shardings) -> fresh adapters, or those of a PEFT directory.
+  """
+
+  settings: lora.Settings
+  specs: dict[str, Any]
+  read: Callable[..., Params]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +59,9 @@ class Setup:
   """What `build` makes of a config: everything that stays the same during a run."""
 
   student: hf.LoadedModel  # before training
-  teacher: hf.LoadedModel | None
+  adapter: Adapter | None  # what is trained; None for the whole student
+  teacher: hf.LoadedModel | None  # `student` itself, if it teaches itself
+  frozen_dtype: jnp.dtype  # of the teacher, and of the base under adapters
   task: Any
   objective: update.Objective
   mesh: jax.sharding.Mesh
@@ -50,8 +69,54 @@ class Setup:
   evaluator: evaluate.Evaluator
   teacher_evaluator: evaluate.Evaluator | None
   optimizer: optax.GradientTransformation
+  style: tokenizer.Style
+  stop_tokens: tuple[int, ...]
   pad_token: int
   data_report: dict[str, dict[str, Any]]  # of the 'train' and the 'eval' examples
+
+  @property
+  def trained_specs(self) -> dict[str, Any]:
+    """The table of the parameters in the train state."""
+    return self.adapter.specs if self.adapter else self.student.model.specs
+
+  @property
+  def same_programs(self) -> bool:
+    """Whether the teacher's parameters have the very form of the student's, so that the same
+    compiled programs serve both: only then is log p_T - log p_S exactly zero for equal models."""
+    if self.teacher is None or self.teacher is self.student:
+      return self.teacher is not None
+    return (self.adapter is None and self.frozen_dtype == jnp.float32
+            and same_shape(self.teacher.model, self.student.model))
+
+
+def same_shape(a: Model, b: Model) -> bool:
+  """Whether two models are the same functions of their parameters."""
+  return (a.family, a.config, a.vocab_in_use) == (b.family, b.config, b.vocab_in_use)
+
+
+def read_frozen(s: Setup) -> lora.Frozen | None:
+  """The base under the adapters on its devices; None where the whole student is trained."""
+  if s.adapter is None:
+    return None
+  weights = sharding.param_shardings(s.student.model.specs, s.mesh)
+  return lora.Frozen(s.student.read(s.frozen_dtype, weights), s.adapter.settings.scale)
+
+
+def read_trained(s: Setup) -> Params:
+  """What the train state starts from, on its devices."""
+  source = s.adapter or s.student
+  return source.read(jnp.float32, sharding.param_shardings(s.trained_specs, s.mesh))
+
+
+def read_teacher(s: Setup, frozen: lora.Frozen | None) -> Params | None:
+  """The teacher's parameters on their devices. A student with adapters that teaches itself shares
+  its base with its teacher: there is no second copy."""
+  if s.teacher is None:
+    return None
+  if s.teacher is s.student:
+    return lora.join(frozen, read_trained(s))
+  weights = sharding.param_shardings(s.teacher.model.specs, s.mesh)
+  return s.teacher.read(s.frozen_dtype, weights)
 
 
 def fold_in(key: jax.Array, purpose: int, step: int) -> jax.Array:
@@ -117,10 +182,13 @@ def build(c: ConfigDict) -> Setup:
                        f'divide the {per_pass} rows of a pass (compute.microbatch_rows, or data.'
                        'prompts_per_step x samples_per_prompt)')
     student = load_student(c)
+    adapter = make_adapter(c, student)
     teacher = get_teacher(c, student)
     if c.sample.top_k > student.model.vocab_in_use:
       raise ValueError(f'sample.top_k={c.sample.top_k}; allowed: at most the vocabulary of '
                        f'{student.model.vocab_in_use}')
+    if adapter is not None:
+      sharding.param_shardings(adapter.specs, mesh)
     for loaded in filter(None, (student, teacher)):
       sharding.param_shardings(loaded.model.specs, mesh)  # raises where the mesh does not fit
       longest = loaded.model.config.max_position_embeddings
@@ -130,7 +198,8 @@ def build(c: ConfigDict) -> Setup:
             f'{c.data.max_new_tokens}; allowed: together at most {longest}, the '
             'max_position_embeddings of student and teacher')
     task = tasks.get(c.task.name)
-    style = prompt_style(c, student.tokenizer, teacher and teacher.tokenizer, student.stop_tokens)
+    stop_tokens = choose_stop_tokens(c, student, teacher)
+    style = prompt_style(c, student.tokenizer, teacher and teacher.tokenizer, stop_tokens)
     examples = load_examples(c, c.data.split, c.data.limit, student.tokenizer, style)
     held_out = load_examples(c, 'eval', c.eval.problems, student.tokenizer, style)
     check_verifier(c, examples, held_out)
@@ -145,26 +214,33 @@ def build(c: ConfigDict) -> Setup:
     raise
   except (ValueError, FileNotFoundError, FileExistsError) as e:
     raise config_lib.ConfigError(str(e)) from e
-  pad_token = tokenizer.pad_id(student.tokenizer)
-  evaluator = make_evaluator(c, student, teacher and teacher.model, held_out, mesh)
-  teacher_evaluator = None
-  if teacher is not None:  # a teacher of the student's shape is evaluated by the same programs
-    same = ((teacher.model.config, teacher.model.vocab_in_use)
-            == (student.model.config, student.model.vocab_in_use))
-    teacher_evaluator = evaluator if same else make_evaluator(c, teacher, None, held_out, mesh)
-  gradient_steps = c.steps * c.optimizer.updates_per_batch
-  schedule = optim.make_schedule(
-      c.optimizer.schedule, c.optimizer.learning_rate, c.optimizer.final_learning_rate,
-      c.optimizer.warmup_steps, gradient_steps)
-  optimizer = optim.make_optimizer(
-      c.optimizer.name, schedule, b1=c.optimizer.b1, b2=c.optimizer.b2, eps=c.optimizer.eps,
-      weight_decay=c.optimizer.weight_decay, clip_norm=c.optimizer.clip_norm)
-  return Setup(student=student, teacher=teacher, task=task, mesh=mesh,
-               objective=config_lib.make_objective(c),
-               examples=examples, evaluator=evaluator, teacher_evaluator=teacher_evaluator,
-               optimizer=optimizer,
-               pad_token=pad_token,
-               data_report={'train': examples.report, 'eval': held_out.report})
+  evaluator = make_evaluator(c, student, teacher and teacher.model, held_out, mesh, stop_tokens)
+  s = Setup(student=student, adapter=adapter, teacher=teacher, frozen_dtype=frozen_dtype(c),
+            task=task, objective=config_lib.make_objective(c), mesh=mesh, examples=examples,
+            evaluator=evaluator, teacher_evaluator=None, optimizer=make_optimizer(c),
+            style=style, stop_tokens=stop_tokens, pad_token=tokenizer.pad_id(student.tokenizer),
+            data_report={'train': examples.report, 'eval': held_out.report})
+  if teacher is None:
+    return s
+  # A teacher of the student's form is evaluated by the same programs.
+  return dataclasses.replace(s, teacher_evaluator=evaluator if s.same_programs else make_evaluator(
+      c, teacher, None, held_out, mesh, stop_tokens))
+
+
+def choose_stop_tokens(c: ConfigDict, student: hf.LoadedModel, teacher: hf.LoadedModel | None
+                       ) -> tuple[int, ...]:
+  """What ends a completion in this run, whoever writes it."""
+  mine, theirs = set(student.stop_tokens), set(teacher.stop_tokens if teacher else ())
+  return tuple(sorted({'student': mine, 'teacher': theirs, 'union': mine | theirs}[c.sample.stop]))
+
+
+def make_optimizer(c: ConfigDict) -> optax.GradientTransformation:
+  """The optimizer and its schedule."""
+  o = c.optimizer
+  schedule = optim.make_schedule(o.schedule, o.learning_rate, o.final_learning_rate,
+                                 o.warmup_steps, c.steps * o.updates_per_batch)
+  return optim.make_optimizer(o.name, schedule, b1=o.b1, b2=o.b2, eps=o.eps,
+                              weight_decay=o.weight_decay, clip_norm=o.clip_norm)
 
 
 def prompt_style(c: ConfigDict, student: Any, teacher: Any, stop_tokens: tuple[int, ...]
@@ -220,7 +296,8 @@ def check_verifier(c: ConfigDict, examples: data.Examples, held_out: data.Exampl
 
 
 def make_evaluator(c: ConfigDict, student: hf.LoadedModel, teacher: Model | None,
-                   examples: data.Examples, mesh: jax.sharding.Mesh) -> evaluate.Evaluator:
+                   examples: data.Examples, mesh: jax.sharding.Mesh,
+                   stop_tokens: tuple[int, ...]) -> evaluate.Evaluator:
   """Evaluation of models shaped like `student` on the held-out examples."""
   settings = evaluate.Settings(
       samples_per_problem=c.eval.samples_per_problem, pass_k=c.eval.pass_k,
@@ -230,7 +307,7 @@ def make_evaluator(c: ConfigDict, student: hf.LoadedModel, teacher: Model | None
   return evaluate.Evaluator(
       settings, model=student.model, teacher=teacher, task=tasks.get(c.task.name),
       examples=examples, tokenizer=student.tokenizer,
-      stop_tokens=student.stop_tokens, pad_token=tokenizer.pad_id(student.tokenizer), mesh=mesh,
+      stop_tokens=stop_tokens, pad_token=tokenizer.pad_id(student.tokenizer), mesh=mesh,
       key=fold_in(jax.random.key(c.seed), EVAL, 0))
 
 
@@ -251,39 +328,61 @@ def load_student(c: ConfigDict) -> hf.LoadedModel:
   characters = tokenizer.character_tokenizer()
   model = models.build({**c.student.fresh.to_dict(), 'vocab_size': len(characters)},
                        **compute_options(c))
+  return hf.LoadedModel(model, characters, (characters.eos_token_id,),
+                        fresh_reader(c, model.specs))
 
-  def read(dtype=jnp.float32, shardings=None):
-    fresh = params.init_params(model.specs, fold_in(jax.random.key(c.seed), INIT, 0), dtype)
+
+def make_adapter(c: ConfigDict, student: hf.LoadedModel) -> Adapter | None:
+  """The adapters to train, fresh from the seed or from a PEFT directory; None without any.
+
+  Raises:
+    ValueError: settings or a directory that do not fit the student.
+  """
+  group = c.student.lora
+  if not config_lib.has_adapter(c):
+    return None
+  if group.path:
+    try:
+      settings, read = hf.read_adapter(group.path, student.model)
+    except (ValueError, FileNotFoundError) as e:
+      raise ValueError(f'student.lora.path={group.path!r}: {e}') from e
+    return Adapter(settings, lora.adapter_specs(student.model.specs, settings), read)
+  settings = lora.Settings(rank=group.rank, alpha=group.alpha, targets=group.targets)
+  try:
+    specs = lora.adapter_specs(student.model.specs, settings)
+  except ValueError as e:
+    raise ValueError(f'student.{e}') from e
+  return Adapter(settings, specs, fresh_reader(c, specs))
+
+
+def fresh_reader(c: ConfigDict, specs: dict[str, Any]) -> Callable[..., Params]:
+  """(dtype, shardings) -> fresh parameters from the run's seed, in the form of a `read`."""
+  def read(dtype: Any = jnp.float32, shardings: Any = None) -> Params:
+    fresh = params.init_params(specs, fold_in(jax.random.key(c.seed), INIT, 0), dtype)
     return jax.device_get(fresh) if shardings is None else sharding.put(fresh, shardings)
 
-  return hf.LoadedModel(model, characters, (characters.eos_token_id,), read)
+  return read
+
+
+def frozen_dtype(c: ConfigDict) -> jnp.dtype:
+  """How parameters that nothing changes are kept."""
+  auto = c.compute.frozen_dtype == 'auto'
+  return jnp.dtype(c.compute.dtype if auto else c.compute.frozen_dtype)
 
 
 def get_teacher(c: ConfigDict, student: hf.LoadedModel) -> hf.LoadedModel | None:
-  """The teacher, if there is one.
+  """The teacher, if there is one. Whether it fits the student is for `doctor` to say.
 
   Raises:
-    ValueError: its vocabulary is not the student's.
+    ValueError: it cannot be opened.
   """
   if c.teacher.kind == teachers.NONE:
     return None
   try:
-    teacher = teachers.load(c.teacher.kind, c.teacher.path, student, compute_options(c))
+    return teachers.load(c.teacher.kind, c.teacher.path, student, compute_options(c))
   except FileNotFoundError as e:
     raise ValueError(f'teacher.path={c.teacher.path!r}: {e}; allowed: a Hugging Face checkpoint '
                      'directory') from e
-  sizes = student.model.vocab_in_use, teacher.model.vocab_in_use
-  if sizes[0] != sizes[1] or not tokenizer.same_vocabulary(student.tokenizer, teacher.tokenizer):
-    raise ValueError(
-        f'teacher.path={c.teacher.path!r}: its vocabulary ({sizes[1]} entries) is not the '
-        f"student's ({sizes[0]} entries); allowed: a teacher that maps the same strings to the "
-        'same token ids')
-  ends = student.stop_tokens, teacher.stop_tokens
-  if ends[0] != ends[1]:
-    raise ValueError(f'teacher.path={c.teacher.path!r}: it ends with the tokens {ends[1]}, and the '
-                     f'student with {ends[0]}, so it would grade every end as a mistake; allowed: '
-                     'the same eos_token_id')
-  return teacher
 
 
 def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any]:
@@ -306,11 +405,13 @@ def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any
   try:
     student = hf.load(path, compute_options(c))
     teacher = hf.load(teacher_path, compute_options(c)) if teacher_path else None
-    style = prompt_style(c, student.tokenizer, teacher and teacher.tokenizer, student.stop_tokens)
+    stop_tokens = choose_stop_tokens(c, student, teacher)
+    style = prompt_style(c, student.tokenizer, teacher and teacher.tokenizer, stop_tokens)
     examples = load_examples(c, 'eval', c.eval.problems, student.tokenizer, style)
   except (ValueError, FileNotFoundError) as e:
     raise config_lib.ConfigError(str(e)) from e
-  evaluator = make_evaluator(c, student, teacher and teacher.model, examples, mesh)
+  evaluator = make_evaluator(c, student, teacher and teacher.model, examples, mesh,
+                             stop_tokens)
   weights = [m and m.read(shardings=sharding.param_shardings(m.model.specs, mesh))
              for m in (student, teacher)]
   display = metrics.Display(path, 0, 1)

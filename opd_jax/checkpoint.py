@@ -49,10 +49,11 @@ class Checkpoints:
   """The checkpoints in one directory."""
 
   def __init__(self, path: pathlib.Path, *, keep_latest: int, keep_best: int, best_metric: str,
-               checksums: Callable[[Any], jax.Array] = checksums):
+               checksums: Callable[[Any], jax.Array] = checksums, read_only: bool = False):
     """`checksums` may be the jitted function of that name. Files that orbax reads without a
-    complaint can still hold other bits than were written."""
-    self._path, self._checksums = path.resolve(), checksums
+    complaint can still hold other bits than were written. With
+    `read_only`, nothing is swept away or moved: the run may be going on."""
+    self._path, self._checksums, self._read_only = path.resolve(), checksums, read_only
 
     def quality(metrics: dict[str, float]) -> float:
       return metrics.get(best_metric, -math.inf)  # a checkpoint between two evaluations has none
@@ -65,12 +66,12 @@ class Checkpoints:
         best_fn=quality,  # or orbax does not store the metrics, and forgets the best at a restart
         preservation_policy=managers.AnyPreservationPolicy(policies),
         # What a killed process left half-written is swept away at the next start.
-        cleanup_tmp_directories=True, create=True)
+        cleanup_tmp_directories=not read_only, create=not read_only, read_only=read_only)
     self._open()
 
   def _open(self):
     # Orbax reads the metrics of every checkpoint when it starts, and gives up on one bad file.
-    for file in self._path.glob('*/metrics/metrics'):
+    for file in () if self._read_only else self._path.glob('*/metrics/metrics'):
       step = file.parent.parent.name
       if not step.isdigit():  # the leftover of an interrupted save, which orbax sweeps away
         continue
@@ -129,11 +130,7 @@ class Checkpoints:
     failures: dict[int, Exception] = {}
     for step in reversed(self.steps()):
       try:
-        restored = self._manager.restore(step, args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore()))
-        state, host = jax.block_until_ready(restored['state']), restored['host']
-        if np.asarray(self._checksums(state)).tolist() != host.pop('checksums'):
-          raise ValueError('the state does not have the checksums it was saved with')
+        state, host = self.restore(step, abstract)
       except Exception as e:  # tensorstore, orbax and JSON each raise their own
         failures[step] = e
         continue
@@ -147,6 +144,23 @@ class Checkpoints:
           + '; '.join(f'step {step}: {_first_line(e)}' for step, e in failures.items())
           + '. If they are lost, remove the work directory to start anew')
     return None
+
+  def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """The checkpoint of a step, whose bits are checked.
+
+    Args:
+      step: one of `steps()`.
+      abstract: the state's shapes, dtypes and shardings.
+
+    Raises:
+      ValueError: other bits than were saved; tensorstore and orbax raise errors of their own.
+    """
+    restored = self._manager.restore(step, args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore()))
+    state, host = jax.block_until_ready(restored['state']), restored['host']
+    if np.asarray(self._checksums(state)).tolist() != host.pop('checksums'):
+      raise ValueError('the state does not have the checksums it was saved with')
+    return state, host
 
   def _set_aside(self, step: int, error: Exception) -> None:
     self._manager.close()

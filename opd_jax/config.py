@@ -42,12 +42,19 @@ def default_config() -> ConfigDict:
       num_attention_heads=4, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6,
       rope_theta=100.0, tie_word_embeddings=False, max_position_embeddings=512))
 
+  # Low-rank adapters instead of the whole model: rank 0 trains the whole model. `targets` is 'all',
+  # 'attention', 'mlp' or a regular expression (lora.Settings). `path` is a PEFT directory to start
+  # from, which then says all of it.
+  c.student.lora = ConfigDict(dict(rank=0, alpha=32.0, targets='all', path=''))
+
   # Who grades: kind is a file in opd_jax/teachers/, or 'none'.
   c.teacher = ConfigDict(dict(kind='none', path=''))
 
   # How both compute.
   c.compute = ConfigDict()
-  c.compute.dtype = 'float32'  # of activations; parameters and reductions are float32
+  c.compute.dtype = 'float32'  # of activations; trained parameters and reductions are float32
+  # How teachers and the base under an adapter are kept: 'auto' is compute.dtype.
+  c.compute.frozen_dtype = 'auto'
   c.compute.remat = False  # recompute each layer in the backward pass
   c.compute.layer_unroll = 1  # layers per iteration of the scan over layers
   c.compute.microbatch_rows = 0  # rows per forward/backward pass, 0 for the whole batch
@@ -64,7 +71,8 @@ def default_config() -> ConfigDict:
 
   # How completions are sampled, in training and evaluation. The student is trained at this
   # temperature too.
-  c.sample = ConfigDict(dict(temperature=1.0, top_p=1.0, top_k=0))
+  # `stop`: whose stop tokens end a completion: 'student', 'teacher' or the 'union' of both.
+  c.sample = ConfigDict(dict(temperature=1.0, top_p=1.0, top_k=0, stop='student'))
 
   # See update.Objective for every field.
   c.objective = ConfigDict({
@@ -108,8 +116,17 @@ def _add_bookkeeping(c: ConfigDict) -> None:
   c.eval.pass_k = 2
   c.eval.stop_at_sampled_accuracy = 0.0  # end the stage once reached, 0 for never
 
+  # `export` is what a finished run leaves for others: 'full', the whole model with adapters merged
+  # into it (and the adapter beside it), or only the 'adapter'.
   c.checkpoint = ConfigDict(dict(every_steps=100, keep_latest=2, keep_best=1,
-                                 best_metric='sampled_accuracy'))
+                                 best_metric='sampled_accuracy', export='full'))
+  # What is checked at every start, on this many rollouts of at most so many tokens. A check is 'on'
+  # or 'off: REASON'; see opd_jax/doctor.py.
+  c.doctor = ConfigDict(dict(
+      rollouts=8, max_new_tokens=256, max_reverse_kl=6.0,
+      templates='on', token_ids='on', stop_tokens='on', vocabulary='on', memory='on',
+      unused_options='on', self_kl='on', uniform_teacher='on', support='on', special_tokens='on',
+      truncation='on'))
   c.log = ConfigDict()
   c.log.every_steps = 1
   c.log.plain_every_steps = 10  # lines on a console that is no terminal
@@ -184,6 +201,30 @@ def to_dict(c: ConfigDict) -> dict[str, Any]:
   return json.loads(c.to_json())
 
 
+def from_dict(values: dict[str, Any]) -> ConfigDict:
+  """The inverse of `to_dict`, for a single run.
+
+  Raises:
+    ConfigError: fields that are missing or unknown.
+  """
+  def fill(template, given, prefix):
+    if sorted(template) != sorted(given):
+      odd = sorted({f'{prefix}{k}' for k in set(template) ^ set(given)})
+      raise ConfigError(f'fields {odd} are missing or unknown; allowed: those of a config of this '
+                        'version')
+    for name, value in given.items():
+      if isinstance(template[name], ConfigDict):
+        fill(template[name], value, f'{prefix}{name}.')
+      else:
+        template[name] = tuple(value) if isinstance(template[name], tuple) else value
+
+  c = default_config()
+  c.student.fresh = ConfigDict(values.get('student', {}).get('fresh', {}))
+  c.task = task_config(values['task']['name']) if 'task' in values else c.task
+  fill(c, values, '')
+  return c
+
+
 def make_objective(c: ConfigDict) -> update_lib.Objective:
   """The pure code's Objective. The student's temperature is the sampler's, by construction; text
   that the student did not write is scored at temperature 1."""
@@ -209,6 +250,8 @@ def validate(c: ConfigDict, prefix: str = '') -> None:
     _check_roles(c)
     _check_prompt(c)
     _check_sizes(c)
+    _check_adapter(c)
+    _check_doctor(c)
     _check_optimizer(c.optimizer)
     if c.optimizer.warmup_steps >= c.steps * c.optimizer.updates_per_batch:
       raise ConfigError(f'optimizer.warmup_steps={c.optimizer.warmup_steps}; allowed: below the '
@@ -309,6 +352,10 @@ def _check_roles(c):
   if c.sample.temperature <= 0:
     raise ConfigError(f'sample.temperature={c.sample.temperature}; allowed: above 0 (greedy '
                       'accuracy is always evaluated too)')
+  if c.sample.stop not in ('student', 'teacher', 'union'):
+    raise ConfigError(f"sample.stop={c.sample.stop!r}; allowed: ['student', 'teacher', 'union']")
+  if c.sample.stop != 'student' and not has_teacher:
+    raise ConfigError(f"sample.stop={c.sample.stop!r} with teacher.kind='none'; allowed: 'student'")
   if not 0 < c.sample.top_p <= 1 or c.sample.top_k < 0:
     raise ConfigError(f'sample.top_p={c.sample.top_p}, top_k={c.sample.top_k}; allowed: top_p '
                       'above 0 and at most 1, top_k at least 0 (0 for none)')
@@ -340,6 +387,65 @@ def _check_prompt(c):
         "allowed: 'raise' or 'drop'")
 
 
+def _check_adapter(c):
+  group, template = c.student.lora, default_config().student.lora
+  if group.rank < 0:
+    raise ConfigError(f'student.lora.rank={group.rank}; allowed: at least 1, or 0 to train the '
+                      'whole model')
+  if group.path and not pathlib.Path(group.path).is_dir():
+    raise ConfigError(f'student.lora.path={group.path!r} is not a directory; allowed: a PEFT '
+                      "checkpoint directory, or ''")
+  fixed = ('rank', 'alpha', 'targets') if group.path else () if group.rank else ('alpha', 'targets')
+  for name in fixed:
+    if group[name] != template[name]:
+      why = f'path={group.path!r}, which says it' if group.path else 'rank=0'
+      raise ConfigError(f'student.lora.{name}={group[name]!r} has no effect with student.lora.'
+                        f'{why}; allowed: {template[name]!r}')
+  if not 0 < group.alpha < math.inf:
+    raise ConfigError(f'student.lora.alpha={group.alpha}; allowed: above 0, and finite')
+  if c.checkpoint.export not in ('full', 'adapter'):
+    raise ConfigError(f"checkpoint.export={c.checkpoint.export!r}; allowed: ['full', 'adapter']")
+  if c.checkpoint.export == 'adapter' and not has_adapter(c):
+    raise ConfigError("checkpoint.export='adapter' with student.lora.rank=0: there is no adapter; "
+                      "allowed: 'full'")
+
+
+def _check_doctor(c):
+  for name, value in c.doctor.items():
+    if isinstance(value, str) and value != 'on' and not (
+        value.startswith('off:') and value.removeprefix('off:').strip()):
+      raise ConfigError(f"doctor.{name}={value!r}; allowed: 'on', or 'off: REASON'")
+  if not c.doctor.max_reverse_kl > 0:
+    raise ConfigError(f'doctor.max_reverse_kl={c.doctor.max_reverse_kl}; allowed: above 0')
+
+
+def unused_options(c: ConfigDict) -> list[str]:
+  """'field=value (why)' for options that were changed and that nothing will read."""
+  template = flatten(default_config().to_dict())
+  changed = {name for name, value in flatten(c.to_dict()).items()
+             if name in template and template[name] != value}
+  out = []
+
+  def unread(names, condition, why):
+    if condition:
+      out.extend(f'{n.replace("/", ".")}={flatten(c.to_dict())[n]!r} ({why})'
+                 for n in sorted(changed) if n.startswith(names))
+
+  unread('student/fresh/', bool(c.student.path), 'student.path is set')
+  unread(('optimizer/b2', 'optimizer/eps'), c.optimizer.name == 'sgd', "optimizer.name='sgd'")
+  unread('checkpoint/best_metric', not c.checkpoint.keep_best, 'checkpoint.keep_best=0')
+  unread('compute/frozen_dtype', c.teacher.kind == teachers.NONE and not has_adapter(c),
+         'there is no teacher and no adapter')
+  unread('doctor/max_reverse_kl', c.doctor.support != 'on' or c.data.source != 'student',
+         'the check support does not run')
+  return out
+
+
+def has_adapter(c: ConfigDict) -> bool:
+  """Whether adapters are trained instead of the whole model."""
+  return bool(c.student.lora.rank or c.student.lora.path)
+
+
 def _check_sizes(c):
   for field, low in (('data.prompts_per_step', 1), ('data.samples_per_prompt', 1),
                      ('data.max_prompt_tokens', 1), ('data.max_new_tokens', 1), ('data.limit', 0),
@@ -349,7 +455,8 @@ def _check_sizes(c):
                      ('eval.every_steps', 0), ('eval.samples_per_problem', 1),
                      ('checkpoint.every_steps', 1), ('checkpoint.keep_latest', 1),
                      ('checkpoint.keep_best', 0), ('log.every_steps', 1),
-                     ('log.plain_every_steps', 1), ('log.transcripts', 0)):
+                     ('log.plain_every_steps', 1), ('log.transcripts', 0),
+                     ('doctor.rollouts', 1), ('doctor.max_new_tokens', 1)):
     group, name = field.split('.')
     if c[group][name] < low:
       raise ConfigError(f'{field}={c[group][name]}; allowed: at least {low}')
@@ -364,6 +471,9 @@ def _check_sizes(c):
                       f'{c.eval.samples_per_problem}')
   if c.compute.dtype not in ('float32', 'bfloat16'):
     raise ConfigError(f"compute.dtype={c.compute.dtype!r}; allowed: ['float32', 'bfloat16']")
+  if c.compute.frozen_dtype not in ('auto', 'float32', 'bfloat16'):
+    raise ConfigError(f'compute.frozen_dtype={c.compute.frozen_dtype!r}; allowed: '
+                      "['auto', 'float32', 'bfloat16']")
   if c.compute.block not in ('auto', 'always', 'never'):
     raise ConfigError(f"compute.block={c.compute.block!r}; allowed: ['auto', 'always', 'never']")
   if not 0 <= c.eval.stop_at_sampled_accuracy <= 1:
@@ -399,6 +509,9 @@ def validate_pipeline(c: ConfigDict) -> None:
       if path.startswith(STAGE) and path[len(STAGE):] not in done:
         raise ConfigError(f'stages.{name}.{part}.path={path!r}; allowed: an earlier stage, one of '
                           f'{done}')
+      if path.startswith(STAGE) and c.stages[path[len(STAGE):]].checkpoint.export != 'full':
+        raise ConfigError(f'stages.{name}.{part}.path={path!r}: that stage leaves no whole model '
+                          "behind; allowed: a stage with checkpoint.export='full'")
     validate(stage, f'stages.{name}.')
     if stage.seed:
       raise ConfigError(f'stages.{name}.seed={stage.seed} has no effect; allowed: 0, and the field '

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
@@ -48,21 +49,54 @@ def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
   return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def exact_reverse_kl(params: Params, teacher_params: Params, rollout: Rollout, *, model: Model,
-                     teacher: Model, temperature: float, teacher_temperature: float,
-                     chunk_tokens: int) -> tuple[Array, Array]:
-  """Sums over the mask of sum_v p_S (log p_S - log p_T), and of the mask, by row."""
-  hidden = score.completion_hidden(model, params, rollout)
-  teacher_hidden = score.completion_hidden(teacher, teacher_params, rollout)
-  heads = model.head(params), teacher.head(teacher_params)
+def compare(params: Params, teacher_params: Params | None, rollout: Rollout, *, model: Model,
+            teacher: Model | None, temperature: float, teacher_temperature: float,
+            chunk_tokens: int) -> dict[str, Array]:
+  """A rollout as student and teacher see it, token by token, float32 [B, T-1]: logprobs,
+  teacher_logprobs, teacher_entropy, and kl = sum_v p_S (log p_S - log p_T). Without a teacher only
+  the first."""
+  arrays = [score.completion_hidden(model, params, rollout), rollout.completion_targets]
+  head = model.head(params)
+  teacher_head = teacher.head(teacher_params) if teacher is not None else None
+  if teacher is not None:
+    arrays.append(score.completion_hidden(teacher, teacher_params, rollout))
 
-  def chunk(mine, theirs):
-    return {'kl': divergences.reverse_kl(*score.same_width(
-        score.log_softmax(mine, heads[0], temperature),
-        score.log_softmax(theirs, heads[1], teacher_temperature)))}
+  def chunk(mine, targets, theirs=None):
+    own = score.log_softmax(mine, head, temperature)
+    out = {'logprobs': score.pick(own, targets)}
+    if theirs is not None:
+      other = score.log_softmax(theirs, teacher_head, teacher_temperature)
+      out |= {'teacher_logprobs': score.pick(other, targets),
+              'teacher_entropy': score.entropy_of(other),
+              'kl': divergences.reverse_kl(*score.same_width(own, other))}
+    return out
 
-  kl = score.map_token_chunks(chunk, chunk_tokens, hidden, teacher_hidden)['kl']
-  return jnp.sum(score.to_rows(kl, rollout), axis=1), jnp.sum(rollout.mask, axis=1)
+  out = score.map_token_chunks(chunk, chunk_tokens, *arrays)
+  return {name: score.to_rows(x, rollout) for name, x in out.items()}
+
+
+def exact_reverse_kl(params: Params, teacher_params: Params, rollout: Rollout, **how: Any
+                     ) -> tuple[Array, Array]:
+  """Sums over the mask of sum_v p_S (log p_S - log p_T), and of the mask, by row; `how` is that of
+  `compare`."""
+  kl = compare(params, teacher_params, rollout, **how)['kl']
+  return jnp.sum(kl, axis=1), jnp.sum(rollout.mask, axis=1)
+
+
+def make_probe(*, model: Model, teacher: Model | None, mesh: jax.sharding.Mesh,
+               max_new_tokens: int, temperature: float, top_p: float, top_k: int,
+               stop_tokens: tuple[int, ...], pad_token: int, teacher_temperature: float,
+               chunk_tokens: int) -> Callable[..., tuple[Rollout, dict[str, Array]]]:
+  """A compiled (params, teacher_params | None, prompts, key) -> (rollout, `compare` of it)."""
+  def probe(params, teacher_params, prompts, key):
+    rollout = sample.sample_fn(
+        params, prompts, key, model=model, max_new_tokens=max_new_tokens, temperature=temperature,
+        top_p=top_p, top_k=top_k, stop_tokens=stop_tokens, pad_token=pad_token)
+    return rollout, compare(
+        params, teacher_params, rollout, model=model, teacher=teacher, temperature=temperature,
+        teacher_temperature=teacher_temperature, chunk_tokens=chunk_tokens)
+
+  return jax.jit(probe, out_shardings=sharding.by_rows(mesh))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,9 +150,9 @@ class Evaluator:
                ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Returns (metrics, some transcripts).
 
-    Metrics: sampled_accuracy (avg@k), pass@k, greedy_accuracy, each with `_low`, `_high`, where the
-    task grades these examples;
-    reverse_kl (exact, nats a token, on the student's own samples); mean length; truncation rate.
+    Metrics: sampled_accuracy (avg@k), pass@k, greedy_accuracy, each with `_low`, `_high`
+    (none of them where the task does not grade these examples); reverse_kl (exact, nats a token, on
+    the student's own samples); mean length; truncation rate.
     """
     s = self._settings
     rollout = jax.block_until_ready(self._sample(params, self._prompts, self._key))

@@ -6,6 +6,8 @@ which is what the paper compares, not those that a batch layout happens to spend
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from opd_jax.params import count_params
@@ -26,7 +28,8 @@ def forward_flops(model: Model, lengths: np.ndarray) -> float:
 
 
 def step_flops(student: Model, teacher: Model | None, lengths: np.ndarray, *, source: str,
-               teacher_scores: bool, student_rescores: bool, updates: int) -> dict[str, float]:
+               teacher_scores: bool, student_rescores: bool, updates: int,
+               adapter_specs: dict[str, Any] | None = None) -> dict[str, float]:
   """The operations of one step, by who spends them.
 
   Args:
@@ -36,15 +39,22 @@ def step_flops(student: Model, teacher: Model | None, lengths: np.ndarray, *, so
     teacher_scores: the teacher graded the rows.
     student_rescores: the student graded its own rows for the advantage.
     updates: gradient steps on the rows.
+    adapter_specs: of the adapters that are trained instead of the student.
 
   Returns:
-    'student' (training: forward and backward, 3 forwards each, and rescoring), 'sampling',
-    'teacher' (grading).
+    'student' (training and rescoring), 'sampling', 'teacher' (grading). A gradient step is a
+    forward pass, the gradient of the activations, which costs as much, and that of the trained
+    weights, which costs as much as their share of the forward pass: 3 forwards for a whole model,
+    2 and three times the adapters for adapters.
   """
   own = forward_flops(student, lengths)
+  update = 3.0 * own
+  if adapter_specs is not None:
+    extra = 2.0 * count_params(adapter_specs, matmul_only=True) * float(np.sum(lengths))
+    update, own = 2.0 * own + 3.0 * extra, own + extra
   theirs = forward_flops(teacher, lengths) if teacher is not None else 0.0
   return {
-      'student': own * (3.0 * updates + student_rescores),
+      'student': update * updates + own * student_rescores,
       'sampling': {'student': own, 'teacher': theirs, 'dataset': 0.0}[source],
       'teacher': theirs if teacher_scores else 0.0,
   }

@@ -12,8 +12,9 @@ import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
+from rich.console import Console
 
-from opd_jax import build, report, tokenizer, train
+from opd_jax import build, doctor, report, tokenizer, train
 from opd_jax import config as config_lib
 
 
@@ -39,6 +40,34 @@ def run(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   return report.write(c, workdir)
 
 
+def diagnose(c: ConfigDict, only: str | None, workdir: str | pathlib.Path) -> bool:
+  """`opd doctor`: the checks of a run, or of each stage of a pipeline (or of one).
+
+  A stage that starts from an earlier stage's model is examined once that model is in `workdir`.
+
+  Returns:
+    Whether no check failed.
+  """
+  console = Console(highlight=False)
+  if not config_lib.is_pipeline(c):
+    pick_stage(c, only)
+    return doctor.diagnose(c, c.name, console)
+  config_lib.validate_pipeline(c)
+  if only is not None:
+    pick_stage(c, only)
+  workdir, fine = pathlib.Path(workdir).resolve(), True
+  for name in [only] if only else c.order:
+    stage = stage_config(c, name, c.seeds[0], workdir)
+    missing = [part for part in ('student', 'teacher')
+               if stage[part].path and not pathlib.Path(stage[part].path).exists()]
+    if missing:
+      console.print(f'{name}: not examined: its {" and ".join(missing)} will be made by '
+                    f'{[c.stages[name][part].path for part in missing]}')
+    else:
+      fine &= doctor.diagnose(stage, name, console)
+  return fine
+
+
 def check_data(c: ConfigDict) -> None:
   """Encodes every later stage's examples once, so that a prompt that does not fit the last stage is
   found before the first one has run (which looks at its own at once).
@@ -50,7 +79,7 @@ def check_data(c: ConfigDict) -> None:
   for name in c.order[1:]:
     stage = c.stages[name]
     student = teacher = origin(c, stage.student.path)
-    if stage.prompt.template == 'teacher' and stage.teacher.path:
+    if stage.teacher.path and stage.prompt.template != 'none':
       teacher = origin(c, stage.teacher.path)
     groups = (stage.task, stage.prompt, stage.data)
     key = json.dumps([*map(config_lib.to_dict, groups), stage.eval.problems, student, teacher])
@@ -58,8 +87,9 @@ def check_data(c: ConfigDict) -> None:
       continue
     seen.add(key)
     try:
-      tokens, stop_tokens = vocabulary(student)
-      style = build.prompt_style(stage, tokens, vocabulary(teacher)[0], stop_tokens)
+      (tokens, mine), (teachers_tokens, theirs) = vocabulary(student), vocabulary(teacher)
+      # Of both: what an earlier stage will make of its own stop tokens is not known yet.
+      style = build.prompt_style(stage, tokens, teachers_tokens, tuple({*mine, *theirs}))
       build.load_examples(stage, stage.data.split, stage.data.limit, tokens, style)
       build.load_examples(stage, 'eval', stage.eval.problems, tokens, style)
     except (ValueError, FileNotFoundError) as e:

@@ -7,6 +7,9 @@ Supervised learning takes its rows from a data set or from the teacher, reinforc
 its weights from a verifier; they are the same loop. What is not here: a replay buffer, a value
 network, a rollout server. The student that samples is the student that is updated, one step later.
 
+With low-rank adapters, the train state holds the adapters and `frozen` the base beneath them; the
+student is the two joined, which copies nothing.
+
 Every jax.jit of the loop is in `compile_step`. The random key of a step is fold_in(seed, step).
 """
 
@@ -25,15 +28,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
-import numpy as np
 import optax
 
 from opd_jax import build as build_lib
 from opd_jax import (
   checkpoint,
   data,
+  doctor,
   flops,
   hf,
+  lora,
   metrics,
   params,
   sample,
@@ -45,7 +49,7 @@ from opd_jax import config as config_lib
 from opd_jax.build import Setup
 from opd_jax.types import Model, TrainState
 
-RESULT, EXPORT = 'result.json', 'export'
+RESULT, EXPORT, ADAPTER = 'result.json', 'export', 'adapter'
 
 
 class NonFiniteError(FloatingPointError):
@@ -96,21 +100,20 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
 
   # --- Build: models, data, programs; then the newest checkpoint, or a fresh state ---
   s = build_lib.build(c)
+  findings = doctor.examine(c, s)
+  doctor.require(c, findings)
   build_lib.claim_workdir(c, workdir)
   programs, state_shape = compile_step(c, s)
   store = checkpoint.Checkpoints(
       workdir / 'checkpoints', keep_latest=c.checkpoint.keep_latest,
       keep_best=c.checkpoint.keep_best, best_metric=c.checkpoint.best_metric,
       checksums=jax.jit(checkpoint.checksums))
-  teacher_params = teacher_head = None
-  if s.teacher is not None:
-    teacher_params = s.teacher.read(
-        shardings=sharding.param_shardings(s.teacher.model.specs, s.mesh))
-    teacher_head = s.teacher.model.head(teacher_params) if s.objective.needs_hidden else None
+  frozen = build_lib.read_frozen(s)
+  teacher_params = build_lib.read_teacher(s, frozen)
+  teacher_head = s.teacher.model.head(teacher_params) if s.objective.needs_hidden else None
   restored = store.restore_latest(state_shape)
   if restored is None:
-    state = programs.init(s.student.read(
-        shardings=sharding.param_shardings(s.student.model.specs, s.mesh)))
+    state = programs.init(build_lib.read_trained(s))
     host = {'step': 0, 'flops': {'student': 0.0, 'sampling': 0.0, 'teacher': 0.0},
             'evals': [], 'config': config_lib.to_dict(c)}
   else:
@@ -120,6 +123,8 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   display = metrics.Display(c.name, c.steps, c.log.plain_every_steps)
   if restored:
     display.say(f'{c.name}: resumed from the checkpoint of step {start}')
+  findings += doctor.examine_rollouts(c, s, lora.join(frozen, state.params), teacher_params)
+  doctor.settle(c, findings, workdir, display.say)
   key = jax.random.key(c.seed)
   # On several fake CPU devices, programs with collectives must not be in flight together.
   crowded = jax.default_backend() == 'cpu' and s.mesh.size > 1
@@ -129,7 +134,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
 
   def evaluation(step: int, title: str | None) -> dict[str, Any]:
     began = time.perf_counter()
-    values, shown = s.evaluator(state.params, teacher_params,
+    values, shown = s.evaluator(lora.join(frozen, state.params), teacher_params,
                                 c.log.transcripts if title else 0)
     row = {**values, 'flops': dict(host['flops'])}
     writer.write('eval', step, row)
@@ -148,7 +153,8 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     spent = flops.step_flops(
         s.student.model, s.teacher.model if s.teacher else None, lengths + prompt_lengths,
         source=c.data.source, teacher_scores=s.objective.needs_teacher,
-        student_rescores=s.objective.needs_student_scores, updates=c.optimizer.updates_per_batch)
+        student_rescores=s.objective.needs_student_scores, updates=c.optimizer.updates_per_batch,
+        adapter_specs=s.adapter and s.adapter.specs)
     for name, amount in spent.items():
       host['flops'][name] += amount
     row |= {'length': float(lengths.mean()), 'flops': dict(host['flops']),
@@ -181,13 +187,14 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
       while step < c.steps and not reached:
         indices = s.examples.indices(step, c.data.prompts_per_step).repeat(
             c.data.samples_per_prompt)
+        student = lora.join(frozen, state.params)
         # The rows: written by the student, by the teacher, or given.
         rows_sharding = sharding.by_rows(s.mesh)
         if c.data.source == 'dataset':
           rollout = sharding.put(s.examples.given(indices), rows_sharding)
         else:
           prompts = sharding.put(s.examples.prompts(indices), rows_sharding)
-          author = state.params if c.data.source == 'student' else teacher_params
+          author = student if c.data.source == 'student' else teacher_params
           step_key = build_lib.fold_in(key, build_lib.SAMPLE, step)
           rollout = wait(programs.sample(author, prompts, step_key))
         # The grades: of every token by the teacher, or of the whole answer by the verifier.
@@ -195,7 +202,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
         if s.objective.needs_teacher:
           teacher_scores = wait(programs.score_teacher(teacher_params, rollout))
         if s.objective.needs_student_scores:
-          student_scores = wait(programs.score_student(state.params, rollout))
+          student_scores = wait(programs.score_student(student, rollout))
         if s.objective.reward_coef:
           graded, _ = data.grade(s.task, [s.examples.rows[i] for i in indices], rollout,
                                  s.student.tokenizer)
@@ -204,7 +211,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
         first = {}
         for _ in range(c.optimizer.updates_per_batch):
           state, values = wait(programs.update(
-              state, rollout, teacher_scores, student_scores, rewards, teacher_head))
+              state, rollout, teacher_scores, student_scores, rewards, teacher_head, frozen))
           first = first or {name: v for name, v in values.items() if name.startswith('gap')}
         values |= first  # later updates move away from the sampler on purpose
         step += 1
@@ -233,7 +240,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
           store.wait()
           raise PreemptedError(f'{c.name}: interrupted at step {step}; its checkpoint is in '
                           f'{workdir / "checkpoints"}; the same command resumes')
-      result = finish(c, s, state, host, workdir)
+      result = finish(c, s, state, frozen, host, workdir)
       if interrupted():  # during the last evaluation: do not go on to another stage
         raise PreemptedError(f'{c.name}: interrupted after its last step, and finished; the same '
                              'command goes on')
@@ -252,22 +259,13 @@ def compile_step(c: ConfigDict, s: Setup) -> tuple[Programs, TrainState]:
   """
   rows, scalar = sharding.by_rows(s.mesh), sharding.replicated(s.mesh)
   model = s.student.model
-  weights = sharding.param_shardings(model.specs, s.mesh)
-  shapes = params.abstract_params(model.specs)
-
-  def init(p):
-    return TrainState(step=jnp.int32(0), params=p, opt_state=s.optimizer.init(p))
-
-  abstract = jax.eval_shape(init, shapes)
-  opt_shardings = optax.tree_utils.tree_map_params(
-      s.optimizer, lambda _, sharding: sharding, abstract.opt_state, weights,
-      transform_non_params=lambda _: scalar)
-  state = TrainState(step=scalar, params=weights, opt_state=opt_shardings)
+  abstract = abstract_state(s.trained_specs, s.optimizer, s.mesh)
+  state = jax.tree.map(lambda x: x.sharding, abstract)
   sampler = s.teacher.model if c.data.source == 'teacher' else model
   sample_fn = jax.jit(functools.partial(
       sample.sample_fn, model=sampler, max_new_tokens=c.data.max_new_tokens,
       temperature=c.sample.temperature, top_p=c.sample.top_p, top_k=c.sample.top_k,
-      stop_tokens=s.student.stop_tokens, pad_token=s.pad_token), out_shardings=rows)
+      stop_tokens=s.stop_tokens, pad_token=s.pad_token), out_shardings=rows)
   batching = dict(chunk_tokens=c.compute.chunk_tokens, microbatch_rows=c.compute.microbatch_rows)
 
   def scorer(m: Model, temperature: float):
@@ -277,24 +275,38 @@ def compile_step(c: ConfigDict, s: Setup) -> tuple[Programs, TrainState]:
 
   score_student = score_teacher = scorer(model, s.objective.temperature)
   if s.teacher is not None:
-    # A teacher of the student's own shape is graded by the very same program: then log p_T - log
+    # A teacher of the student's own form is graded by the very same program: then log p_T - log
     # p_S is exactly zero for a teacher equal to the student, and so is the policy gradient.
-    same = (s.teacher.model.config == model.config
-            and s.teacher.model.vocab_in_use == model.vocab_in_use
-            and s.objective.teacher_temperature == s.objective.temperature)
-    if not same:
+    if not (s.same_programs and s.objective.teacher_temperature == s.objective.temperature):
       score_teacher = scorer(s.teacher.model, s.objective.teacher_temperature)
   update_fn = jax.jit(
       functools.partial(update.update_fn, model=model, optimizer=s.optimizer,
                         objective=s.objective, group_size=c.data.samples_per_prompt,
                         on_policy=c.data.source == 'student', **batching),
       donate_argnums=0, out_shardings=(state, scalar))
-  # Not donated: the evaluator and a fixed-point test may still look at the initial parameters.
-  init_fn = jax.jit(init, out_shardings=state)
-  abstract = jax.tree.map(
-      lambda x, sh: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sh), abstract, state)
+  init_fn = jax.jit(functools.partial(init_state, s.optimizer), donate_argnums=0,
+                    out_shardings=state)
   return Programs(sample=sample_fn, score_teacher=score_teacher, score_student=score_student,
                   update=update_fn, init=init_fn), abstract
+
+
+def init_state(optimizer: optax.GradientTransformation, trained: Any) -> TrainState:
+  """The train state before the first step."""
+  return TrainState(step=jnp.int32(0), params=trained, opt_state=optimizer.init(trained))
+
+
+def abstract_state(specs: dict[str, Any], optimizer: optax.GradientTransformation,
+                   mesh: jax.sharding.Mesh) -> TrainState:
+  """Shapes, dtypes and shardings of a train state; moments are sharded as their parameters."""
+  abstract = jax.eval_shape(functools.partial(init_state, optimizer),
+                            params.abstract_params(specs))
+  weights, scalar = sharding.param_shardings(specs, mesh), sharding.replicated(mesh)
+  shardings = TrainState(
+      step=scalar, params=weights, opt_state=optax.tree_utils.tree_map_params(
+          optimizer, lambda _, sharding: sharding, abstract.opt_state, weights,
+          transform_non_params=lambda _: scalar))
+  return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                      abstract, shardings)
 
 
 def check_finite(row: dict[str, float], step: int, max_gap: float) -> None:
@@ -337,12 +349,15 @@ class Interrupts:
       signal.signal(number, old)
 
 
-def finish(c: ConfigDict, s: Setup, state: TrainState, host: dict[str, Any], workdir: pathlib.Path
-           ) -> dict[str, Any]:
+def finish(c: ConfigDict, s: Setup, state: TrainState, frozen: lora.Frozen | None,
+           host: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
   """Writes the final model as a Hugging Face directory, then result.json, which ends the run."""
-  if not (workdir / EXPORT).exists():
-    hf.write_checkpoint(workdir / EXPORT, s.student.model,
-                        jax.tree.map(np.asarray, state.params), s.student.tokenizer)
+  if s.adapter is not None and not (workdir / ADAPTER).exists():
+    hf.write_adapter(workdir / ADAPTER, s.student.model, state.params, s.adapter.settings,
+                     s.student.tokenizer, c.student.path)
+  if c.checkpoint.export == 'full' and not (workdir / EXPORT).exists():
+    hf.write_checkpoint(workdir / EXPORT, s.student.model, lora.join(frozen, state.params),
+                        s.student.tokenizer)
   result = {'name': c.name, 'seed': c.seed, 'steps': host['step'], 'flops': host['flops'],
             'before': host['evals'][0], 'after': host['evals'][-1], 'evals': host['evals'],
             'teacher': host.get('teacher')}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from opd_jax import build, config, data, metrics, pipeline, train
+from opd_jax import build, config, data, doctor, metrics, pipeline, train
 
 ROWS = [{'question': f'{i} plus one?', 'answer': f'{i + 1}'} for i in range(24)]
 LONG = [{'question': 'plus one ' * 20, 'answer': '0'}] * 2
@@ -225,6 +225,21 @@ def test_evaluation_of_a_directory_needs_the_template_that_the_run_used(capsys):
   values = build.evaluate_model(c, student, teacher)
   _, workdir, _ = finished()
   assert values['reverse_kl'] == tiny.rows(workdir, 'eval')[0]['reverse_kl']
+
+
+def test_the_doctor_compares_the_templates(tmp_path):
+  finding = doctor.check_templates(make(), build.build(make()))
+  assert (finding.status, finding.detail) == (doctor.OK, '16 prompts rendered alike')
+  other = tiny.write_chat_model(tmp_path / 'other', template=tiny.CHAT.replace('quiet', 'begin'))
+  c = make(student__path=str(other))
+  finding = doctor.check_templates(c, build.build(c))
+  assert finding.status == doctor.WARN and finding.field == 'prompt.template'
+  assert "has 'begin|>' where this one has 'quiet|>'" in finding.detail
+  strict = "{%- if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{%- endif %}"
+  other = tiny.write_chat_model(tmp_path / 'strict', template=strict + tiny.CHAT)
+  c = make(student__path=str(other), prompt__system='Sums.')
+  finding = doctor.check_templates(c, build.build(c))
+  assert finding.status == doctor.WARN and 'no system' in finding.detail
 
 
 def test_the_line_about_data(capsys):

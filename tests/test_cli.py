@@ -167,6 +167,30 @@ def test_a_mistake_in_a_process_of_its_own(folder):
   assert_one_line(tiny.opd(*args.split(), cwd=folder), *parts)
 
 
+class TestExport:
+
+  def test_the_newest_checkpoint_is_the_final_model(self, folder, trained):
+    done = tiny.opd('export', '--workdir', 'run', '--output', 'out', cwd=folder)
+    assert done.returncode == 0 and done.stdout == 'step 3: out\n', done.stderr
+    for file in (folder / 'run' / 'export').iterdir():
+      assert (folder / 'out' / file.name).read_bytes() == file.read_bytes(), file.name
+
+  @pytest.mark.parametrize(('arguments', 'parts'), [
+      ('--workdir run --output new --step 17', ('step=17', 'allowed: -1', '3]')),
+      ('--workdir run --output new --format gguf', ("format='gguf'", "['full', 'adapter']")),
+      ('--workdir run --output new --format adapter', ("format='adapter'", 'the whole model')),
+      ('--workdir run --output run', ("output='run' exists", 'a new directory')),
+      ('--workdir half --output new', ("workdir='half' holds no run", 'allowed')),
+      ('--workdir run', ('--output',)),
+      ('--workdir run --output new --stage x', ("--stage has no effect with 'export'", 'allowed')),
+  ])
+  def test_refused(self, arguments, parts, folder, trained):
+    done = tiny.opd('export', *arguments.split(), cwd=folder)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    assert all(part in done.stderr for part in parts), done.stderr
+    assert not (folder / 'new').exists()
+
+
 class TestUsage:
 
   @pytest.mark.parametrize('args', [[], ['tarin', '--config', 'one.py']])
@@ -174,7 +198,7 @@ class TestUsage:
     done = tiny.opd(*args, cwd=folder)
     assert done.returncode == 2 and 'Traceback' not in done.stderr
     for command in COMMANDS:
-      assert f'opd {command} --config' in done.stderr
+      assert f'opd {command} --' in done.stderr
     if args:
       assert done.stderr.startswith(f"error: command 'tarin'; allowed: {list(COMMANDS)}\n")
 

@@ -358,7 +358,7 @@ class TestModels:
     c = tiny.config('opd_sampled', teacher__path=str(other))
     with pytest.raises(config.ConfigError) as e:
       train.train(c, tmp_path / 'run')
-    for part in ('teacher.path=', str(other), f'({len(alphabet) + 2} entries)', '(64 entries)',
+    for part in ('teacher.path=', str(other), f'({len(alphabet) + 2} tokens)', '(64 tokens)',
                  'allowed'):
       assert part in str(e.value)
 

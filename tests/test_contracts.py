@@ -51,8 +51,8 @@ LAYERS = (
     ('types',), ('params',), ('lora',), ('nn',), ('models', 'divergences'), ('sample',), ('score',),
     ('update', 'flops'),
     ('sharding', 'optim', 'tokenizer', 'checkpoint', 'metrics'), ('hf',),
-    ('tasks', 'teachers', 'data'), ('evaluate', 'config'), ('report', 'build'), ('train',),
-    ('pipeline',), ('__main__',))
+    ('tasks', 'teachers', 'data'), ('evaluate', 'config'), ('report', 'build'), ('doctor',),
+    ('train',), ('pipeline', 'export'), ('__main__',))
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PURE = [name for layer in LAYERS[:RANK['update'] + 1] for name in layer]
 PURE_MAY_IMPORT = {'__future__', 'collections', 'dataclasses', 'functools', 'math', 're', 'typing',

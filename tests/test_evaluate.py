@@ -92,7 +92,8 @@ def evaluator(models):
   c = tiny.config('opd_sampled')
   mesh = sharding.make_mesh(c.compute.mesh.to_dict())
   examples = build.load_examples(c, 'eval', 16, models[0].tokenizer, tokenizer.Style())
-  return build.make_evaluator(c, models[0], models[1].model, examples, mesh)
+  return build.make_evaluator(c, models[0], models[1].model, examples, mesh,
+                              models[0].stop_tokens)
 
 
 class TestEvaluator:

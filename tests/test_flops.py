@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import flops, models, params
+from opd_jax import flops, lora, models, params
 
 SIZES = dict(vocab_size=512, hidden_size=64, intermediate_size=192, num_attention_heads=6,
              num_key_value_heads=2, head_dim=16, num_hidden_layers=3)
@@ -63,3 +63,20 @@ def test_step_flops_books_every_forward_where_it_belongs():
       'student': 3 * own, 'sampling': theirs, 'teacher': 0.0}
   assert step(None, source='dataset', teacher_scores=False, student_rescores=False, updates=1) == {
       'student': 3 * own, 'sampling': 0.0, 'teacher': 0.0}
+
+
+def test_adapters_need_no_gradient_of_the_base():
+  model = models.build(qwen3_config(**SIZES))
+  specs = lora.adapter_specs(model.specs, lora.Settings(rank=3, alpha=1.0, targets='attention'))
+  lengths = np.array([10, 20, 7])
+  own, c = flops.forward_flops(model, lengths), model.config
+  wide = {'q': c.num_attention_heads, 'k': c.num_key_value_heads, 'v': c.num_key_value_heads,
+          'o': c.num_attention_heads}
+  extra = sum(2 * 37 * c.num_hidden_layers * 3 * (c.hidden_size + heads * c.head_dim)
+              for heads in wide.values())
+  spent = flops.step_flops(model, None, lengths, source='student', teacher_scores=False,
+                           student_rescores=True, updates=2, adapter_specs=specs)
+  # A forward pass, the gradient of the activations, and of the adapters' own weights; rescoring is
+  # one more forward pass.
+  assert spent['student'] == pytest.approx(2 * (2 * own + 3 * extra) + own + extra, rel=1e-12)
+  assert spent['sampling'] == pytest.approx(own + extra, rel=1e-12)

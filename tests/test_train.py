@@ -5,13 +5,25 @@ import functools
 import io
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from opd_jax import build, checkpoint, config, data, metrics, optim, params, train
+from opd_jax import (
+  build,
+  checkpoint,
+  config,
+  data,
+  hf,
+  lora,
+  metrics,
+  optim,
+  params,
+  train,
+)
 from opd_jax.tasks import arithmetic
 
 EVERYWHERE = {'kind', 'step', 'loss', 'grad_norm', 'update_norm', 'entropy_student', 'logprob',
@@ -363,3 +375,106 @@ def test_more_transcripts_than_problems_is_refused_or_all_of_them(tmp_path):
     train.train(c, tmp_path)
   except config.ConfigError as e:
     assert 'log.transcripts=50' in str(e)
+
+
+class TestAdapters:
+
+  def _config(self, kind, **fields):
+    return tiny.with_models(kind, **{**dict(student__lora__rank=4, student__lora__alpha=8.0,
+                                            optimizer__learning_rate=1e-2), **fields})
+
+  @pytest.mark.parametrize('kind', ['opd_sampled', 'opd_exact', 'grpo', 'sft_teacher'])
+  def test_only_adapters_are_trained_and_checkpointed(self, kind, tmp_path):
+    c = self._config(kind)
+    train.train(c, tmp_path)
+    saved = tiny.read_checkpoint(tmp_path, c.steps)
+    names = {name.split('][')[-1].strip("']") for name in saved if "['params']" in name}
+    assert names == {'a', 'b'}
+    moments = [name for name in saved if "['mu']" in name or "['nu']" in name]
+    assert len(moments) == 2 * sum("['params']" in name for name in saved)
+    assert all(name.endswith(("['a']", "['b']")) for name in moments)
+    # Both halves have moved: b from zero, and then a.
+    b = [x for name, x in saved.items() if "['params']" in name and name.endswith("['b']")]
+    assert all(np.abs(x).max() > 0 for x in b)
+
+  def test_the_export_is_the_base_with_the_adapters_added(self, tmp_path):
+    c = self._config('opd_exact')
+    train.train(c, tmp_path)
+    base = params.flatten(hf.load(c.student.path, {}).read())
+    merged = tiny.load_export(tmp_path)
+    saved = tiny.read_checkpoint(tmp_path, c.steps)
+    for name, weight in base.items():
+      parts = name.split('/')
+      key = "['params']" + ''.join(f"['{p}']" for p in parts)
+      if f"{key}['a']" not in saved:
+        np.testing.assert_array_equal(merged[name], weight, err_msg=name)
+        continue
+      for layer in range(weight.shape[0]):
+        a, b = (np.asarray(saved[f"{key}['{part}']"][layer], np.float64) for part in 'ab')
+        delta = (a.reshape(-1, 4) @ b.reshape(4, -1)).reshape(weight[layer].shape)
+        # float32: weights of order 1
+        np.testing.assert_allclose(merged[name][layer], weight[layer] + 2.0 * delta, atol=1e-6)
+        assert np.abs(delta).max() > 1e-3
+
+  def test_a_run_starts_from_the_adapter_that_another_left(self, tmp_path):
+    c = self._config('opd_exact')
+    first = train.train(c, tmp_path / 'one')
+    again = tiny.with_models('opd_exact', student__lora__path=str(tmp_path / 'one' / 'adapter'))
+    second = train.train(again, tmp_path / 'two')
+    for name in ('reverse_kl', 'sampled_accuracy'):
+      assert second['before'][name] == pytest.approx(first['after'][name], rel=1e-5)
+
+  def test_resume_is_bit_exact(self, tmp_path):
+    c = self._config('opd_sampled')
+    train.train(c, tmp_path / 'whole')
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'cut')
+    shutil.rmtree(tmp_path / 'cut' / 'checkpoints' / '6')
+    for done in ('result.json', 'export', 'adapter'):
+      target = tmp_path / 'cut' / done
+      target.unlink() if target.is_file() else shutil.rmtree(target)
+    train.train(c, tmp_path / 'cut')
+    tiny.assert_same_bits(tiny.read_checkpoint(tmp_path / 'whole', 6),
+                          tiny.read_checkpoint(tmp_path / 'cut', 6))
+
+  def test_a_student_that_teaches_itself_shares_its_base(self, tmp_path):
+    c = self._config('opd_sampled', teacher__kind='initial_student', teacher__path='')
+    s = build.build(c)
+    frozen = build.read_frozen(s)
+    teacher = params.flatten(build.read_teacher(s, frozen))
+    for name, leaf in params.flatten(frozen.base).items():
+      mine = teacher[name].base if isinstance(teacher[name], lora.LoRA) else teacher[name]
+      assert mine is leaf, name  # the same array, not a copy
+    result = train.train(c, tmp_path)
+    assert result['after']['reverse_kl'] == 0.0
+    for row in tiny.rows(tmp_path, 'train'):
+      assert row['loss'] == row['grad_norm'] == row['update_norm'] == 0.0
+
+  def test_the_base_is_kept_in_bfloat16_and_adapters_in_float32(self):
+    s = build.build(self._config('opd_sampled', compute__frozen_dtype='bfloat16'))
+    frozen = build.read_frozen(s)
+    assert {str(x.dtype) for x in jax.tree.leaves(frozen.base)} == {'bfloat16'}
+    assert {str(x.dtype) for x in jax.tree.leaves(build.read_trained(s))} == {'float32'}
+
+  @pytest.mark.parametrize(('fields', 'parts'), [
+      (dict(student__lora__rank=-1), ('student.lora.rank=-1',)),
+      (dict(student__lora__rank=0), ('student.lora.alpha=8.0', 'student.lora.rank=0')),
+      (dict(student__lora__targets='layers/gates'), ("student.lora.targets='layers/gates'",
+                                                     'layers/gate')),
+      (dict(student__lora__targets='('), ("student.lora.targets='('", 'regular expression')),
+      (dict(student__lora__targets='embed'), ("student.lora.targets='embed'",)),
+      (dict(student__lora__alpha=0.0), ('student.lora.alpha=0.0',)),
+      (dict(student__lora__path='nowhere'), ("student.lora.path='nowhere'",)),
+      (dict(checkpoint__export='adaptor'), ("checkpoint.export='adaptor'",)),
+      (dict(compute__frozen_dtype='int8'), ("compute.frozen_dtype='int8'",)),
+  ])
+  def test_refused(self, fields, parts, tmp_path):
+    with pytest.raises(config.ConfigError) as e:
+      train.train(self._config('opd_sampled', **fields), tmp_path / 'run')
+    assert all(part in str(e.value) for part in (*parts, 'allowed')), str(e.value)
+
+  def test_only_the_adapter_is_left_where_that_is_asked_for(self, tmp_path):
+    train.train(self._config('opd_exact', steps=1, checkpoint__export='adapter'), tmp_path)
+    assert (tmp_path / 'adapter' / 'adapter_config.json').exists()
+    assert not (tmp_path / 'export').exists()
+    with pytest.raises(config.ConfigError, match="checkpoint.export='adapter'.*no adapter"):
+      train.train(tiny.config('sft', checkpoint__export='adapter'), tmp_path / 'other')

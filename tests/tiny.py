@@ -70,7 +70,10 @@ def config(kind: str, **fields: Any) -> ConfigDict:
     assert kind == 'opd_sampled', kind
   if kind == 'sft_teacher' or kind.startswith('opd'):
     c.teacher.kind = 'checkpoint'
-  return override(c, **fields)
+  override(c, **fields)
+  if c.student.path:  # then nothing reads it
+    c.student.fresh = config_lib.default_config().student.fresh
+  return c
 
 
 def override(c: ConfigDict, **fields: Any) -> ConfigDict:

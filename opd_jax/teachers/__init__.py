@@ -3,7 +3,7 @@
 A teacher module offers
   load(path, student, options) -> hf.LoadedModel, where `student` is the student before training and
   `options` are the compute options of `models.build`.
-The teacher's vocabulary must be the student's; `build.get_teacher` compares the two.
+The teacher's vocabulary must be the student's; `doctor` compares the two.
 """
 
 from __future__ import annotations

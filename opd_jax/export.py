@@ -1,0 +1,87 @@
+"""`opd export`: a checkpoint of a run, finished or not, as a directory that others open.
+
+'full' is a Hugging Face directory (adapters merged into the weights) for transformers or vLLM,
+'adapter' a PEFT directory for the model that the run started from.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+from opd_jax import build, checkpoint, hf, lora, sharding, train
+from opd_jax import config as config_lib
+
+FORMATS = ('full', 'adapter')
+
+
+def export(workdir: pathlib.Path, output: pathlib.Path, form: str, step: int) -> int:
+  """Writes the parameters of a checkpoint to `output`, which appears whole or not at all.
+
+  Args:
+    workdir: of one run (of a pipeline: that of a stage, WORKDIR/seed_S/STAGE).
+    output: a directory that does not exist.
+    form: one of FORMATS.
+    step: of the checkpoint; -1 is the newest.
+
+  Returns:
+    The step of the checkpoint.
+
+  Raises:
+    ConfigError: a directory without a run, a step without a checkpoint, a format that the run has
+      not, an output that exists.
+  """
+  if form not in FORMATS:
+    raise config_lib.ConfigError(f'format={form!r}; allowed: {list(FORMATS)}')
+  if output.exists():
+    raise config_lib.ConfigError(f'output={str(output)!r} exists; allowed: a new directory')
+  c = read_config(workdir)
+  if form == 'adapter' and not config_lib.has_adapter(c):
+    raise config_lib.ConfigError("format='adapter': the run in workdir="
+                                 f"{str(workdir)!r} trained the whole model; allowed: 'full'")
+  try:
+    student = build.load_student(c)
+    adapter = build.make_adapter(c, student)
+    mesh = sharding.make_mesh(c.compute.mesh.to_dict())
+    specs = adapter.specs if adapter else student.model.specs
+    shape = train.abstract_state(specs, build.make_optimizer(c), mesh)
+    folder, steps = workdir / 'checkpoints', []
+    if folder.is_dir():
+      store = checkpoint.Checkpoints(
+          folder, keep_latest=c.checkpoint.keep_latest, keep_best=c.checkpoint.keep_best,
+          best_metric=c.checkpoint.best_metric, read_only=True)
+      steps = store.steps()
+    if not steps or step not in (-1, *steps):
+      raise ValueError(f'step={step}: workdir={str(workdir)!r} has no such checkpoint; allowed: -1 '
+                       f'for the newest, or one of {steps}')
+    step = steps[-1] if step == -1 else step
+    state, _ = store.restore(step, shape)
+    store.close()
+    if form == 'adapter':
+      hf.write_adapter(output, student.model, state.params, adapter.settings, student.tokenizer,
+                       c.student.path)
+    else:
+      weights = sharding.param_shardings(student.model.specs, mesh)
+      frozen = adapter and lora.Frozen(student.read(build.frozen_dtype(c), weights),
+                                       adapter.settings.scale)
+      hf.write_checkpoint(output, student.model, lora.join(frozen, state.params), student.tokenizer)
+  except (ValueError, OSError) as e:
+    raise config_lib.ConfigError(str(e)) from e
+  return step
+
+
+def read_config(workdir: pathlib.Path) -> config_lib.ConfigDict:
+  """The config that a run's work directory belongs to.
+
+  Raises:
+    ConfigError: there is none, or it is that of an older version of this program.
+  """
+  file = workdir / build.CONFIG
+  try:
+    c = config_lib.from_dict(json.loads(file.read_text()))
+  except (OSError, ValueError) as e:
+    raise config_lib.ConfigError(
+        f'workdir={str(workdir)!r} holds no run ({e}); allowed: the work directory of one run, in '
+        'a pipeline WORKDIR/seed_S/STAGE') from e
+  config_lib.validate(c)
+  return c

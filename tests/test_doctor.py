@@ -1,0 +1,227 @@
+"""Every check of the doctor on a pairing that it must pass and on one that it must not."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from opd_jax import build, config, doctor, hf, lora, models, params, tokenizer, train
+
+GOOD = dict(doctor__rollouts=8, steps=1, eval__problems=4)
+
+
+def _pair(kind='opd_sampled', **fields):
+  return tiny.with_models(kind, **{**GOOD, **fields})
+
+
+def _examine(c):
+  """Every finding by the name of its check."""
+  s = build.build(c)
+  frozen = build.read_frozen(s)
+  student = lora.join(frozen, build.read_trained(s))
+  found = doctor.examine(c, s) + doctor.examine_rollouts(
+      c, s, student, build.read_teacher(s, frozen))
+  return {f.check: f for f in found}
+
+
+def _statuses(found):
+  return {name: f.status for name, f in found.items() if f.status != doctor.OK}
+
+
+@pytest.fixture(scope='module')
+def healthy():
+  return _examine(_pair())
+
+
+def test_a_good_pair_passes_every_check(healthy):
+  assert not _statuses(healthy)
+  assert '64 tokens, the same ids' in healthy['token_ids'].detail
+  assert "{1: '<eos>'}" in healthy['stop_tokens'].detail
+
+
+def test_every_check_has_a_switch_and_every_switch_a_check():
+  switches = {name for name, value in config.default_config().doctor.items() if value == 'on'}
+  assert switches == {*doctor.STATIC, *doctor.ROLLOUTS}
+
+
+@pytest.mark.parametrize('name', [*doctor.STATIC, *doctor.ROLLOUTS])
+def test_a_switch_turns_its_check_off_and_gives_the_reason(name, healthy):
+  checks = doctor.STATIC if name in doctor.STATIC else doctor.ROLLOUTS
+  c = _pair(**{f'doctor__{n}': 'off: not this one' for n in {*doctor.STATIC, *doctor.ROLLOUTS}})
+  (finding,) = [f for f in doctor._run(c, checks) if f.check == name]
+  assert (finding.status, finding.detail) == (doctor.OFF, 'not this one')
+  for value in ('no', 'off', 'off: '):
+    with pytest.raises(config.ConfigError, match=f"doctor.{name}='{value}'; allowed: 'on'"):
+      config.validate(_pair(**{f'doctor__{name}': value}))
+
+
+def _teacher(tmp_path, change=None, alphabet=tokenizer.ALPHABET, **shape):
+  """A copy of the trained teacher whose parameters went through `change`, in a directory."""
+  loaded = hf.load(tiny.teacher(), {})
+  characters = tokenizer.character_tokenizer(alphabet)
+  model, values = loaded.model, loaded.read()
+  if shape:
+    model = models.build({**tiny.SHAPE, 'vocab_size': len(characters), **shape})
+    values = jax.device_get(params.init_params(model.specs, jax.random.key(0)))
+  if change:
+    values = params.unflatten({n: change(n, x) for n, x in params.flatten(values).items()})
+  hf.write_checkpoint(tmp_path / 'teacher', model, values, characters)
+  return str(tmp_path / 'teacher')
+
+
+def test_a_teacher_with_other_ids(tmp_path):
+  path = _teacher(tmp_path, alphabet=tokenizer.ALPHABET[::-1])
+  found = _examine(_pair(teacher__path=path))
+  assert found['token_ids'].status == found['templates'].status == doctor.FAIL
+  assert "'1+1='" in found['templates'].detail or 'the prompt' in found['templates'].detail
+  assert found['token_ids'].field == 'teacher.path'
+
+
+def test_a_teacher_that_lost_its_weights_is_uniform(tmp_path):
+  path = _teacher(tmp_path, lambda name, x: 0 * x if name in ('head', 'embed') else x)
+  found = _examine(_pair(teacher__path=path))
+  assert found['uniform_teacher'].status == doctor.FAIL
+  assert '4.159 of at most ln V = 4.159' in found['uniform_teacher'].detail
+
+
+def test_a_teacher_that_finds_the_students_text_unlikely(tmp_path):
+  path = _teacher(tmp_path, lambda name, x: -x if name == 'head' else x)
+  found = _examine(_pair(teacher__path=path))
+  assert found['support'].status == doctor.FAIL
+  assert 'doctor.max_reverse_kl=6.0' in found['support'].detail
+
+
+def test_the_log_ratio_is_that_of_the_models(healthy):
+  # Against the run's own metric on other rollouts of the same policies.
+  detail = healthy['support'].detail
+  value = float(detail.split(': ')[1].split()[0])
+  assert 0.5 < value < 5  # 1.6 on the whole held-out set
+
+
+def test_stop_tokens_that_differ(tmp_path):
+  path = tmp_path / 'teacher'
+  hf_teacher = hf.load(tiny.teacher(), {})
+  characters = tokenizer.character_tokenizer()
+  characters.eos_token = '#'
+  hf.write_checkpoint(path, hf_teacher.model, hf_teacher.read(), characters)
+  ends = {'student': doctor.FAIL, 'union': doctor.WARN, 'teacher': doctor.OK}
+  for stop, status in ends.items():
+    c = _pair(teacher__path=str(path), sample__stop=stop)
+    finding = doctor.check_stop_tokens(c, build.build(c))
+    assert finding.status == status, stop
+  c = _pair(teacher__path=str(path))
+  with pytest.raises(config.ConfigError, match=r"sample\.stop='student'.*stop_tokens.*'#'.*union"):
+    train.train(c, tmp_path / 'run')
+  assert not (tmp_path / 'run' / 'metrics.jsonl').exists()  # before anything expensive
+
+
+def test_an_untrained_student_is_cut_off_and_writes_special_tokens():
+  c = tiny.config('grpo', data__max_new_tokens=3, **GOOD)
+  found = _examine(c)
+  assert found['truncation'].status == doctor.WARN
+  assert found['uniform_teacher'].status == found['support'].status == doctor.SKIPPED
+  assert found['templates'].detail == 'no teacher'
+
+
+def test_special_tokens_within_a_completion():
+  c = tiny.config('grpo', **GOOD)
+  s = build.build(c)
+  mask = np.zeros((2, 5))
+  mask[:, 2:] = 1
+  tokens = np.array([[5, 5, 5, 7, 7, 1], [5, 5, 5, 7, 8, 1]])
+  probe = doctor.Probe(mask=mask, gap=0 * mask, logratio=None, teacher_entropy=None,
+                       ended=np.array([True, True]), tokens=tokens, room=4)
+  assert doctor.check_special_tokens(c, s, probe).status == doctor.OK
+  s.student.tokenizer.add_special_tokens({'additional_special_tokens': [
+      s.student.tokenizer.convert_ids_to_tokens(8)]})
+  finding = doctor.check_special_tokens(c, s, probe)
+  assert finding.status == doctor.WARN and '16.7%' in finding.detail
+
+
+def test_a_sampler_that_is_not_the_scorer():
+  c = tiny.config('grpo', **GOOD)
+  mask = np.ones((2, 3))
+  probe = doctor.Probe(mask=mask, gap=np.full((2, 3), 2e-3), logratio=None, teacher_entropy=None,
+                       ended=np.array([True, True]), tokens=np.zeros((2, 4), int), room=4)
+  assert doctor.check_self_kl(c, None, probe).status == doctor.FAIL
+  c.compute.dtype = 'bfloat16'
+  assert doctor.check_self_kl(c, None, probe).status == doctor.OK
+
+
+def test_memory_is_that_of_the_arrays():
+  c = _pair()
+  s = build.build(c)
+  estimate = doctor.memory_estimate(c, s)
+  count = params.count_params(s.student.model.specs)
+  trained = 'trained (weights, gradient, moments)'
+  assert estimate[trained] == 16 * count  # float32: weights, gradient and two moments
+  assert estimate['teacher'] == 4 * count
+  cache = s.student.model.init_cache(32, 11)
+  assert estimate['cache'] == sum(x.nbytes for x in jax.tree.leaves(cache))
+  adapted = _pair(student__lora__rank=2, compute__frozen_dtype='bfloat16',
+                  teacher__kind='initial_student', teacher__path='')
+  a = build.build(adapted)
+  estimate = doctor.memory_estimate(adapted, a)
+  assert estimate['base'] == 2 * count and 'teacher' not in estimate  # shared
+  assert estimate[trained] == 16 * params.count_params(a.trained_specs)
+
+
+def test_more_memory_than_there_is(monkeypatch):
+  monkeypatch.setattr(doctor, 'device_bytes', lambda: 1000.0)
+  c = _pair()
+  finding = doctor.check_memory(c, build.build(c))
+  assert finding.status == doctor.FAIL and finding.field == 'compute.microbatch_rows'
+
+
+@pytest.mark.parametrize(('fields', 'name'), [
+    (dict(optimizer__name='sgd', optimizer__b2=0.5), 'optimizer.b2=0.5'),
+    (dict(doctor__max_reverse_kl=1.0, doctor__support='off: x'), 'doctor.max_reverse_kl=1.0'),
+    (dict(checkpoint__keep_best=0, checkpoint__best_metric='greedy_accuracy'),
+     "checkpoint.best_metric='greedy_accuracy'")])
+def test_options_that_nothing_reads(fields, name):
+  c = _pair(**fields)
+  finding = doctor.check_unused_options(c, build.build(c))
+  assert finding.status == doctor.FAIL and name in finding.detail
+  assert finding.field == name.partition('=')[0]
+
+
+def test_a_fresh_shape_beside_a_checkpoint():
+  c = _pair()
+  c.student.fresh.hidden_size = 128
+  finding = doctor.check_unused_options(c, build.build(c))
+  assert finding.status == doctor.FAIL and 'student.fresh.hidden_size=128' in finding.detail
+
+
+class TestAtTheStart:
+
+  def test_what_was_found_is_written_and_said(self, tmp_path, capsys):
+    train.train(_pair(doctor__truncation='off: known to be long'), tmp_path)
+    rows = json.loads((tmp_path / doctor.RESULT).read_text())
+    assert {r['check'] for r in rows} == {*doctor.STATIC, *doctor.ROLLOUTS}
+    assert {r['status'] for r in rows} == {doctor.OK, doctor.OFF}
+    assert 'doctor: truncation off: known to be long' in capsys.readouterr().out
+
+  def test_a_failure_starts_nothing(self, tmp_path):
+    path = _teacher(tmp_path, lambda name, x: 0 * x if name in ('head', 'embed') else x)
+    with pytest.raises(config.ConfigError, match='teacher.path=.*uniform_teacher.*allowed'):
+      train.train(_pair(teacher__path=path), tmp_path / 'run')
+    assert not (tmp_path / 'run' / 'checkpoints').exists() or not tiny.checkpoint_steps(
+        tmp_path / 'run')
+
+
+class TestCommand:
+
+  def test_table_and_status(self, tmp_path):
+    tiny.write_config(tmp_path / 'one.py', _pair())
+    done = tiny.opd('doctor', '--config', 'one.py', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in (*doctor.STATIC, *doctor.ROLLOUTS):
+      assert name in done.stdout
+    path = _teacher(tmp_path, lambda name, x: 0 * x if name in ('head', 'embed') else x)
+    done = tiny.opd('doctor', '--config', 'one.py', f'--config.teacher.path={path}', cwd=tmp_path)
+    assert done.returncode == 1 and 'FAIL' in done.stdout and 'teacher.path' in done.stdout
+

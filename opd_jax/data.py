@@ -78,6 +78,10 @@ class Examples:
     self._fit('data.max_prompt_tokens', overlong)
     if self._completions is not None:
       self._fit('data.max_new_tokens', overlong)
+    # Lists of Python integers would take nine times the memory.
+    self._prompts, self._completions = (
+        encoded and [np.array(ids, np.int32) for ids in encoded]
+        for encoded in (self._prompts, self._completions))
 
   def __len__(self) -> int:
     return len(self.rows)
@@ -175,11 +179,13 @@ class Examples:
 
 
 def completions(rollout: Rollout, tokenizer: Any) -> list[str]:
-  """The text of each row's completion, without special tokens."""
+  """The text of each row's completion, without special tokens and without what ended it (which a
+  tokenizer need not call special)."""
   tokens = np.asarray(rollout.tokens)[:, rollout.prompt_length:]
   alive = np.asarray(rollout.valid)[:, rollout.prompt_length:]
-  return tokenizer.batch_decode([t[a] for t, a in zip(tokens, alive, strict=True)],
-                                skip_special_tokens=True)
+  written = [t[a][:-1] if end else t[a]
+             for t, a, end in zip(tokens, alive, np.asarray(rollout.ended), strict=True)]
+  return tokenizer.batch_decode(written, skip_special_tokens=True)
 
 
 def has_verifier(task: Any, examples: Examples) -> bool:

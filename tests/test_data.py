@@ -112,6 +112,15 @@ class TestGiven:
     np.testing.assert_array_equal(rewards, np.ones(5, np.float32))
     assert rewards.dtype == np.float32 and texts == [r['completion'] for r in examples.rows]
 
+  def test_a_stop_token_is_no_part_of_the_answer_even_if_it_is_not_special(self):
+    examples = make(5)
+    rollout = examples.given(np.arange(5))
+    semicolon = CHARACTERS.convert_tokens_to_ids(';')
+    ended = rollout.replace(tokens=np.where(rollout.tokens == EOS, semicolon, rollout.tokens))
+    assert data.completions(ended, CHARACTERS) == [r['completion'] for r in examples.rows]
+    cut = ended.replace(ended=np.zeros(5, bool))
+    assert data.completions(cut, CHARACTERS) == [r['completion'] + ';' for r in examples.rows]
+
   def test_an_answer_cut_off_gets_nothing_even_if_it_reads_right(self):
     examples = make(5)
     rollout = examples.given(np.arange(5))

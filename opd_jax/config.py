@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import datetime
 import json
 import math
 import pathlib
@@ -91,9 +92,11 @@ def default_config() -> ConfigDict:
 
 def _add_data(c: ConfigDict) -> None:
   # How prompts become tokens. template is 'none' (the text as it is) or whose chat template is
-  # used, 'student' or 'teacher'; system and thinking ('default', 'on', 'off') are for a template;
-  # special_tokens, only without one, lets the tokenizer put its own tokens (BOS) first.
-  c.prompt = ConfigDict(dict(template='none', system='', thinking='default', special_tokens=False))
+  # used, 'student' or 'teacher'; system, thinking ('default', 'on', 'off') and date ('YYYY-MM-DD',
+  # if it writes one) are for a template; special_tokens, only without one, lets the tokenizer put
+  # its own tokens (BOS) first.
+  c.prompt = ConfigDict(dict(template='none', system='', thinking='default', date='',
+                             special_tokens=False))
 
   c.data = ConfigDict()
   c.data.source = 'student'  # who writes the completions: student, teacher or dataset
@@ -370,13 +373,17 @@ def _check_prompt(c):
     if value not in names:
       raise ConfigError(f'{field}={value!r}; allowed: {list(names)}')
   if p.template == 'none':
-    for field, default in (('system', ''), ('thinking', 'default')):
+    for field, default in (('system', ''), ('thinking', 'default'), ('date', '')):
       if p[field] != default:
         raise ConfigError(f"prompt.{field}={p[field]!r} has no effect with prompt.template='none'; "
                           f'allowed: {default!r}')
   elif p.special_tokens:
     raise ConfigError(f'prompt.special_tokens=True with prompt.template={p.template!r}: a template '
                       'writes its special tokens itself; allowed: False')
+  try:
+    datetime.date.fromisoformat(p.date or '1970-01-01')
+  except ValueError as e:
+    raise ConfigError(f"prompt.date={p.date!r}: {e}; allowed: 'YYYY-MM-DD', or ''") from e
   if p.template == 'teacher' and c.teacher.kind == teachers.NONE:
     raise ConfigError("prompt.template='teacher' with teacher.kind='none'; allowed: 'none', "
                       "'student', or a teacher")

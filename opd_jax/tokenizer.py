@@ -4,6 +4,7 @@ how a prompt becomes tokens: the text as it is, or a conversation in a chat temp
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import os
 import pathlib
@@ -84,6 +85,7 @@ class Style:
     system: the system message, '' for none.
     thinking: 'on' or 'off' is handed to the template as `enable_thinking`; with 'default' it is not
       told anything.
+    date: 'YYYY-MM-DD' for a template that writes today's date: prompts must not change overnight.
     special_tokens: with template='none', whether the tokenizer puts its own tokens (BOS) first.
     stop_tokens: ids that end a turn of the assistant.
   """
@@ -92,6 +94,7 @@ class Style:
   chat: Any = None
   system: str = ''
   thinking: str = 'default'
+  date: str = ''
   special_tokens: bool = False
   stop_tokens: tuple[int, ...] = ()
 
@@ -118,6 +121,14 @@ def check_style(style: Style) -> None:
     if _render(other, [_conversation(style, PROBE)])[0] == probe:
       raise ValueError(f'prompt.thinking={style.thinking!r} has no effect: {whose} has a chat '
                        "template without such a switch; allowed: 'default'")
+  dated = {_render(dataclasses.replace(style, date=day), [_conversation(style, PROBE)])[0]
+           for day in ('2001-02-03', '2004-05-06')}
+  if bool(style.date) != (len(dated) > 1):
+    raise ValueError(f'prompt.date={style.date!r}: ' + (
+        f"it has no effect: {whose} has a chat template that writes no date; allowed: ''"
+        if style.date else
+        f"{whose} has a chat template that writes today's date, and tomorrow's prompts would be "
+        "others; allowed: the date to write, 'YYYY-MM-DD'"))
   if style.system and _render(style, [[{'role': 'user', 'content': PROBE}]])[0] == probe:
     raise ValueError(f'prompt.system={style.system!r} has no effect: {whose} has a chat template '
                      "that leaves system messages out; allowed: ''")
@@ -135,9 +146,11 @@ def _conversation(style, prompt):
 
 def _render(style, conversations, add_generation_prompt=True):
   switch = {} if style.thinking == 'default' else {'enable_thinking': style.thinking == 'on'}
+  today = datetime.date.fromisoformat(style.date or '1970-01-01')  # instead of the machine's clock
   try:
     return style.chat.apply_chat_template(
-        conversations, tokenize=False, add_generation_prompt=add_generation_prompt, **switch)
+        conversations, tokenize=False, add_generation_prompt=add_generation_prompt,
+        strftime_now=today.strftime, **switch)
   except (jinja2.TemplateError, TypeError, ValueError) as e:  # a template may refuse a role
     raise ValueError(
         f'prompt.template={style.template!r}: the chat template in {style.chat.name_or_path!r} '

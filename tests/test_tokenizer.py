@@ -183,6 +183,15 @@ class TestRefused:
     tokenizer.check_style(style(chat))
     self.refused(style(chat, system='Be brief.'), "prompt.system='Be brief.'", 'no system role')
 
+  def test_todays_date(self):
+    # It would be another prompt tomorrow, and a resumed run another run.
+    chat = tiny.chat_tokenizer("{{ strftime_now('%d %b %Y') }}" + tiny.CHAT)
+    self.refused(style(chat), "prompt.date=''", "writes today's date")
+    fixed = style(chat, date='2026-01-31')
+    tokenizer.check_style(fixed)
+    assert tokenizer.render_text(fixed, ['one'])[0].startswith('31 Jan 2026<|turn|>')
+    self.refused(style(date='2026-01-31'), "prompt.date='2026-01-31'", 'no effect')
+
   def test_a_template_without_the_users_words(self):
     self.refused(style(tiny.chat_tokenizer('hello')), 'leaves out what the user says')
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import datetime
 import json
 import math
 import pathlib
@@ -92,9 +91,9 @@ def default_config() -> ConfigDict:
 
 def _add_data(c: ConfigDict) -> None:
   # How prompts become tokens. template is 'none' (the text as it is) or whose chat template is
-  # used, 'student' or 'teacher'; system, thinking ('default', 'on', 'off') and date ('YYYY-MM-DD',
-  # if it writes one) are for a template; special_tokens, only without one, lets the tokenizer put
-  # its own tokens (BOS) first.
+  # used, 'student' or 'teacher'; system, thinking ('default', 'on', 'off') and date (what one
+  # that writes today's date writes in its place) are for a template; special_tokens, only without
+  # one, lets the tokenizer put its own tokens (BOS) first.
   c.prompt = ConfigDict(dict(template='none', system='', thinking='default', date='',
                              special_tokens=False))
 
@@ -380,10 +379,6 @@ def _check_prompt(c):
   elif p.special_tokens:
     raise ConfigError(f'prompt.special_tokens=True with prompt.template={p.template!r}: a template '
                       'writes its special tokens itself; allowed: False')
-  try:
-    datetime.date.fromisoformat(p.date or '1970-01-01')
-  except ValueError as e:
-    raise ConfigError(f"prompt.date={p.date!r}: {e}; allowed: 'YYYY-MM-DD', or ''") from e
   if p.template == 'teacher' and c.teacher.kind == teachers.NONE:
     raise ConfigError("prompt.template='teacher' with teacher.kind='none'; allowed: 'none', "
                       "'student', or a teacher")

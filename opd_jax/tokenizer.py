@@ -4,7 +4,6 @@ how a prompt becomes tokens: the text as it is, or a conversation in a chat temp
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import os
 import pathlib
@@ -17,6 +16,8 @@ from tokenizers import decoders, models, pre_tokenizers
 TEMPLATES = ('none', 'student', 'teacher')
 THINKING = ('default', 'on', 'off')
 PROBE = 'opd-probe'  # stands for any text, where only what is around it matters
+# Ends with an expression, after which Jinja leaves line breaks alone.
+FIXED_DATE = '{%- macro strftime_now(format) %}{{ opd_date }}{% endmacro %}{{ "" }}'
 PAD, EOS = '<pad>', '<eos>'
 # 64 symbols with PAD and EOS, a round number so that every mesh divides the vocabulary.
 ALPHABET = '0123456789abcdefghijklmnopqrstuvwxyz' + '+-*/=;#:?!.,<>()[]_|\'"@&%' + ' '
@@ -85,7 +86,8 @@ class Style:
     system: the system message, '' for none.
     thinking: 'on' or 'off' is handed to the template as `enable_thinking`; with 'default' it is not
       told anything.
-    date: 'YYYY-MM-DD' for a template that writes today's date: prompts must not change overnight.
+    date: what a template that writes today's date writes in its place, such as '31 Jan 2026':
+      prompts must not change overnight.
     special_tokens: with template='none', whether the tokenizer puts its own tokens (BOS) first.
     stop_tokens: ids that end a turn of the assistant.
   """
@@ -122,13 +124,13 @@ def check_style(style: Style) -> None:
       raise ValueError(f'prompt.thinking={style.thinking!r} has no effect: {whose} has a chat '
                        "template without such a switch; allowed: 'default'")
   dated = {_render(dataclasses.replace(style, date=day), [_conversation(style, PROBE)])[0]
-           for day in ('2001-02-03', '2004-05-06')}
+           for day in ('one day', 'another day')}
   if bool(style.date) != (len(dated) > 1):
     raise ValueError(f'prompt.date={style.date!r}: ' + (
         f"it has no effect: {whose} has a chat template that writes no date; allowed: ''"
         if style.date else
         f"{whose} has a chat template that writes today's date, and tomorrow's prompts would be "
-        "others; allowed: the date to write, 'YYYY-MM-DD'"))
+        "others; allowed: the text of the date to write"))
   if style.system and _render(style, [[{'role': 'user', 'content': PROBE}]])[0] == probe:
     raise ValueError(f'prompt.system={style.system!r} has no effect: {whose} has a chat template '
                      "that leaves system messages out; allowed: ''")
@@ -146,11 +148,14 @@ def _conversation(style, prompt):
 
 def _render(style, conversations, add_generation_prompt=True):
   switch = {} if style.thinking == 'default' else {'enable_thinking': style.thinking == 'on'}
-  today = datetime.date.fromisoformat(style.date or '1970-01-01')  # instead of the machine's clock
   try:
+    template = style.chat.get_chat_template()
+    if style.date:  # in the place of the clock that transformers offers to templates
+      switch['opd_date'] = style.date
+      template = FIXED_DATE + template
     return style.chat.apply_chat_template(
-        conversations, tokenize=False, add_generation_prompt=add_generation_prompt,
-        strftime_now=today.strftime, **switch)
+        conversations, chat_template=template, tokenize=False,
+        add_generation_prompt=add_generation_prompt, **switch)
   except (jinja2.TemplateError, TypeError, ValueError) as e:  # a template may refuse a role
     raise ValueError(
         f'prompt.template={style.template!r}: the chat template in {style.chat.name_or_path!r} '

@@ -185,12 +185,14 @@ class TestRefused:
 
   def test_todays_date(self):
     # It would be another prompt tomorrow, and a resumed run another run.
-    chat = tiny.chat_tokenizer("{{ strftime_now('%d %b %Y') }}" + tiny.CHAT)
+    chat = tiny.chat_tokenizer("{%- if 1 %}\n{%- set day = strftime_now('%d %b %Y') %}{%- endif %}"
+                               "{%- for m in messages[:1] %}\n{{ day }}{%- endfor %}" + tiny.CHAT)
     self.refused(style(chat), "prompt.date=''", "writes today's date")
-    fixed = style(chat, date='2026-01-31')
+    fixed = style(chat, date='31 Jan 2026')
     tokenizer.check_style(fixed)
-    assert tokenizer.render_text(fixed, ['one'])[0].startswith('31 Jan 2026<|turn|>')
-    self.refused(style(date='2026-01-31'), "prompt.date='2026-01-31'", 'no effect')
+    assert tokenizer.render_text(fixed, ['one']) == [
+        '31 Jan 2026' + tokenizer.render_text(style(), ['one'])[0]]
+    self.refused(style(date='31 Jan 2026'), "prompt.date='31 Jan 2026'", 'no effect')
 
   def test_a_template_without_the_users_words(self):
     self.refused(style(tiny.chat_tokenizer('hello')), 'leaves out what the user says')

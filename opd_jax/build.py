@@ -7,6 +7,7 @@ dataclasses. Whatever does not fit together is refused here, before the first pr
 from __future__ import annotations
 
 from collections.abc import Callable
+import copy
 import dataclasses
 import json
 import pathlib
@@ -21,6 +22,7 @@ from opd_jax import config as config_lib
 from opd_jax import (
   data,
   evaluate,
+  foreign,
   hf,
   lora,
   metrics,
@@ -319,6 +321,8 @@ def compute_options(c: ConfigDict) -> dict[str, Any]:
 
 def load_student(c: ConfigDict) -> hf.LoadedModel:
   """The student before training: a checkpoint, or fresh parameters from the seed."""
+  if c.student.factory:
+    return load_flax(c, 'student')
   if c.student.path:
     try:
       return hf.load(c.student.path, compute_options(c))
@@ -370,6 +374,29 @@ def frozen_dtype(c: ConfigDict) -> jnp.dtype:
   return jnp.dtype(c.compute.dtype if auto else c.compute.frozen_dtype)
 
 
+def load_flax(c: ConfigDict, part: str) -> hf.LoadedModel:
+  """The 'student' or 'teacher' that the code named by its `factory` makes.
+
+  Raises:
+    ValueError: names the fields. `read` raises a ConfigError for parameters that do not do.
+  """
+  factory, path = c[part].factory, c[part].path
+  where = f'{part}.factory={factory!r}, {part}.path={path!r}'
+  try:
+    loaded = foreign.load(factory, path, jnp.dtype(c.compute.dtype),
+                          fold_in(jax.random.key(c.seed), INIT, 0))
+  except (ValueError, FileNotFoundError) as e:
+    raise ValueError(f'{where}: {e}') from e
+
+  def read(dtype=jnp.float32, shardings=None):
+    try:
+      return loaded.read(dtype, shardings)
+    except (ValueError, FileNotFoundError) as e:
+      raise config_lib.ConfigError(f'{where}: {e}') from e
+
+  return dataclasses.replace(loaded, read=read)
+
+
 def get_teacher(c: ConfigDict, student: hf.LoadedModel) -> hf.LoadedModel | None:
   """The teacher, if there is one. Whether it fits the student is for `doctor` to say.
 
@@ -379,10 +406,21 @@ def get_teacher(c: ConfigDict, student: hf.LoadedModel) -> hf.LoadedModel | None
   if c.teacher.kind == teachers.NONE:
     return None
   try:
+    if c.teacher.factory:
+      return load_flax(c, 'teacher')
     return teachers.load(c.teacher.kind, c.teacher.path, student, compute_options(c))
   except FileNotFoundError as e:
     raise ValueError(f'teacher.path={c.teacher.path!r}: {e}; allowed: a Hugging Face checkpoint '
                      'directory') from e
+
+
+def open_directory(c: ConfigDict, part: str, path: str) -> hf.LoadedModel:
+  """A directory in place of a run's student or teacher; `c` says how to make it if it is Flax."""
+  if c[part].factory and hf.read_config(path).get('model_type') == foreign.FAMILY:
+    c = copy.deepcopy(c)
+    c[part].path = path
+    return load_flax(c, part)
+  return hf.load(path, compute_options(c))
 
 
 def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any]:
@@ -403,8 +441,8 @@ def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any
   config_lib.validate(c)
   mesh = sharding.make_mesh(c.compute.mesh.to_dict())
   try:
-    student = hf.load(path, compute_options(c))
-    teacher = hf.load(teacher_path, compute_options(c)) if teacher_path else None
+    student = open_directory(c, 'student', path)
+    teacher = open_directory(c, 'teacher', teacher_path) if teacher_path else None
     stop_tokens = choose_stop_tokens(c, student, teacher)
     style = prompt_style(c, student.tokenizer, teacher and teacher.tokenizer, stop_tokens)
     examples = load_examples(c, 'eval', c.eval.problems, student.tokenizer, style)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -35,8 +36,8 @@ def default_config() -> ConfigDict:
 
   # Who learns. `path` is a Hugging Face directory or 'stage:NAME'; with path '' a fresh model is
   # made from `fresh` (the fields of a config.json) with a character tokenizer.
-  c.student = ConfigDict()
-  c.student.path = ''
+  # `factory` is the 'package.module:function' of a Flax module (see `foreign.load`), '' for none.
+  c.student = ConfigDict(dict(path='', factory=''))
   c.student.fresh = ConfigDict(dict(
       model_type='qwen3', hidden_size=64, intermediate_size=192, num_hidden_layers=2,
       num_attention_heads=4, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6,
@@ -48,7 +49,7 @@ def default_config() -> ConfigDict:
   c.student.lora = ConfigDict(dict(rank=0, alpha=32.0, targets='all', path=''))
 
   # Who grades: kind is a file in opd_jax/teachers/, or 'none'.
-  c.teacher = ConfigDict(dict(kind='none', path=''))
+  c.teacher = ConfigDict(dict(kind='none', path='', factory=''))
 
   # How both compute.
   c.compute = ConfigDict()
@@ -251,6 +252,7 @@ def validate(c: ConfigDict, prefix: str = '') -> None:
     tasks.options(tasks.get(c.task.name), c.task.options.to_dict())
     _check_roles(c)
     _check_prompt(c)
+    _check_factories(c)
     _check_sizes(c)
     _check_adapter(c)
     _check_doctor(c)
@@ -389,6 +391,26 @@ def _check_prompt(c):
         "allowed: 'raise' or 'drop'")
 
 
+def _check_factories(c):
+  for part in ('student', 'teacher'):
+    name = c[part].factory
+    if name and not re.fullmatch(r'[\w.]+:\w+', name):
+      raise ConfigError(f"{part}.factory={name!r}; allowed: 'package.module:function', or ''")
+  if c.teacher.factory and (c.teacher.kind != 'checkpoint' or not c.teacher.path):
+    raise ConfigError(f'teacher.factory={c.teacher.factory!r} with teacher.kind={c.teacher.kind!r},'
+                      f" path={c.teacher.path!r}; allowed: teacher.kind='checkpoint' and a path")
+  if c.student.factory:
+    if has_adapter(c):
+      raise ConfigError(f'student.lora.rank={c.student.lora.rank}, path={c.student.lora.path!r} '
+                        f'with student.factory={c.student.factory!r}: adapters are for families in '
+                        "opd_jax/models; allowed: 0 and ''")
+    for field, neutral in (('remat', False), ('layer_unroll', 1)):
+      if c.compute[field] != neutral:
+        raise ConfigError(f'compute.{field}={c.compute[field]} has no effect with student.factory='
+                          f"{c.student.factory!r}, a module that knows its own layers; allowed: "
+                          f'{neutral}')
+
+
 def _check_adapter(c):
   group, template = c.student.lora, default_config().student.lora
   if group.rank < 0:
@@ -434,6 +456,7 @@ def unused_options(c: ConfigDict) -> list[str]:
                  for n in sorted(changed) if n.startswith(names))
 
   unread('student/fresh/', bool(c.student.path), 'student.path is set')
+  unread('student/fresh/', bool(c.student.factory), 'student.factory is set')
   unread(('optimizer/b2', 'optimizer/eps'), c.optimizer.name == 'sgd', "optimizer.name='sgd'")
   unread('checkpoint/best_metric', not c.checkpoint.keep_best, 'checkpoint.keep_best=0')
   unread('compute/frozen_dtype', c.teacher.kind == teachers.NONE and not has_adapter(c),
@@ -488,7 +511,7 @@ def _check_sizes(c):
   if c.checkpoint.best_metric not in accuracies:
     raise ConfigError(f'checkpoint.best_metric={c.checkpoint.best_metric!r}; allowed: '
                       f'{accuracies}')
-  if not c.student.path:
+  if not (c.student.path or c.student.factory):
     models.build({**c.student.fresh.to_dict(), 'vocab_size': 64})
 
 
@@ -511,6 +534,11 @@ def validate_pipeline(c: ConfigDict) -> None:
       if path.startswith(STAGE) and path[len(STAGE):] not in done:
         raise ConfigError(f'stages.{name}.{part}.path={path!r}; allowed: an earlier stage, one of '
                           f'{done}')
+      if path.startswith(STAGE):
+        made_by = c.stages[path[len(STAGE):]].student.factory
+        if stage[part].factory != made_by:
+          raise ConfigError(f'stages.{name}.{part}.factory={stage[part].factory!r} with the path '
+                            f'{path!r}; allowed: {made_by!r}, as in that stage')
       if path.startswith(STAGE) and c.stages[path[len(STAGE):]].checkpoint.export != 'full':
         raise ConfigError(f'stages.{name}.{part}.path={path!r}: that stage leaves no whole model '
                           "behind; allowed: a stage with checkpoint.export='full'")

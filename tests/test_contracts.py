@@ -50,7 +50,7 @@ each_file = pytest.mark.parametrize('file', FILES, ids=lambda f: str(f.relative_
 LAYERS = (
     ('types',), ('params',), ('lora',), ('nn',), ('models', 'divergences'), ('sample',), ('score',),
     ('update', 'flops'),
-    ('sharding', 'optim', 'tokenizer', 'checkpoint', 'metrics'), ('hf',),
+    ('sharding', 'optim', 'tokenizer', 'checkpoint', 'metrics'), ('hf',), ('foreign',),
     ('tasks', 'teachers', 'data'), ('evaluate', 'config'), ('report', 'build'), ('doctor',),
     ('train',), ('pipeline', 'export'), ('__main__',))
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -9,16 +9,28 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
 
 
-def test_the_algorithm_runs(monkeypatch, capsys):
+def _run(heading, monkeypatch, capsys):
+  """The names that the program under a heading leaves behind, and the numbers that it prints."""
   monkeypatch.chdir(ROOT)
-  program, = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+  section = README.split(f'# {heading}\n')[1]
+  program = re.search(r'```python\n(.*?)```', section, re.DOTALL)[1]
   names = {}
   exec(program, names)  # noqa: S102, the README is ours
-  printed = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+  return names, [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_algorithm_runs(monkeypatch, capsys):
+  names, printed = _run('The algorithm', monkeypatch, capsys)
   assert len(printed) == 3 and np.isfinite(printed).all()
   assert int(names['state'].step) == 3
   # The base is far from the teacher, and 64 samples of one prompt already move it.
   assert printed[0] > 0.1
+
+
+def test_a_flax_module_learns(monkeypatch, capsys):
+  names, printed = _run('A Flax module as student or teacher', monkeypatch, capsys)
+  assert len(printed) == 10 and int(names['state'].step) == 10
+  assert printed[-1] < 0.9 * printed[0]  # the exact reverse KL to the teacher falls
 
 
 def test_the_two_commands():

@@ -71,7 +71,7 @@ def config(kind: str, **fields: Any) -> ConfigDict:
   if kind == 'sft_teacher' or kind.startswith('opd'):
     c.teacher.kind = 'checkpoint'
   override(c, **fields)
-  if c.student.path:  # then nothing reads it
+  if c.student.path or c.student.factory:  # then nothing reads it
     c.student.fresh = config_lib.default_config().student.fresh
   return c
 

@@ -28,11 +28,21 @@ def build(hf_config: dict[str, Any], *, vocab_in_use: int | None = None, **optio
       than the vocabulary has.
   """
   family = hf_config.get('model_type')
+  if family == 'flax':
+    raise ValueError("model_type 'flax' is a Flax module, which only its own code can make; "
+                     "allowed: with student.factory or teacher.factory='package.module:function'")
   if family not in families():
     raise ValueError(f'model_type {family!r} is not implemented; there are: {families()}')
   model = importlib.import_module(f'opd_jax.models.{family}').build(hf_config, **options)
-  if vocab_in_use is None:
-    return model
+  return model if vocab_in_use is None else limit_vocabulary(model, vocab_in_use)
+
+
+def limit_vocabulary(model: Model, vocab_in_use: int) -> Model:
+  """The model with `vocab_in_use` ids that are tokens, and the rest padding of the vocabulary.
+
+  Raises:
+    ValueError: more ids in use than the vocabulary has.
+  """
   if not 0 < vocab_in_use <= model.config.vocab_size:
     raise ValueError(f'the tokenizer has the id {vocab_in_use - 1}, and vocab_size is '
                      f'{model.config.vocab_size}')

@@ -1,0 +1,400 @@
+"""A Flax module (Linen or NNX) as student or teacher.
+
+The core uses no module system: a model is three functions and a table (`types.Model`). This file
+makes them of a module that is called as module(tokens [B, S], positions [B, S], valid [B, S]), with
+`positions` from `sample.positions_of` and `valid` False on padding, and that returns either
+
+  - final hidden states [B, S, D], where the caller also gives `head`, the matrix [D, V]; or
+  - logits [B, S, V]. Then the logits are the hidden states, and the [B, T, V] array that the rest
+    of this code never holds exists after all. Prefer hidden states and a head.
+
+The module has to be causal, deterministic and without state: no dropout, no running averages.
+`check` tries what can be tried of this. Left out: reading a directory as a stream of tensors (the
+parameters pass through host memory), and `compute.remat` and `compute.layer_unroll`, which are the
+module's own business (`nn.remat`, `nn.scan`, `nnx.remat`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import importlib
+from typing import Any
+
+from flax import linen, nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opd_jax import hf, models, sharding
+from opd_jax import tokenizer as tokenizer_lib
+from opd_jax.params import ParamSpec, abstract_params, flatten, unflatten
+from opd_jax.sample import positions_of
+from opd_jax.types import Head, Model, Params
+
+FAMILY = 'flax'
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What a module does not say about itself.
+
+  Attributes:
+    vocab_size: V.
+    max_position_embeddings: the longest row that the module takes.
+    num_hidden_layers, num_attention_heads, head_dim: for the FLOPs of attention only; where they
+      are left at 0 the attention is not counted (`flops.forward_flops`).
+    source: what computes; set by `from_linen`, `from_nnx` and `load`. Models with equal configs are
+      run by one compiled program.
+  """
+
+  vocab_size: int
+  max_position_embeddings: int
+  num_hidden_layers: int = 0
+  num_attention_heads: int = 0
+  head_dim: int = 0
+  source: Any = None
+
+  def __post_init__(self):
+    for name in ('vocab_size', 'max_position_embeddings'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'{name}={getattr(self, name)}; allowed: at least 1')
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """A module's own way to decode with a cache of fixed shapes, in place of running it again.
+
+  Attributes:
+    init_cache: (batch, length) -> an empty cache for `length` tokens.
+    forward: (params, tokens, positions, valid, cache) -> what the module returns for these tokens,
+      and the cache with them; first for the prompts, then for one token at a time.
+  """
+
+  init_cache: Callable[[int, int], Any]
+  forward: Callable[..., tuple[jax.Array, Any]]
+
+
+def from_linen(module: linen.Module, variables: dict[str, Any], config: Config, *,
+               head: Callable[[Params], jax.Array] | None = None,
+               apply: Callable[..., jax.Array] | None = None, decoding: Decoding | None = None
+               ) -> tuple[Model, Params]:
+  """A Linen module as a model.
+
+  Args:
+    module: not bound.
+    variables: what `module.init` returned. Axis names of `nn.with_partitioning` that
+      `sharding.RULES` knows shard a parameter; under any other name an axis is replicated.
+    config: the sizes.
+    head: (params) -> [D, V], where the module returns hidden states.
+    apply: (params, tokens, positions, valid) -> output, for a module with another signature; by
+      default module.apply({'params': params}, tokens, positions, valid).
+    decoding: by default each new token runs the module on the whole row again: exact, and T times
+      the work of one pass for a row of T tokens.
+
+  Returns:
+    The model and its parameters, the nested dict `variables['params']`.
+
+  Raises:
+    ValueError: collections other than 'params', parameters that are not floating-point, or a module
+      that cannot be called as above or returns another shape.
+  """
+  others = sorted(set(variables) - {'params'})
+  if others or 'params' not in variables:
+    raise ValueError(f"the module's collections are {sorted(variables)}; allowed: ['params'] only "
+                     '(nothing that changes from call to call, such as batch_stats)')
+  boxed = _flatten_boxed(variables['params'])
+  params = unflatten({name: linen.meta.unbox(leaf) for name, leaf in boxed.items()})
+  axes = {name: leaf.names if isinstance(leaf, linen.Partitioned) else None
+          for name, leaf in boxed.items()}
+
+  def call(params, tokens, positions, valid):
+    if apply is not None:
+      return apply(params, tokens, positions, valid)
+    return module.apply({'params': params}, tokens, positions, valid)
+
+  config = dataclasses.replace(config, source=(module, head, apply, decoding))
+  return _model(config, params, axes, call, head, decoding), params
+
+
+def from_nnx(module: nnx.Module, config: Config, *,
+             head: Callable[[nnx.Module], jax.Array] | None = None,
+             apply: Callable[..., jax.Array] | None = None, decoding: Decoding | None = None
+             ) -> tuple[Model, Params]:
+  """An NNX module as a model.
+
+  Args:
+    module: it is left as it is; the model works on copies made from the parameters.
+    config: the sizes.
+    head: (module) -> [D, V], where the module returns hidden states.
+    apply: (module, tokens, positions, valid) -> output, for a module with another signature.
+    decoding: see `from_linen`; its functions take the parameters, not the module.
+
+  Returns:
+    The model and its parameters: nested dicts of arrays named by the path of their `nnx.Param`
+    (the elements of a list by '0', '1', ...). Axis names (`nnx.with_partitioning`) as in
+    `from_linen`.
+
+  Raises:
+    ValueError: variables other than `nnx.Param` (the random state of dropout, batch statistics), or
+      as in `from_linen`.
+  """
+  graph, state = nnx.split(module)
+  variables = {'/'.join(map(str, path)): v for path, v in nnx.to_flat_state(state)}
+  others = [f'{name} ({type(v).__name__})' for name, v in variables.items()
+            if not isinstance(v, nnx.Param)]
+  if others:
+    raise ValueError(f'the module holds {others}; allowed: nnx.Param only (dropout made with '
+                     'deterministic=True and without rngs, no batch statistics)')
+  leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+  names = [_name(path[:-1]) for path, _ in leaves]  # the last step is into the variable
+  if sorted(names) != sorted(variables):
+    raise ValueError(f'the module has parameters {sorted(variables)} of which some hold several '
+                     'arrays or share a name; allowed: one array each, under different names')
+  params = unflatten({name: leaf for name, (_, leaf) in zip(names, leaves, strict=True)})
+  axes = {name: v.get_metadata().get('out_sharding') for name, v in variables.items()}
+
+  def merge(params):
+    flat = flatten(params)
+    return nnx.merge(graph, jax.tree.unflatten(structure, [flat[name] for name in names]))
+
+  def call(params, tokens, positions, valid):
+    args = merge(params), tokens, positions, valid
+    return apply(*args) if apply else args[0](*args[1:])
+
+  matrix = None if head is None else lambda params: head(merge(params))
+  config = dataclasses.replace(config, source=(graph, head, apply, decoding))
+  return _model(config, params, axes, call, matrix, decoding), params
+
+
+def _flatten_boxed(tree):
+  """`params.flatten` of a tree whose leaves may carry axis names (`nn.Partitioned`)."""
+  leaves = jax.tree_util.tree_leaves_with_path(
+      tree, is_leaf=lambda x: isinstance(x, linen.meta.AxisMetadata))
+  return {_name(path): leaf for path, leaf in leaves}
+
+
+def _name(path):
+  return '/'.join(str(getattr(step, 'key', getattr(step, 'idx', step))) for step in path)
+
+
+def _model(config: Config, params: Params, axes: dict[str, Any], apply: Callable[..., jax.Array],
+           head: Callable[[Params], jax.Array] | None, decoding: Decoding | None) -> Model:
+  _check_call(config, params, apply, head)
+  decoding = decoding or _run_again(apply)
+
+  def forward(params, tokens, positions, valid, cache):
+    if cache is None:
+      return apply(params, tokens, positions, valid), None
+    return decoding.forward(params, tokens, positions, valid, cache)
+
+  def to_hf():
+    return {'model_type': FAMILY, 'vocab_size': config.vocab_size,
+            'max_position_embeddings': config.max_position_embeddings,
+            'note': 'The weights of a Flax module, named by their path in it. It takes the code '
+                    'that made the module to load them: see student.factory of opd_jax.'}
+
+  return Model(family=FAMILY, config=config, vocab_in_use=config.vocab_size,
+               specs=_specs(params, axes, head), forward=forward,
+               head=lambda params: Head(head(params) if head else None, config.vocab_size),
+               init_cache=decoding.init_cache, unstack=lambda params: params, to_hf=to_hf)
+
+
+def _check_call(config, params, apply, head):
+  """Traces the module once, without computing anything."""
+  rows = jax.ShapeDtypeStruct((2, 3), jnp.int32)
+  valid = jax.ShapeDtypeStruct((2, 3), jnp.bool_)
+  try:
+    out = jax.eval_shape(apply, params, rows, rows, valid)
+    shape = tuple(out.shape)
+  except Exception as e:  # whatever the module raises, or that it returns no array
+    first_line = (str(e).splitlines() or [''])[0]
+    raise ValueError(
+        f'the module failed when called ({type(e).__name__}: {first_line}); allowed: '
+        'module(tokens [B, S], positions [B, S], valid [B, S]) -> array, deterministic, without '
+        'random keys and state; `apply` may adapt another signature') from e
+  if head is None:
+    allowed = f'(2, 3, {config.vocab_size}), the logits, or hidden states and a `head`'
+    good = shape == (2, 3, config.vocab_size)
+  else:
+    allowed, good = '(2, 3, D), hidden states', len(shape) == 3 and shape[:2] == (2, 3)
+  if not good or not jnp.issubdtype(out.dtype, jnp.floating):
+    raise ValueError(f'the module returns {out.dtype} {shape} for tokens (2, 3); allowed: '
+                     f'floating-point {allowed}')
+  if head is not None:
+    matrix = tuple(jax.eval_shape(head, params).shape)
+    wanted = (shape[-1], config.vocab_size)
+    if matrix != wanted:
+      raise ValueError(f'head returns {matrix}; allowed: {wanted}, the hidden width and vocab_size')
+
+
+def _specs(params, axes, head):
+  """The table. Initial values are the module's own: whoever makes it has them."""
+  of_head = _read_by(head, params) if head else set()
+  specs = {}
+  for name, leaf in flatten(params).items():
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      raise ValueError(f'parameter {name} is {leaf.dtype}; allowed: floating-point parameters')
+    names = tuple(axes[name] or ()) + (None,) * leaf.ndim
+    known = tuple(a if isinstance(a, str) and a in sharding.RULES else None
+                  for a in names[:leaf.ndim])
+    # What multiplies every token, judged by Flax's names: kernels, not tables that are looked up
+    # (unless the head multiplies by one) and not the biases of several heads.
+    other = any(word in name.split('/')[-1] for word in ('embed', 'bias', 'scale'))
+    matmul = name in of_head or (leaf.ndim > 1 and not other)
+    specs[name] = ParamSpec(tuple(leaf.shape), known, _no_init, name, tuple(leaf.shape) or (1,),
+                            matmul=matmul)
+  return unflatten(specs)
+
+
+def _no_init(key, shape, dtype):
+  raise ValueError('a Flax module initializes its parameters itself; allowed: the parameters that '
+                   'from_linen or from_nnx returned')
+
+
+def _read_by(f, params):
+  """The names of the parameters that f(params) depends on."""
+  jaxpr = jax.make_jaxpr(f)(params).jaxpr
+  read = {id(v) for v in jaxpr.outvars}
+  read |= {id(v) for equation in jaxpr.eqns for v in equation.invars}
+  names = jax.tree.leaves(unflatten({name: name for name in flatten(params)}))
+  return {name for name, v in zip(names, jaxpr.invars, strict=True) if id(v) in read}
+
+
+def _run_again(apply):
+  """Decoding without a cache of the module's own: the cache is the row so far. The slots behind it
+  are not valid, and a causal module does not look at them."""
+
+  def init_cache(batch, length):
+    zeros = jnp.zeros((batch, length), jnp.int32)
+    return {'tokens': zeros, 'positions': zeros, 'valid': jnp.zeros((batch, length), bool),
+            'index': jnp.int32(0)}
+
+  def forward(params, tokens, positions, valid, cache):
+    index, new = cache['index'], dict(tokens=tokens, positions=positions, valid=valid)
+    rows = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], x.astype(cache[name].dtype),
+                                                      index, axis=1) for name, x in new.items()}
+    out = apply(params, rows['tokens'], rows['positions'], rows['valid'])
+    out = jax.lax.dynamic_slice_in_dim(out, index, tokens.shape[1], axis=1)
+    return out, {**rows, 'index': index + tokens.shape[1]}
+
+  return Decoding(init_cache, forward)
+
+
+def check(model: Model, params: Params) -> None:
+  """Runs the model on a few short rows: left padding and later tokens must change nothing.
+
+  The comparison allows for rounding: 0.1 % of the largest logit where the model computes in
+  float32, 10 % in a shorter format.
+
+  Raises:
+    ValueError: the logits are not finite, see the padding on the left, or see the future.
+  """
+  first = np.arange(4) % model.vocab_in_use
+  # Padding is told by `valid` alone: the slots hold a token like any other.
+  rows = np.full((3, 6), 4 % model.vocab_in_use, np.int32)
+  rows[0, :4], rows[1, 2:], rows[2, :4], rows[2, 4:] = first, first, first, first[-1]
+  valid = np.ones((3, 6), bool)
+  valid[1, :2] = False
+  hidden, _ = model.forward(params, jnp.asarray(rows), positions_of(jnp.asarray(valid)),
+                            jnp.asarray(valid), None)
+  tolerance = 1e-3 if jnp.finfo(hidden.dtype).bits >= 32 else 0.1
+  logits = np.asarray(model.head(params).logits(hidden)[..., :model.vocab_in_use], np.float64)
+  if not np.isfinite(logits[valid]).all():
+    raise ValueError('the logits of the module are not finite; allowed: finite logits for every '
+                     'token that is valid')
+  wanted, scale = logits[0, :4], np.abs(logits[0, :4]).max()
+  for what, got in (('the tokens behind', logits[2, :4]), ('padding on the left', logits[1, 2:])):
+    worst = np.abs(got - wanted).max()
+    if worst > tolerance * scale:
+      raise ValueError(
+          f"{what} changes the module's logits by {worst:.2g}, of at most {scale:.2g}; allowed: a "
+          'causal module that attends to valid tokens only and counts `positions`, not slots')
+
+
+def load(factory: str, path: str, dtype: Any, key: jax.Array) -> hf.LoadedModel:
+  """A model from code that is named in a config, with weights from a directory.
+
+  The name is the user's, and is never read from a directory: a downloaded file cannot run code.
+
+  Args:
+    factory: 'package.module:function' of a function (key, dtype) -> (model, params), the result of
+      `from_linen` or `from_nnx` for a module that computes in `dtype`.
+    path: a directory that `hf.write_checkpoint` wrote; or '' for the parameters that the factory
+      returns, with a character tokenizer.
+    dtype: of the activations.
+    key: for the factory, where there is no `path`.
+
+  Raises:
+    ValueError: no such function, a result or a directory that does not fit. `read` raises it for
+      parameters that fail `check`.
+    FileNotFoundError: `path` lacks config.json, weights or tokenizer.
+  """
+  make, compute = _find(factory), jnp.dtype(dtype)
+  model = _describe(make, compute)
+  if path:
+    kind = hf.read_config(path).get('model_type')
+    if kind != FAMILY:
+      raise ValueError(f'model_type={kind!r} in config.json; allowed: {FAMILY!r}, or no factory')
+    tokenizer = tokenizer_lib.load(path)
+  else:
+    tokenizer = tokenizer_lib.character_tokenizer()
+  model = models.limit_vocabulary(model, max(tokenizer.get_vocab().values()) + 1)
+
+  def read(dtype=jnp.float32, shardings=None):
+    params = hf.read_params(path, model, dtype) if path else make(key, compute)[1]
+    params = jax.tree.map(lambda x: np.asarray(x, dtype), jax.device_get(params))
+    check(model, params)
+    return params if shardings is None else sharding.put(params, shardings)
+
+  return hf.LoadedModel(model, tokenizer, (tokenizer.eos_token_id,), read)
+
+
+def _find(factory):
+  name, _, function = factory.partition(':')
+  try:
+    module = importlib.import_module(name)
+  except Exception as e:  # importing runs the user's code, which may raise anything
+    raise ValueError(f'{name!r} cannot be imported ({type(e).__name__}: {e}); allowed: '
+                     "'package.module:function', installed or on PYTHONPATH") from e
+  if not callable(getattr(module, function, None)):
+    own = sorted(n for n, v in vars(module).items()
+                 if callable(v) and getattr(v, '__module__', None) == name)
+    raise ValueError(f'{name!r} has no function {function!r}; allowed: one of {own}')
+  return getattr(module, function)
+
+
+def _describe(make, dtype):
+  """The model that the factory makes; its parameters are traced, not computed."""
+  made = []
+
+  def run(key):
+    result = make(key, dtype)
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Model)
+            and result[0].family == FAMILY):
+      raise ValueError(f'the factory returned {type(result).__name__}; allowed: (model, params), '
+                       'the result of from_linen or from_nnx')
+    made.append(result[0])
+    return result[1]
+
+  try:
+    jax.eval_shape(run, jax.random.key(0))
+  except TypeError as e:
+    raise ValueError(f'the factory failed ({e}); allowed: a function (key, dtype)') from e
+  model, = made
+  _check_dtype(model, dtype)
+  return dataclasses.replace(model, config=dataclasses.replace(model.config, source=make))
+
+
+def _check_dtype(model, dtype):
+  rows = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+  params = abstract_params(model.specs)
+  out, _ = jax.eval_shape(functools.partial(model.forward, cache=None), params, rows, rows,
+                          jax.ShapeDtypeStruct((1, 2), jnp.bool_))
+  # Modules that return logits widen them, which is right.
+  has_head = jax.eval_shape(model.head, params).matrix is not None
+  allowed = {dtype} if has_head else {dtype, jnp.dtype(jnp.float32)}
+  if out.dtype not in allowed:
+    raise ValueError(f'the module returns {out.dtype} with compute.dtype={str(dtype)!r}; allowed: '
+                     f'{sorted(map(str, allowed))}, by the dtype that the factory is given')

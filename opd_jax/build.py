@@ -71,8 +71,10 @@ class Setup:
   evaluator: evaluate.Evaluator
   teacher_evaluator: evaluate.Evaluator | None
   optimizer: optax.GradientTransformation
+  style: tokenizer.Style
   stop_tokens: tuple[int, ...]
   pad_token: int
+  data_report: dict[str, dict[str, Any]]  # of the 'train' and the 'eval' examples
 
   @property
   def trained_specs(self) -> dict[str, Any]:
@@ -198,8 +200,11 @@ def build(c: ConfigDict) -> Setup:
             f'{c.data.max_new_tokens}; allowed: together at most {longest}, the '
             'max_position_embeddings of student and teacher')
     task = tasks.get(c.task.name)
-    examples = load_examples(c, c.data.split, c.data.limit, student.tokenizer)
-    held_out = load_examples(c, 'eval', c.eval.problems, student.tokenizer)
+    stop_tokens = choose_stop_tokens(c, student, teacher)
+    style = prompt_style(c, student.tokenizer, teacher and teacher.tokenizer, stop_tokens)
+    examples = load_examples(c, c.data.split, c.data.limit, student.tokenizer, style)
+    held_out = load_examples(c, 'eval', c.eval.problems, student.tokenizer, style)
+    check_verifier(c, examples, held_out)
     if c.data.source == 'dataset' and not examples.has_completions:
       raise ValueError(f"data.split={c.data.split!r}: data.source='dataset' needs a split with "
                        f'completions; allowed: one with a column \'completion\', and not only '
@@ -211,13 +216,12 @@ def build(c: ConfigDict) -> Setup:
     raise
   except (ValueError, FileNotFoundError, FileExistsError) as e:
     raise config_lib.ConfigError(str(e)) from e
-  pad_token = tokenizer.pad_id(student.tokenizer)
-  stop_tokens = choose_stop_tokens(c, student, teacher)
   evaluator = make_evaluator(c, student, teacher and teacher.model, held_out, mesh, stop_tokens)
   s = Setup(student=student, adapter=adapter, teacher=teacher, frozen_dtype=frozen_dtype(c),
             task=task, objective=config_lib.make_objective(c), mesh=mesh, examples=examples,
             evaluator=evaluator, teacher_evaluator=None, optimizer=make_optimizer(c),
-            stop_tokens=stop_tokens, pad_token=pad_token)
+            style=style, stop_tokens=stop_tokens, pad_token=tokenizer.pad_id(student.tokenizer),
+            data_report={'train': examples.report, 'eval': held_out.report})
   if teacher is None:
     return s
   # A teacher of the student's form is evaluated by the same programs.
@@ -241,18 +245,56 @@ def make_optimizer(c: ConfigDict) -> optax.GradientTransformation:
                               weight_decay=o.weight_decay, clip_norm=o.clip_norm)
 
 
-def load_examples(c: ConfigDict, split: str, limit: int, tokens: Any) -> data.Examples:
-  """The first `limit` examples of a split (0 for all), encoded."""
+def prompt_style(c: ConfigDict, student: Any, teacher: Any, stop_tokens: tuple[int, ...]
+                 ) -> tokenizer.Style:
+  """How prompts become tokens, from the tokenizers of student and teacher (None if there is none).
+
+  Raises:
+    ValueError: no chat template where one is needed, or a setting without effect.
+  """
+  chat = {'none': None, 'student': student, 'teacher': teacher}[c.prompt.template]
+  if chat is None and c.prompt.template != 'none':
+    raise ValueError(f'prompt.template={c.prompt.template!r} without a teacher; allowed: the path '
+                     'of a teacher')
+  style = tokenizer.Style(chat=chat, stop_tokens=stop_tokens, **c.prompt.to_dict())
+  tokenizer.check_style(style)
+  return style
+
+
+def load_examples(c: ConfigDict, split: str, limit: int, tokens: Any, style: tokenizer.Style
+                  ) -> data.Examples:
+  """The first `limit` examples of a split (0 for all) of those that fit, encoded."""
   task = tasks.get(c.task.name)
   rows = task.load(split, tasks.options(task, c.task.options.to_dict()))
-  if limit > len(rows):
+  given = c.data.source == 'dataset' and split != 'eval'
+  if c.data.overlong != 'drop' and 0 < limit < len(rows):
+    rows = rows.select(range(limit))  # none of the others can be needed
+  examples = data.Examples(
+      task, rows, tokens, max_prompt_tokens=c.data.max_prompt_tokens,
+      max_new_tokens=c.data.max_new_tokens, seed=c.seed, style=style, overlong=c.data.overlong,
+      with_completions=given)
+  if limit > len(examples):
     field = 'eval.problems' if split == 'eval' else 'data.limit'
-    raise ValueError(f'{field}={limit}; allowed: at most {len(rows)}, the examples of the split '
-                     f'{split!r}')
-  if limit:
-    rows = rows.select(range(limit))
-  return data.Examples(task, rows, tokens, max_prompt_tokens=c.data.max_prompt_tokens,
-                       max_new_tokens=c.data.max_new_tokens, seed=c.seed)
+    raise ValueError(f'{field}={limit}; allowed: at most {len(examples)}, the examples of the '
+                     f'split {split!r} ({examples.report})')
+  return examples.first(limit) if limit else examples
+
+
+def check_verifier(c: ConfigDict, examples: data.Examples, held_out: data.Examples) -> None:
+  """Checks that nothing asks for rewards or accuracies that a task cannot give.
+
+  Raises:
+    ValueError: with the field.
+  """
+  task = tasks.get(c.task.name)
+  if c.objective.reward_coef and not data.has_verifier(task, examples):
+    raise ValueError(f'objective.reward_coef={c.objective.reward_coef} with task.name='
+                     f'{c.task.name!r}, which does not grade these examples; allowed: 0')
+  for group, name in (('checkpoint', 'keep_best'), ('eval', 'stop_at_sampled_accuracy')):
+    if c[group][name] and not data.has_verifier(task, held_out):
+      raise ValueError(f'{group}.{name}={c[group][name]} with task.name={c.task.name!r}, which '
+                       'does not grade its evaluation examples, so that there is no accuracy; '
+                       'allowed: 0')
 
 
 def make_evaluator(c: ConfigDict, student: hf.LoadedModel, teacher: Model | None,
@@ -403,11 +445,13 @@ def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any
   try:
     student = open_directory(c, 'student', path)
     teacher = open_directory(c, 'teacher', teacher_path) if teacher_path else None
-    examples = load_examples(c, 'eval', c.eval.problems, student.tokenizer)
+    stop_tokens = choose_stop_tokens(c, student, teacher)
+    style = prompt_style(c, student.tokenizer, teacher and teacher.tokenizer, stop_tokens)
+    examples = load_examples(c, 'eval', c.eval.problems, student.tokenizer, style)
   except (ValueError, FileNotFoundError) as e:
     raise config_lib.ConfigError(str(e)) from e
   evaluator = make_evaluator(c, student, teacher and teacher.model, examples, mesh,
-                             choose_stop_tokens(c, student, teacher))
+                             stop_tokens)
   weights = [m and m.read(shardings=sharding.param_shardings(m.model.specs, mesh))
              for m in (student, teacher)]
   display = metrics.Display(path, 0, 1)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from opd_jax import hf, models, optim, tasks, teachers
+from opd_jax import data, hf, models, optim, tasks, teachers, tokenizer
 from opd_jax import update as update_lib
 from opd_jax.params import flatten
 
@@ -69,14 +69,7 @@ def default_config() -> ConfigDict:
   # What it learns on: name is a file in opd_jax/tasks/, options are its Options.
   c.task = task_config('arithmetic')
 
-  c.data = ConfigDict()
-  c.data.source = 'student'  # who writes the completions: student, teacher or dataset
-  c.data.split = 'train'
-  c.data.limit = 0  # use only the first so many examples, 0 for all
-  c.data.prompts_per_step = 256
-  c.data.samples_per_prompt = 1
-  c.data.max_prompt_tokens = 12
-  c.data.max_new_tokens = 36
+  _add_data(c)
 
   # How completions are sampled, in training and evaluation. The student is trained at this
   # temperature too.
@@ -96,6 +89,27 @@ def default_config() -> ConfigDict:
   _add_bookkeeping(c)
   c.lock()
   return c
+
+
+def _add_data(c: ConfigDict) -> None:
+  # How prompts become tokens. template is 'none' (the text as it is) or whose chat template is
+  # used, 'student' or 'teacher'; system, thinking ('default', 'on', 'off') and date (what one
+  # that writes today's date writes in its place) are for a template; special_tokens, only without
+  # one, lets the tokenizer put its own tokens (BOS) first.
+  c.prompt = ConfigDict(dict(template='none', system='', thinking='default', date='',
+                             special_tokens=False))
+
+  c.data = ConfigDict()
+  c.data.source = 'student'  # who writes the completions: student, teacher or dataset
+  c.data.split = 'train'
+  c.data.limit = 0  # use only the first so many examples, 0 for all
+  c.data.prompts_per_step = 256
+  c.data.samples_per_prompt = 1
+  c.data.max_prompt_tokens = 12
+  c.data.max_new_tokens = 36
+  # Examples that do not fit: 'raise'; 'drop'; 'cut' (the beginning of a prompt, the end of a given
+  # completion).
+  c.data.overlong = 'raise'
 
 
 def _add_bookkeeping(c: ConfigDict) -> None:
@@ -238,6 +252,7 @@ def validate(c: ConfigDict, prefix: str = '') -> None:
     update_lib.check_objective(make_objective(c))
     tasks.options(tasks.get(c.task.name), c.task.options.to_dict())
     _check_roles(c)
+    _check_prompt(c)
     _check_factories(c)
     _check_sizes(c)
     _check_adapter(c)
@@ -358,6 +373,32 @@ def _check_roles(c):
   if not 0 < c.sample.top_p <= 1 or c.sample.top_k < 0:
     raise ConfigError(f'sample.top_p={c.sample.top_p}, top_k={c.sample.top_k}; allowed: top_p '
                       'above 0 and at most 1, top_k at least 0 (0 for none)')
+
+
+def _check_prompt(c):
+  p = c.prompt
+  for field, value, names in (
+      ('prompt.template', p.template, tokenizer.TEMPLATES),
+      ('prompt.thinking', p.thinking, tokenizer.THINKING),
+      ('data.overlong', c.data.overlong, data.OVERLONG)):
+    if value not in names:
+      raise ConfigError(f'{field}={value!r}; allowed: {list(names)}')
+  if p.template == 'none':
+    for field, default in (('system', ''), ('thinking', 'default'), ('date', '')):
+      if p[field] != default:
+        raise ConfigError(f"prompt.{field}={p[field]!r} has no effect with prompt.template='none'; "
+                          f'allowed: {default!r}')
+  elif p.special_tokens:
+    raise ConfigError(f'prompt.special_tokens=True with prompt.template={p.template!r}: a template '
+                      'writes its special tokens itself; allowed: False')
+  if p.template == 'teacher' and c.teacher.kind == teachers.NONE:
+    raise ConfigError("prompt.template='teacher' with teacher.kind='none'; allowed: 'none', "
+                      "'student', or a teacher")
+  if c.data.overlong == 'cut' and (p.template != 'none' or p.special_tokens):
+    raise ConfigError(
+        f"data.overlong='cut' with prompt.template={p.template!r}, special_tokens="
+        f'{p.special_tokens}: what a template or the tokenizer puts first would be cut off; '
+        "allowed: 'raise' or 'drop'")
 
 
 def _check_factories(c):

@@ -7,6 +7,7 @@ derives the same batch.
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -15,6 +16,10 @@ import numpy as np
 from opd_jax import tokenizer as tokenizer_lib
 from opd_jax.types import Prompts, Rollout
 
+SHOWN = 200  # characters of a text that does not fit
+PLAIN = tokenizer_lib.Style()
+OVERLONG = ('raise', 'drop', 'cut')
+
 
 @functools.lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, size: int) -> np.ndarray:
@@ -22,29 +27,61 @@ def _order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 class Examples:
-  """The examples of a split, encoded: prompts, and completions where the split has them."""
+  """The examples of a split, encoded: prompts, and completions where the split has them.
+
+  Attributes:
+    rows: the examples that are left, as the task made them.
+    report: for the log: how many examples there are, and how many did not fit.
+  """
 
   def __init__(self, task: Any, dataset: Any, tokenizer: Any, *, max_prompt_tokens: int,
-               max_new_tokens: int, seed: int):
+               max_new_tokens: int, seed: int, style: tokenizer_lib.Style = PLAIN,
+               overlong: str = 'raise', with_completions: bool = True):
     """Encodes everything, so that bad examples are found before training starts.
 
+    Args:
+      task: see `tasks`; gives the prompt of a row.
+      dataset: its rows; a column 'completion' is encoded too, `with_completions`.
+      tokenizer: of the student.
+      max_prompt_tokens: room for a prompt.
+      max_new_tokens: room for a completion and the tokens that end it.
+      seed: of the order.
+      style: how prompts become tokens.
+      overlong: what happens to an example that does not fit: 'raise'; 'drop'; or 'cut', which keeps
+        the end of a prompt and the beginning of a completion (which then does not end).
+      with_completions: False leaves completions alone: nobody needs them.
+
     Raises:
-      ValueError: an empty split, or a prompt or completion longer than the room for it.
+      ValueError: an empty split, a prompt without tokens, or (overlong='raise') a prompt or
+        completion longer than the room for it.
     """
     if not len(dataset):
       raise ValueError('the split has no examples; allowed: at least one')
     self.rows = dataset.to_list()
     self._seed, self._tokenizer = seed, tokenizer
     self._prompt_room, self._completion_room = max_prompt_tokens, max_new_tokens
-    self._prompts = tokenizer_lib.encode(tokenizer, [task.prompt(r) for r in self.rows])
-    self._check('data.max_prompt_tokens', self._prompts, max_prompt_tokens,
-                lambda i: task.prompt(self.rows[i]))
+    self.report: dict[str, Any] = {'examples': len(self.rows)}
+    if dataset.info.description:
+      self.report['task'] = dataset.info.description
+    prompts = [task.prompt(r) for r in self.rows]
+    self._prompts = tokenizer_lib.render(tokenizer, style, prompts)
+    empty = [i for i, ids in enumerate(self._prompts) if not ids]
+    if empty:
+      raise ValueError(f'{len(empty)} of {len(prompts)} prompts encode to no tokens, the first is '
+                       f'{prompts[empty[0]]!r} of example {empty[0]}; allowed: at least one token')
     self._completions = None
-    if 'completion' in dataset.column_names:
+    if with_completions and 'completion' in dataset.column_names:
+      end = tokenizer_lib.turn_end(tokenizer, style)
       texts = [r['completion'] for r in self.rows]
-      eos = [tokenizer.eos_token_id]
-      self._completions = [ids + eos for ids in tokenizer_lib.encode(tokenizer, texts)]
-      self._check('data.max_new_tokens', self._completions, max_new_tokens, texts.__getitem__)
+      self._completions = [ids + end for ids in tokenizer_lib.encode(tokenizer, texts)]
+    self._ended = np.ones(len(self.rows), bool)
+    self._fit('data.max_prompt_tokens', overlong)
+    if self._completions is not None:
+      self._fit('data.max_new_tokens', overlong)
+    # Lists of Python integers would take nine times the memory.
+    self._prompts, self._completions = (
+        encoded and [np.array(ids, np.int32) for ids in encoded]
+        for encoded in (self._prompts, self._completions))
 
   def __len__(self) -> int:
     return len(self.rows)
@@ -54,15 +91,51 @@ class Examples:
     """Whether the split comes with completions, so that `given` works."""
     return self._completions is not None
 
-  @staticmethod
-  def _check(field, encoded, room, text):
-    longest = max(range(len(encoded)), key=lambda i: len(encoded[i]))
-    if len(encoded[longest]) > room:
-      count = sum(len(ids) > room for ids in encoded)
+  def text(self, index: int) -> str:
+    """What a model is given of one example, special tokens included."""
+    return self._tokenizer.decode(self._prompts[index])
+
+  def first(self, count: int) -> Examples:
+    """The first `count` examples."""
+    out = copy.copy(self)
+    out.report = {**self.report, 'examples': count}
+    out._keep(range(count))
+    return out
+
+  def _keep(self, chosen):
+    self.rows = [self.rows[i] for i in chosen]
+    self._prompts = [self._prompts[i] for i in chosen]
+    self._ended = self._ended[list(chosen)]
+    if self._completions is not None:
+      self._completions = [self._completions[i] for i in chosen]
+
+  def _fit(self, field, overlong):
+    """Does to what is longer than its room what `overlong` says, and puts the count in `report`."""
+    prompts = field == 'data.max_prompt_tokens'
+    room = self._prompt_room if prompts else self._completion_room
+    sizes = [len(ids) for ids in (self._prompts if prompts else self._completions)]
+    long = [i for i, size in enumerate(sizes) if size > room]
+    if long and overlong == 'raise':
+      worst = max(long, key=sizes.__getitem__)
+      text = self.text(worst) if prompts else self.rows[worst]['completion']
       raise ValueError(
-          f'{field}={room}: {count} of {len(encoded)} examples do not fit, the longest with '
-          f'{len(encoded[longest])} tokens: {text(longest)!r}; allowed: at least '
-          f'{len(encoded[longest])}')
+          f'{field}={room}: {len(long)} of {len(sizes)} examples do not fit, the longest with '
+          f'{sizes[worst]} tokens: {text[:SHOWN]!r}; allowed: at least {sizes[worst]}, or '
+          "data.overlong='drop'")
+    if overlong != 'raise':
+      done = {'drop': 'dropped', 'cut': 'cut'}[overlong]
+      self.report[f'{"prompts" if prompts else "completions"}_too_long_{done}'] = len(long)
+    if long and overlong == 'drop':
+      if len(long) == len(sizes):
+        raise ValueError(f"{field}={room} with data.overlong='drop': none of {len(sizes)} examples "
+                         f'fits; allowed: at least {min(sizes)}')
+      self._keep([i for i, size in enumerate(sizes) if size <= room])
+      self.report['examples'] = len(self.rows)
+    elif long and prompts:
+      self._prompts = [ids[-room:] for ids in self._prompts]
+    elif long:  # without what ends it: an end in the middle of a text is not to be learned
+      self._completions = [ids[:room] for ids in self._completions]
+      self._ended[long] = False
 
   def indices(self, step: int, count: int) -> np.ndarray:
     """The examples of a step that takes `count` of them, int [count]."""
@@ -102,22 +175,31 @@ class Examples:
     return Rollout(tokens=np.concatenate([prompts.tokens, tokens], 1),
                    valid=np.concatenate([prompts.valid, alive], 1), mask=mask,
                    sampler_logprobs=np.zeros_like(mask), kept_logmass=np.zeros_like(mask),
-                   ended=np.ones(len(indices), bool), prompt_length=self._prompt_room)
+                   ended=self._ended[np.asarray(indices)], prompt_length=self._prompt_room)
 
 
 def completions(rollout: Rollout, tokenizer: Any) -> list[str]:
-  """The text of each row's completion, without special tokens."""
+  """The text of each row's completion, without special tokens and without what ended it (which a
+  tokenizer need not call special)."""
   tokens = np.asarray(rollout.tokens)[:, rollout.prompt_length:]
   alive = np.asarray(rollout.valid)[:, rollout.prompt_length:]
-  return tokenizer.batch_decode([t[a] for t, a in zip(tokens, alive, strict=True)],
-                                skip_special_tokens=True)
+  written = [t[a][:-1] if end else t[a]
+             for t, a, end in zip(tokens, alive, np.asarray(rollout.ended), strict=True)]
+  return tokenizer.batch_decode(written, skip_special_tokens=True)
+
+
+def has_verifier(task: Any, examples: Examples) -> bool:
+  """Whether these examples can be graded."""
+  return task.grade(examples.rows[0], '') is not None
 
 
 def grade(task: Any, rows: list[dict[str, Any]], rollout: Rollout, tokenizer: Any
           ) -> tuple[np.ndarray, list[str]]:
   """The verifier's rewards, float32 [B], and the texts. A completion that ran out of room before
-  its stop token has not answered and gets 0."""
+  its stop token has not answered and gets 0; an example that nobody can grade gets NaN."""
   texts, ended = completions(rollout, tokenizer), np.asarray(rollout.ended)
-  rewards = [task.grade(row, text) if end else 0.0
-             for row, text, end in zip(rows, texts, ended, strict=True)]
-  return np.array(rewards, np.float32), texts
+  rewards = [task.grade(row, text if end else '') for row, text, end
+             in zip(rows, texts, ended, strict=True)]
+  rewards = [reward if reward is None or end else 0.0
+             for reward, end in zip(rewards, ended, strict=True)]
+  return np.array(rewards, np.float32), texts  # None becomes NaN

@@ -86,7 +86,8 @@ def check_templates(c: ConfigDict, s: build.Setup) -> Finding:
   """Both models must see the same prompt, in the form that each was trained on."""
   if s.teacher is None:
     return Finding('templates', SKIPPED, 'no teacher')
-  texts = [s.task.prompt(row) for row in s.examples.rows[:16]]
+  prompts = [s.task.prompt(row) for row in s.examples.rows[:16]]
+  texts = tokenizer.render_text(s.style, prompts)
   mine, theirs = (tokenizer.encode(m.tokenizer, texts) for m in (s.student, s.teacher))
   for text, a, b in zip(texts, mine, theirs, strict=True):
     if a != b:
@@ -95,6 +96,19 @@ def check_templates(c: ConfigDict, s: build.Setup) -> Finding:
       return Finding('templates', FAIL, f'the prompt {text!r} is {a[place:place + 3]} for the '
                      f'student and {b[place:place + 3]} for the teacher from token {place} on',
                      'teacher.path')
+  other = {'none': None, 'student': s.teacher, 'teacher': s.student}[s.style.template]
+  if other is not None and other.tokenizer.chat_template:
+    style = dataclasses.replace(s.style, chat=other.tokenizer)
+    try:
+      others = tokenizer.render_text(style, prompts)
+    except ValueError as e:  # the other template has, say, no system message
+      return Finding('templates', WARN, str(e), 'prompt.template')
+    for a, b in zip(texts, others, strict=True):
+      if a != b:
+        place = len(os.path.commonprefix([a, b]))
+        return Finding('templates', WARN, f'both read {a!r}, and the template of the other has '
+                       f'{b[place:place + 40]!r} where this one has {a[place:place + 40]!r}',
+                       'prompt.template')
   return Finding('templates', OK, f'{len(texts)} prompts rendered alike')
 
 

@@ -125,7 +125,8 @@ class Evaluator:
                pad_token: int, mesh: jax.sharding.Mesh, key: jax.Array):
     self._settings, self._task, self._tokenizer, self._key = settings, task, tokenizer, key
     self._mesh = mesh
-    self.rows = examples.rows
+    self.rows, self._text = examples.rows, examples.text
+    self._graded = data.has_verifier(task, examples)
     once = np.arange(len(examples))
     put = functools.partial(sharding.put, shardings=sharding.by_rows(mesh))
     self._greedy_prompts = put(examples.prompts(once))
@@ -149,33 +150,38 @@ class Evaluator:
                ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Returns (metrics, some transcripts).
 
-    Metrics: sampled_accuracy (avg@k), pass@k, greedy_accuracy, each with `_low`, `_high`;
-    reverse_kl (exact, nats a token, on the student's own samples); mean length; truncation rate.
+    Metrics: sampled_accuracy (avg@k), pass@k, greedy_accuracy, each with `_low`, `_high`
+    (none of them where the task does not grade these examples); reverse_kl (exact, nats a token, on
+    the student's own samples); mean length; truncation rate.
     """
     s = self._settings
     rollout = jax.block_until_ready(self._sample(params, self._prompts, self._key))
     graded = [row for row in self.rows for _ in range(s.samples_per_problem)]
     rewards, texts = data.grade(self._task, graded, rollout, self._tokenizer)
     rewards = rewards.reshape(len(self.rows), s.samples_per_problem)
-    greedy = jax.block_until_ready(self._greedy(params, self._greedy_prompts, self._key))
-    greedy_rewards, _ = data.grade(self._task, self.rows, greedy, self._tokenizer)
-    out: dict[str, Any] = {}
-    for name, values in (('sampled_accuracy', rewards.mean(axis=1)),
-                         (f'pass_at_{s.pass_k}', pass_at_k(rewards, s.pass_k)),
-                         ('greedy_accuracy', greedy_rewards)):
-      values = values.astype(np.float64)
-      out[name] = float(values.mean())
-      out[f'{name}_low'], out[f'{name}_high'] = interval(values)
+    out = self._accuracies(params, rewards) if self._graded else {}
     if self._kl is not None and teacher_params is not None:
       kl, count = map(np.asarray, self._kl(params, teacher_params, rollout))
       out['reverse_kl'] = float(kl.sum() / count.sum())
     out['length'] = float(np.asarray(rollout.mask).sum(axis=1).mean())
     out['truncation_rate'] = float(1.0 - np.asarray(rollout.ended).mean())
-    shown = [{'prompt': self._task.prompt(graded[i]), 'completion': texts[i],
-              'reward': float(rewards.reshape(-1)[i])}
+    shown = [{'prompt': self._text(i // s.samples_per_problem), 'completion': texts[i],
+              'reward': float(rewards.reshape(-1)[i]) if self._graded else None}
              for i in range(0, min(transcripts, len(self.rows)) * s.samples_per_problem,
                             s.samples_per_problem)]
     return out, shown
+
+  def _accuracies(self, params, rewards):
+    greedy = jax.block_until_ready(self._greedy(params, self._greedy_prompts, self._key))
+    greedy_rewards, _ = data.grade(self._task, self.rows, greedy, self._tokenizer)
+    out, k = {}, self._settings.pass_k
+    for name, values in (('sampled_accuracy', rewards.mean(axis=1)),
+                         (f'pass_at_{k}', pass_at_k(rewards, k)),
+                         ('greedy_accuracy', greedy_rewards)):
+      values = values.astype(np.float64)
+      out[name] = float(values.mean())
+      out[f'{name}_low'], out[f'{name}_high'] = interval(values)
+    return out
 
   def compile_count(self) -> int:
     """How many programs this evaluator has compiled."""

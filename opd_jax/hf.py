@@ -83,7 +83,7 @@ def load(path: str | os.PathLike[str], options: dict[str, Any], revision: str = 
   except ValueError as e:
     raise ValueError(f'{path}: {e}') from e
   weights = open_weights(path, model)
-  return LoadedModel(model, tokenizer, (tokenizer.eos_token_id,),
+  return LoadedModel(model, tokenizer, tokenizer_lib.stop_tokens(path, tokenizer),
                      functools.partial(_read_model, model, weights))
 
 

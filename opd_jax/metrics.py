@@ -31,7 +31,7 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class Writer:
-  """Writes rows {'step': ..., 'kind': 'train' | 'eval', ...} to JSONL and TensorBoard."""
+  """Writes rows {'step': ..., 'kind': 'data' | 'train' | 'eval', ...} to JSONL and TensorBoard."""
 
   def __init__(self, workdir: pathlib.Path, restored_step: int | None):
     """Rows after `restored_step` are dropped (None: all of them): the run will write them again."""
@@ -94,23 +94,34 @@ class Display:
 
   def evaluation(self, step: int, values: dict[str, Any]) -> None:
     """One line about an evaluation."""
-    parts = [f"{self._name} eval at step {step}: sampled {values['sampled_accuracy']:.3f} "
-             f"[{values['sampled_accuracy_low']:.3f}, {values['sampled_accuracy_high']:.3f}]",
-             f"greedy {values['greedy_accuracy']:.3f}"]
+    parts = []
+    if 'sampled_accuracy' in values:
+      parts = [f"sampled {values['sampled_accuracy']:.3f} [{values['sampled_accuracy_low']:.3f}, "
+               f"{values['sampled_accuracy_high']:.3f}]", f"greedy {values['greedy_accuracy']:.3f}"]
     if 'reverse_kl' in values:
       parts.append(f"reverse KL {values['reverse_kl']:.4f} nats/token")
-    self.say(', '.join(parts))
+    parts = parts or [f"length {values['length']:.1f} tokens"]
+    self.say(f'{self._name} eval at step {step}: ' + ', '.join(parts))
+
+  def data(self, report: dict[str, dict[str, Any]]) -> None:
+    """One line about the examples of each split."""
+    for split, values in report.items():
+      self.say(f'{self._name} {split} data: ' + ', '.join(
+          f"{name.replace('_', ' ')} {value}" for name, value in values.items()))
 
   def transcripts(self, title: str, rows: list[dict[str, Any]]) -> None:
-    """Prompts and completions, right ones in green, wrong ones in red."""
+    """Prompts and completions, right ones in green, wrong ones in red, and those that nobody
+    grades in neither."""
     if not rows:
       return
     self.say(title)
     for row in rows:
-      right = row['reward'] >= 1.0
-      line = Text('  ✓ ' if right else '  ✗ ', style='green' if right else 'red')
+      mark, style = '  · ', ''
+      if row['reward'] is not None:
+        mark, style = ('  ✓ ', 'green') if row['reward'] >= 1.0 else ('  ✗ ', 'red')
+      line = Text(mark, style=style)
       line.append(row['prompt'], style='bold')
-      line.append(row['completion'] or '(nothing)', style='green' if right else 'red')
+      line.append(row['completion'] or '(nothing)', style=style)
       self.console.print(line, soft_wrap=True)
 
   def close(self) -> None:

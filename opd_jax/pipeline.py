@@ -78,22 +78,41 @@ def check_data(c: ConfigDict) -> None:
   """
   seen = set()
   for name in c.order[1:]:
-    stage = origin = c.stages[name]
-    while origin.student.path.startswith(config_lib.STAGE):
-      origin = c.stages[origin.student.path.removeprefix(config_lib.STAGE)]
-    key = json.dumps([config_lib.to_dict(stage.task), config_lib.to_dict(stage.data),
-                      stage.eval.problems, origin.student.path, origin.student.revision])
+    stage = c.stages[name]
+    student = teacher = origin(c, stage.student)
+    if stage.teacher.path and stage.prompt.template != 'none':
+      teacher = origin(c, stage.teacher)
+    groups = (stage.task, stage.prompt, stage.data)
+    key = json.dumps([*map(config_lib.to_dict, groups), stage.eval.problems, student, teacher])
     if key in seen:
       continue
     seen.add(key)
-    path = origin.student.path
     try:
-      tokens = tokenizer.load(hf.fetch(path, origin.student.revision)) if path else (
-          tokenizer.character_tokenizer())
-      build.load_examples(stage, stage.data.split, stage.data.limit, tokens)
-      build.load_examples(stage, 'eval', stage.eval.problems, tokens)
+      (tokens, mine), (teachers_tokens, theirs) = vocabulary(*student), vocabulary(*teacher)
+      # Of both: what an earlier stage will make of its own stop tokens is not known yet.
+      style = build.prompt_style(stage, tokens, teachers_tokens, tuple({*mine, *theirs}))
+      build.load_examples(stage, stage.data.split, stage.data.limit, tokens, style)
+      build.load_examples(stage, 'eval', stage.eval.problems, tokens, style)
     except (ValueError, FileNotFoundError) as e:
       raise config_lib.ConfigError(f'stages.{name}: {e}') from e
+
+
+def origin(c: ConfigDict, model: ConfigDict) -> tuple[str, str]:
+  """(path, revision) of the checkpoint whose tokenizer a student or teacher group ends up with; the
+  path is '' where an earlier stage makes a fresh model."""
+  while model.path.startswith(config_lib.STAGE):
+    model = c.stages[model.path.removeprefix(config_lib.STAGE)].student
+  return model.path, model.revision
+
+
+def vocabulary(path: str, revision: str) -> tuple[Any, tuple[int, ...]]:
+  """The tokenizer and the stop tokens of a checkpoint; of a fresh model where path is ''."""
+  if not path:
+    characters = tokenizer.character_tokenizer()
+    return characters, (characters.eos_token_id,)
+  path = hf.fetch(path, revision)
+  tokens = tokenizer.load(path)
+  return tokens, tokenizer.stop_tokens(path, tokens)
 
 
 def stage_dir(workdir: pathlib.Path, name: str, seed: int) -> pathlib.Path:

@@ -165,18 +165,23 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
 
   def save(step: int, values: dict[str, Any] | None) -> None:
     host['step'] = step
-    best = None if values is None else {c.checkpoint.best_metric: values[c.checkpoint.best_metric]}
+    best = None
+    if values is not None and c.checkpoint.keep_best:
+      best = {c.checkpoint.best_metric: values[c.checkpoint.best_metric]}
     store.save(state, step, host, best)
 
   # --- The loop ---
   with Interrupts() as interrupted, jax.set_mesh(s.mesh):
     try:
       if restored is None:
+        writer.write('data', 0, s.data_report)
+        display.data(s.data_report)
         if s.teacher_evaluator is not None:
           host['teacher'], _ = s.teacher_evaluator(teacher_params, None, 0)
-          display.say(f"{c.name}: the teacher's sampled accuracy is "
-                      f"{host['teacher']['sampled_accuracy']:.3f}, greedy "
-                      f"{host['teacher']['greedy_accuracy']:.3f}")
+          if 'sampled_accuracy' in host['teacher']:  # the task grades
+            display.say(f"{c.name}: the teacher's sampled accuracy is "
+                        f"{host['teacher']['sampled_accuracy']:.3f}, greedy "
+                        f"{host['teacher']['greedy_accuracy']:.3f}")
         evaluation(0, 'before training:')
       step, pending, reached = start, None, host.get('stopped_at') is not None
       while step < c.steps and not reached:
@@ -224,7 +229,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
             middle = c.steps // 2 <= step < c.steps // 2 + max(c.eval.every_steps, 1)
             title = 'after training:' if step == c.steps else 'halfway:' if middle else None
             latest = evaluation(step, title)
-            if 0 < c.eval.stop_at_sampled_accuracy <= latest['sampled_accuracy']:
+            if 0 < c.eval.stop_at_sampled_accuracy <= latest.get('sampled_accuracy', 0.0):
               reached, host['stopped_at'] = True, step
               display.say(f'{c.name}: sampled accuracy {latest["sampled_accuracy"]:.3f} reached '
                           f'{c.eval.stop_at_sampled_accuracy} at step {step}; stopping')

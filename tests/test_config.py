@@ -10,7 +10,18 @@ from ml_collections import ConfigDict
 import pytest
 import tiny
 
-from opd_jax import build, config, models, pipeline, tasks, teachers, tokenizer, train, update
+from opd_jax import (
+  build,
+  config,
+  data,
+  models,
+  pipeline,
+  tasks,
+  teachers,
+  tokenizer,
+  train,
+  update,
+)
 
 EXPERIMENTS = sorted(p for p in (tiny.ROOT / 'experiments').glob('*.py') if p.stem[0] != '_')
 
@@ -161,6 +172,9 @@ class TestFields:
       ('objective__reward_baseline', 'critic', update.BASELINES),
       ('objective__student_logprobs', 'cached', update.STUDENT_LOGPROBS),
       ('data__source', 'web', config.SOURCES),
+      ('data__overlong', 'skip', data.OVERLONG),
+      ('prompt__template', 'chatml', tokenizer.TEMPLATES),
+      ('prompt__thinking', 'yes', tokenizer.THINKING),
       ('optimizer__name', 'lion', ('adamw', 'sgd')),
       ('optimizer__schedule', 'step', ('constant', 'linear', 'cosine')),
       ('compute__dtype', 'float16', ('float32', 'bfloat16')),
@@ -270,6 +284,19 @@ class TestRoles:
       ('sft', dict(data__limit=10_000), ('data.limit=10000', '256')),
       ('sft', dict(data__max_new_tokens=60), ('max_position_embeddings', '32')),
       ('sft', dict(data__split='eval'), ("data.split='eval'",)),
+      ('sft', dict(prompt__system='Be brief.'),
+       ("prompt.system='Be brief.' has no effect", "prompt.template='none'")),
+      ('sft', dict(prompt__thinking='on'), ("prompt.thinking='on' has no effect", "'default'")),
+      ('sft', dict(prompt__date='1 May'), ("prompt.date='1 May' has no effect",)),
+      ('sft', dict(prompt__special_tokens=True), ('prompt.special_tokens=True has no effect',)),
+      ('sft', dict(prompt__template='student', prompt__special_tokens=True),
+       ('prompt.special_tokens=True', "prompt.template='student'", 'False')),
+      ('sft', dict(prompt__template='student'), ("prompt.template='student'", 'no chat template')),
+      ('sft', dict(prompt__template='teacher'), ("prompt.template='teacher'", "kind='none'")),
+      ('sft', dict(prompt__template='student', data__overlong='cut'),
+       ("data.overlong='cut'", "prompt.template='student'", "'drop'")),
+      ('sft', dict(prompt__special_tokens=True, data__overlong='cut'),
+       ("data.overlong='cut'", 'special_tokens=True', "'drop'")),
       ('sft', dict(data__samples_per_prompt=2), ('data.samples_per_prompt=2', "'dataset'")),
       ('sft', dict(optimizer__warmup_steps=10**6), ('optimizer.warmup_steps=1000000',)),
       ('sft', dict(optimizer__learning_rate=float('nan')), ('optimizer.learning_rate=nan',)),

@@ -14,6 +14,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 
 from conftest import family_config, left_padded, quick_jit, sharp_params, ways_to_tie
 import jax
@@ -511,8 +512,10 @@ def test_a_stored_copy_of_a_tied_head_is_accepted_and_anything_else_is_not(famil
 # --- tasks ---
 
 
-def _small_options(task):
-  """The defaults with a few dozen examples a split."""
+def _small_options(task, folder):
+  """The defaults with a few dozen examples a split, or the task's own example."""
+  if hasattr(task, 'example_options'):
+    return tasks.options(task, task.example_options(folder))
   sizes = {f.name: 60 for f in dataclasses.fields(task.Options) if f.name.endswith('_examples')}
   return tasks.options(task, sizes)
 
@@ -520,14 +523,15 @@ def _small_options(task):
 def _digest(name):
   """What a task's eval split holds, as a string that any process must reproduce."""
   task = tasks.get(name)
-  rows = task.load('eval', _small_options(task)).to_list()
+  with tempfile.TemporaryDirectory() as folder:
+    rows = task.load('eval', _small_options(task, pathlib.Path(folder))).to_list()
   return json.dumps(rows, sort_keys=True, default=str)
 
 
 @pytest.mark.parametrize('name', tasks.names())
-def test_task(name):
+def test_task(name, tmp_path):
   task = tasks.get(name)
-  options = _small_options(task)
+  options = _small_options(task, tmp_path)
   splits = {split: task.load(split, options) for split in ('eval', 'train')}
   prompts = {split: [task.prompt(row) for row in rows] for split, rows in splits.items()}
   for split, texts in prompts.items():
@@ -550,9 +554,9 @@ def test_task(name):
 
 
 @pytest.mark.parametrize('name', tasks.names())
-def test_a_corpus_has_completions_and_no_held_out_problem(name):
+def test_a_corpus_has_completions_and_no_held_out_problem(name, tmp_path):
   task = tasks.get(name)
-  options = _small_options(task)
+  options = _small_options(task, tmp_path)
   try:
     corpus = task.load('corpus', options)
   except ValueError:

@@ -5,10 +5,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 import numpy as np
 import pytest
+import tiny
 import transformers
 
 from opd_jax import data, tokenizer
-from opd_jax.tasks import arithmetic
+from opd_jax.tasks import arithmetic, prompts
 
 UNTIMED = settings(deadline=None, derandomize=True)  # the machine is shared; failures must repeat
 CHARACTERS = tokenizer.character_tokenizer()
@@ -16,13 +17,13 @@ EOS = CHARACTERS.eos_token_id
 PAD = CHARACTERS.pad_token_id
 
 
-def make(count=10, *, seed=0, room=(8, 12), completions=True, problems=None):
+def make(count=10, *, seed=0, room=(8, 12), completions=True, problems=None, **options):
   problems = problems or [f'{i}+{i % 7 + 1}' for i in range(count)]
   columns = {'problem': problems, 'answer': [arithmetic.solve(p) for p in problems]}
   if completions:
     columns['completion'] = [arithmetic.write_chain(p) for p in problems]
   return data.Examples(arithmetic, datasets.Dataset.from_dict(columns), CHARACTERS,
-                       max_prompt_tokens=room[0], max_new_tokens=room[1], seed=seed)
+                       max_prompt_tokens=room[0], max_new_tokens=room[1], seed=seed, **options)
 
 
 class TestOrder:
@@ -111,6 +112,15 @@ class TestGiven:
     np.testing.assert_array_equal(rewards, np.ones(5, np.float32))
     assert rewards.dtype == np.float32 and texts == [r['completion'] for r in examples.rows]
 
+  def test_a_stop_token_is_no_part_of_the_answer_even_if_it_is_not_special(self):
+    examples = make(5)
+    rollout = examples.given(np.arange(5))
+    semicolon = CHARACTERS.convert_tokens_to_ids(';')
+    ended = rollout.replace(tokens=np.where(rollout.tokens == EOS, semicolon, rollout.tokens))
+    assert data.completions(ended, CHARACTERS) == [r['completion'] for r in examples.rows]
+    cut = ended.replace(ended=np.zeros(5, bool))
+    assert data.completions(cut, CHARACTERS) == [r['completion'] + ';' for r in examples.rows]
+
   def test_an_answer_cut_off_gets_nothing_even_if_it_reads_right(self):
     examples = make(5)
     rollout = examples.given(np.arange(5))
@@ -134,7 +144,7 @@ class TestRoom:
     with pytest.raises(ValueError) as e:
       make(problems=['1+1', '12+34+56', '12+34'], room=(5, 40))
     assert ("data.max_prompt_tokens=5: 2 of 3 examples do not fit, the longest with 9 tokens: "
-            "'12+34+56='; allowed: at least 9") == str(e.value)
+            "'12+34+56='; allowed: at least 9, or data.overlong='drop'") == str(e.value)
 
   def test_a_completion_that_is_too_long(self):
     # '1+1=2#2' has seven characters, and EOS needs a place.
@@ -146,6 +156,114 @@ class TestRoom:
     with pytest.raises(ValueError, match='no examples'):
       data.Examples(arithmetic, datasets.Dataset.from_dict({'problem': [], 'answer': []}),
                     CHARACTERS, max_prompt_tokens=4, max_new_tokens=4, seed=0)
+
+
+def ids_of(examples):
+  """The tokens of every prompt, without padding."""
+  prompts = examples.prompts(np.arange(len(examples)))
+  return [list(t[v]) for t, v in zip(prompts.tokens, prompts.valid, strict=True)]
+
+
+class TestOverlong:
+
+  LONG = ('1+1', '12+34+56', '12+34', '1+2+3+4', '2+2')  # 4, 9, 6, 8 and 4 tokens with '='
+
+  def test_dropped(self):
+    examples = make(problems=self.LONG, room=(6, 40), overlong='drop')
+    assert [r['problem'] for r in examples.rows] == ['1+1', '12+34', '2+2']
+    assert examples.report == {'examples': 3, 'prompts_too_long_dropped': 2,
+                               'completions_too_long_dropped': 0}
+    assert [CHARACTERS.decode(ids) for ids in ids_of(examples)] == ['1+1=', '12+34=', '2+2=']
+    # Completions stay with their prompts.
+    rollout = examples.given(np.arange(3))
+    assert data.completions(rollout, CHARACTERS) == ['1+1=2#2', '12+34=46#46', '2+2=4#4']
+    assert set(examples.indices(0, 3)) == {0, 1, 2}
+
+  def test_a_completion_alone_drops_its_example(self):
+    examples = make(problems=self.LONG, room=(9, 12), overlong='drop')
+    assert [r['problem'] for r in examples.rows] == ['1+1', '12+34', '2+2']
+    assert examples.report == {'examples': 3, 'prompts_too_long_dropped': 0,
+                               'completions_too_long_dropped': 2}
+    # Where nobody needs the completions they drop nothing.
+    examples = make(problems=self.LONG, room=(9, 12), overlong='drop', with_completions=False)
+    assert len(examples) == 5 and not examples.has_completions
+
+  def test_all_of_them(self):
+    with pytest.raises(ValueError, match=r"max_prompt_tokens=3 with data\.overlong='drop': none of "
+                                         '5 examples fits; allowed: at least 4'):
+      make(problems=self.LONG, room=(3, 40), overlong='drop')
+
+  def test_cut(self):
+    examples = make(problems=self.LONG, room=(6, 12), overlong='cut')
+    assert [CHARACTERS.decode(ids) for ids in ids_of(examples)] == [
+        '1+1=', '34+56=', '12+34=', '2+3+4=', '2+2=']
+    assert examples.text(1) == '34+56='  # the transcript shows what the model was given
+    assert examples.report == {'examples': 5, 'prompts_too_long_cut': 2,
+                               'completions_too_long_cut': 2}
+    rollout = examples.given(np.array([1, 2]))
+    assert list(rollout.ended) == [False, True]
+    # The beginning of the text, and no end that was never there.
+    whole = CHARACTERS.encode('12+34=46;46+56=102#102', add_special_tokens=False)
+    np.testing.assert_array_equal(rollout.completion_targets[0], whole[:12])
+    assert rollout.mask[0].sum() == 12 and rollout.completion_targets[1, 11] == EOS
+
+  def test_what_fits_is_left_alone(self):
+    for overlong in data.OVERLONG:
+      examples = make(problems=self.LONG, room=(9, 40), overlong=overlong)
+      assert ids_of(examples) == tokenizer.encode(CHARACTERS, [p + '=' for p in self.LONG])
+      assert set(examples.report.values()) <= {0, 5}
+
+  def test_the_first_of_those_that_fit(self):
+    examples = make(problems=self.LONG, room=(6, 40), overlong='drop')
+    first = examples.first(2)
+    assert [r['problem'] for r in first.rows] == ['1+1', '12+34'] and len(examples) == 3
+    assert first.report['examples'] == 2 and ids_of(first) == ids_of(examples)[:2]
+    assert sorted(first.indices(0, 2)) == [0, 1]
+    assert data.completions(first.given(np.array([1])), CHARACTERS) == ['12+34=46#46']
+
+
+class TestStyle:
+
+  CHAT = tiny.chat_tokenizer()
+
+  def chat(self, rows, room=(60, 20), **fields):
+    ends = tuple(self.CHAT.convert_tokens_to_ids(['<|end|>', '<|over|>']))
+    style = tokenizer.Style(template='student', chat=self.CHAT, stop_tokens=ends, **fields)
+    table = datasets.Dataset.from_list([{'grader': 'none', **row} for row in rows])
+    return data.Examples(prompts, table, self.CHAT, max_prompt_tokens=room[0],
+                         max_new_tokens=room[1], seed=0, style=style)
+
+  def test_what_a_model_is_given(self):
+    examples = self.chat([{'prompt': 'What is one?'}, {'prompt': 'And two?'}], system='Be brief.')
+    assert [self.CHAT.decode(ids) for ids in ids_of(examples)] == [
+        f'<|turn|>system\nBe brief.<|over|>\n<|turn|>user\n{q}<|over|>\n<|turn|>assistant\n'
+        for q in ('What is one?', 'And two?')] == [examples.text(i) for i in (0, 1)]
+
+  def test_a_given_completion_ends_as_the_template_ends_a_turn(self):
+    examples = self.chat([{'prompt': [{'role': 'user', 'content': 'one?'}], 'completion': 'two'}])
+    rollout = examples.given(np.array([0]))
+    ids = rollout.tokens[0][np.flatnonzero(rollout.mask[0]) + 1]
+    assert self.CHAT.decode(ids) == 'two<|over|>'
+    # Prompt and completion together are the whole conversation, as the template writes it.
+    turns = [{'role': 'user', 'content': 'one?'}, {'role': 'assistant', 'content': 'two'}]
+    whole = self.CHAT.apply_chat_template(turns, tokenize=False)
+    assert self.CHAT.decode(rollout.tokens[0][rollout.valid[0]]) + '\n' == whole
+
+  def test_an_example_that_is_too_long_counts_with_its_template(self):
+    with pytest.raises(ValueError, match=r"prompt_tokens=20: 1 of 1 .*'<\|turn\|>user\\nWhat is"):
+      self.chat([{'prompt': 'What is ' * 10}], room=(20, 5))
+
+  def test_a_prompt_without_tokens(self):
+    table = datasets.Dataset.from_list([{'prompt': p, 'grader': 'none'} for p in ('1', '', '')])
+    with pytest.raises(ValueError, match="2 of 3 prompts encode to no tokens, .*'' of example 1"):
+      data.Examples(prompts, table, CHARACTERS, max_prompt_tokens=4, max_new_tokens=4, seed=0)
+
+  def test_examples_that_nobody_grades(self):
+    examples = self.chat([{'prompt': 'one?', 'completion': 'two'}] * 2)
+    assert not data.has_verifier(prompts, examples)
+    assert data.has_verifier(arithmetic, make())
+    rewards, _ = data.grade(prompts, examples.rows, examples.given(np.arange(2)), self.CHAT)
+    assert np.isnan(rewards).all() and rewards.shape == (2,)
 
 
 class TestCharacterTokenizer:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from opd_jax import build, evaluate, hf, sample, score, sharding
+from opd_jax import build, evaluate, hf, sample, score, sharding, tokenizer
 from opd_jax.types import Model, Params
 
 UNTIMED = settings(deadline=None, derandomize=True)  # the machine is shared; failures must repeat
@@ -91,7 +91,7 @@ def models():
 def evaluator(models):
   c = tiny.config('opd_sampled')
   mesh = sharding.make_mesh(c.compute.mesh.to_dict())
-  examples = build.load_examples(c, 'eval', 16, models[0].tokenizer)
+  examples = build.load_examples(c, 'eval', 16, models[0].tokenizer, tokenizer.Style())
   return build.make_evaluator(c, models[0], models[1].model, examples, mesh,
                               models[0].stop_tokens)
 

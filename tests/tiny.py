@@ -129,6 +129,56 @@ def write_model(path: pathlib.Path, seed: int = 0, alphabet: str = tokenizer.ALP
   return path
 
 
+# A template like those of today's models: a switch for thinking, turns that end with a token of
+# their own, and a system message only where there is one.
+CHAT = (
+    "{%- for m in messages %}{{ '<|turn|>' + m['role'] + '\\n' + m['content'] + '<|over|>\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{ '<|turn|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and not enable_thinking %}{{ '<|quiet|>' }}{%- endif %}"
+    "{%- endif %}")
+
+
+def chat_tokenizer(template: str | None = CHAT, bos: bool = False) -> Any:
+  """A byte-level BPE tokenizer of 280 learned tokens, and special tokens above them: what ends a
+  turn is not EOS. With `bos` it puts one before every text that it encodes by itself."""
+  import tokenizers
+  import transformers
+  inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+  inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  inner.decoder = tokenizers.decoders.ByteLevel()
+  inner.train_from_iterator(
+      ['What is nine plus five? user assistant system answer is 0 1 2 3 4'] * 4,
+      tokenizers.trainers.BpeTrainer(
+          vocab_size=280, show_progress=False,
+          initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+  inner.add_special_tokens(['<|end|>', '<|begin|>', '<|turn|>', '<|over|>', '<|quiet|>'])
+  if bos:
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single='<|begin|> $A', special_tokens=[('<|begin|>', inner.token_to_id('<|begin|>'))])
+  return transformers.PreTrainedTokenizerFast(
+      tokenizer_object=inner, eos_token='<|end|>', bos_token='<|begin|>', chat_template=template,
+      clean_up_tokenization_spaces=False)
+
+
+def write_chat_model(path: pathlib.Path, seed: int = 0, template: str | None = CHAT,
+                     bos: bool = False, **shape: Any) -> pathlib.Path:
+  """Random weights with `chat_tokenizer`: a padded vocabulary, and a generation_config.json that
+  ends turns too."""
+  from conftest import sharp_params
+  tokens = chat_tokenizer(template, bos)
+  model = models.build({**SHAPE, 'vocab_size': 320, 'max_position_embeddings': 128, **shape})
+  hf.write_checkpoint(path, model, sharp_params(model, seed), tokens)
+  ends = tokens.convert_tokens_to_ids(['<|over|>', '<|end|>'])
+  (path / 'generation_config.json').write_text(json.dumps({'eos_token_id': ends}))
+  return path
+
+
+def write_jsonl(path: pathlib.Path, rows: list[dict[str, Any]]) -> pathlib.Path:
+  """One row a line."""
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return path
+
+
 def rows(workdir: pathlib.Path, kind: str | None = None, timing: bool = True
          ) -> list[dict[str, Any]]:
   """metrics.jsonl, strictly; without 'perf', the wall-clock rates, where timing=False."""

@@ -3,9 +3,14 @@
 A task module offers
   Options: a frozen dataclass, the knobs (`config.task.options`);
   load(split, options) -> datasets.Dataset of examples; the split 'eval' is the held-out one, and
-    the 'corpus' split, where a task has one, also has a column 'completion';
-  prompt(example) -> the text a student is given;
-  grade(example, text) -> the reward of a completed answer, 0 to 1.
+    the 'corpus' split, where a task has one, also has a column 'completion'. The log shows the
+    Dataset's `info.description`;
+  prompt(example) -> what a student is given: a text, or for a chat template a list of messages
+    {'role': ..., 'content': ...} that ends with the user's;
+  grade(example, text) -> the reward of a completed answer, 0 to 1; None, whatever the text, for the
+    examples of a split that nobody can grade;
+  example_options(folder) -> knobs that work, for the contract tests; only where the default Options
+    do not, because the task reads files: it writes a small one into `folder`.
 """
 
 from __future__ import annotations
@@ -49,7 +54,7 @@ def options(task: ModuleType, values: dict[str, Any]) -> Any:
     number = wanted is float and type(value) is int
     same = number or type(value) is wanted
     if wanted is tuple and same:
-      same = {type(x) for x in value} <= {type(x) for x in default}
+      same = {type(x) for x in value} <= ({type(x) for x in default} or {str})  # () is of texts
     if not same:
       raise ValueError(f'task.options.{name}={value!r}; allowed: a {wanted.__name__} like '
                        f'{default!r}')

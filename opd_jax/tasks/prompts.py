@@ -1,0 +1,454 @@
+r"""Prompts of any data set that `datasets` can read: a hub name, a file, a folder.
+
+    c.task = config_lib.task_config(
+        'prompts', source='problems.jsonl', prompt_column='problem', answer_column='solution',
+        filters=("level >= 3", "source == 'math'"), holdout_examples=500, grader='boxed')
+
+Rows go through: filters, held-out rows set aside, training rows that are also evaluation rows left
+out. What became of how many is in the log. A row has a `prompt` (a text, or the messages of a
+conversation that ends with the user's turn), perhaps an `answer` and a `completion`, and the name
+of the `grader`, so that `grade` needs nothing else.
+
+Graders compare two numbers as numbers (1,000 is 1000.0, \frac{1}{2} is 0.5) and anything else as
+text, whatever its case and white space. They look for the answer in the same way in the completion
+and in the answer column, so that a worked solution will do there.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+import dataclasses
+import fractions
+import json
+import operator
+import pathlib
+import re
+from typing import Any
+
+import datasets
+import numpy as np
+
+GRADERS = ('none', 'exact', 'boxed', 'last_number')
+READERS = {'.jsonl': 'json', '.json': 'json', '.parquet': 'parquet', '.csv': 'csv'}
+OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    '==': operator.eq, '!=': operator.ne, '<': operator.lt, '<=': operator.le, '>': operator.gt,
+    '>=': operator.ge, 'in': lambda value, allowed: value in allowed}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """The knobs.
+
+  Attributes:
+    source: a file (.jsonl, .json, .parquet, .csv), a folder of such files or one that
+      `save_to_disk` wrote, or the name of a data set on the hub.
+    subset: the configuration of a data set that has several.
+    revision: the commit of a data set on the hub, 40 hex digits: names there move.
+    train_split: of the source; '' for the only one there is.
+    prompt_column: column with the text of the prompt.
+    messages_column: in its place, column with a conversation, a list of {'role', 'content'}; if it
+      ends with the assistant's turn, that is the completion.
+    suffix: appended to the prompt, or to the last turn of the user.
+    answer_column: what the grader compares with, '' for none.
+    completion_column: what supervised learning learns, '' for none.
+    filters: rows to keep, as 'COLUMN OPERATOR LITERAL', for all of which a row has to be right.
+    holdout_examples: how many random training rows become the evaluation set, where nothing else is
+      (eval_split or eval_source).
+    holdout_seed: which ones. The run's own seed only shuffles.
+    eval_split: split with the evaluation rows.
+    eval_source, eval_subset, eval_revision: of the evaluation rows, if not those of training.
+    eval_prompt_column, eval_messages_column, eval_answer_column: '' for those of training.
+    eval_filters: like `filters`, which are for training rows only.
+    grader: 'none'; 'exact', the whole text; 'boxed', what is in the last \\boxed{}; 'last_number'.
+  """
+
+  source: str = ''
+  subset: str = ''
+  revision: str = ''
+  train_split: str = ''
+  prompt_column: str = ''
+  messages_column: str = ''
+  suffix: str = ''
+  answer_column: str = ''
+  completion_column: str = ''
+  filters: tuple[str, ...] = ()
+  holdout_examples: int = 0
+  holdout_seed: int = 0
+  eval_split: str = ''
+  eval_source: str = ''
+  eval_subset: str = ''
+  eval_revision: str = ''
+  eval_prompt_column: str = ''
+  eval_messages_column: str = ''
+  eval_answer_column: str = ''
+  eval_filters: tuple[str, ...] = ()
+  grader: str = 'none'
+
+  def __post_init__(self):
+    _check(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """Where the rows of one split come from; `prefix` is that of its fields in Options."""
+
+  prefix: str
+  source: str
+  subset: str
+  revision: str
+  split: str
+  prompt_column: str
+  messages_column: str
+  answer_column: str
+  completion_column: str
+  filters: tuple[str, ...]
+
+
+def _train_part(o):
+  return _Part('', o.source, o.subset, o.revision, o.train_split, o.prompt_column,
+               o.messages_column, o.answer_column, o.completion_column, o.filters)
+
+
+def _eval_part(o):
+  own = bool(o.eval_source)
+  columns = o.eval_prompt_column, o.eval_messages_column
+  if not any(columns):
+    columns = o.prompt_column, o.messages_column
+  return _Part('eval_', o.eval_source or o.source, o.eval_subset if own else o.subset,
+               o.eval_revision if own else o.revision, o.eval_split, *columns,
+               o.eval_answer_column or o.answer_column, '', o.eval_filters)
+
+
+def _check(o):
+  if not o.source:
+    raise ValueError("task.options.source=''; allowed: a file, a folder, or the name of a data set "
+                     'on the hub')
+  if o.grader not in GRADERS:
+    raise ValueError(f'task.options.grader={o.grader!r}; allowed: {list(GRADERS)}')
+  separate = bool(o.eval_split or o.eval_source)
+  if separate == bool(o.holdout_examples) or o.holdout_examples < 0:
+    raise ValueError(
+        f'task.options.holdout_examples={o.holdout_examples} with eval_split={o.eval_split!r}, '
+        f'eval_source={o.eval_source!r}; allowed: at least 1, or 0 and one of the others: '
+        'evaluation rows come from one place')
+  if o.holdout_seed < 0 or o.holdout_seed and separate:
+    raise ValueError(f'task.options.holdout_seed={o.holdout_seed}; allowed: at least 0, and 0 '
+                     'where no rows are held out')
+  for name in ('eval_subset', 'eval_revision'):
+    if getattr(o, name) and not o.eval_source:
+      raise ValueError(f"task.options.{name}={getattr(o, name)!r} has no effect without "
+                       "eval_source; allowed: ''")
+  for name in ('eval_prompt_column', 'eval_messages_column', 'eval_answer_column', 'eval_filters'):
+    value = getattr(o, name)
+    if value and not separate:
+      raise ValueError(f'task.options.{name}={value!r} has no effect where evaluation rows are '
+                       f'held out of the training rows; allowed: {type(value)()!r}')
+  for part in (_train_part(o), _eval_part(o)):
+    if bool(part.prompt_column) == bool(part.messages_column):
+      raise ValueError(
+          f'task.options.{part.prefix}prompt_column={part.prompt_column!r}, '
+          f'{part.prefix}messages_column={part.messages_column!r}; allowed: one of them')
+  answers = _eval_part(o).answer_column
+  if (o.grader != 'none') != bool(answers):
+    raise ValueError(f'task.options.grader={o.grader!r} with answer_column={o.answer_column!r}, '
+                     f"eval_answer_column={o.eval_answer_column!r}; allowed: 'none' without a "
+                     'column of answers, another grader with one')
+  for name in ('filters', 'eval_filters'):
+    for text in getattr(o, name):
+      _parse(name, text)
+
+
+def example_options(folder: pathlib.Path) -> dict[str, Any]:
+  """Writes a small data set into `folder`; the knobs to read it with."""
+  rows = [{'question': f'What is {a} plus {b}?', 'answer': f'{a} + {b} = {a + b}'}
+          for a in range(15) for b in range(15)]
+  (folder / 'sums.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return dict(source=str(folder / 'sums.jsonl'), prompt_column='question', answer_column='answer',
+              holdout_examples=60, grader='last_number')
+
+
+def load(split: str, options: Options) -> datasets.Dataset:
+  """The examples of 'eval' or 'train'.
+
+  Raises:
+    ValueError: another split; a source, split or column that is not there, a filter that does not
+      fit its column, a row without what its columns promise, no rows left.
+  """
+  if split not in ('eval', 'train'):
+    raise ValueError(f"split={split!r}; prompts has ['eval', 'train']")
+  o = options
+  held_out = None
+  if not o.holdout_examples:
+    held_out, told = _rows(_eval_part(o), o)
+    if split == 'eval':
+      return _told(held_out, told)
+  rows, told = _rows(_train_part(o), o)
+  if held_out is None:
+    if o.holdout_examples >= len(rows):
+      raise ValueError(f'task.options.holdout_examples={o.holdout_examples}; allowed: below the '
+                       f'{len(rows)} training rows')
+    order = np.random.default_rng(o.holdout_seed).permutation(len(rows))
+    held_out = rows.select(order[:o.holdout_examples])
+    told += [f'{o.holdout_examples} held out']
+    if split == 'eval':
+      return _told(held_out, told)
+    rows = rows.select(np.sort(order[o.holdout_examples:]))
+  known = set(map(_key, held_out['prompt'][:]))
+  fresh = [i for i, p in enumerate(rows['prompt'][:]) if _key(p) not in known]
+  if not fresh:
+    raise ValueError(f'task.options.source={o.source!r}: all of {len(rows)} training rows are '
+                     'evaluation rows too; allowed: at least one that is not')
+  told += [f'{len(rows) - len(fresh)} left out that are in the evaluation set']
+  return _told(rows.select(fresh), told)
+
+
+def _told(rows, told):
+  """The log shows what is in the description."""
+  rows.info.description = ', '.join(told)
+  return rows
+
+
+def _key(prompt):
+  """What makes two prompts the same: their words, whatever the case, the white space and the system
+  message."""
+  if not isinstance(prompt, str):
+    prompt = '\n'.join(m['content'] for m in prompt if m['role'] != 'system')
+  return ' '.join(prompt.casefold().split())
+
+
+def _rows(part, o):
+  """(rows with the columns of this task, what to say about them)."""
+  table = _read(part)
+  for name in ('prompt_column', 'messages_column', 'answer_column', 'completion_column'):
+    column = getattr(part, name)
+    if column and column not in table.column_names:
+      raise ValueError(f'task.options.{part.prefix}{name}={column!r}; allowed: a column of '
+                       f'{part.source!r}, {table.column_names}')
+  told = [f'{len(table)} rows read']
+  if part.filters:
+    table = _filter(table, part)
+    told += [f'{len(table)} kept by {part.prefix}filters']
+  if not len(table):
+    raise ValueError(f'task.options.{part.prefix}source={part.source!r} with {part.prefix}filters='
+                     f'{part.filters}: no rows are left; allowed: at least one')
+  columns: dict[str, Any] = {}
+  if part.prompt_column:
+    columns['prompt'] = [p + o.suffix for p in _texts(table, part, 'prompt_column')]
+  else:
+    columns['prompt'], spoken = _conversations(table, part, o.suffix)
+    if spoken and not part.completion_column:
+      columns['completion'] = spoken
+  if part.completion_column:
+    columns['completion'] = _texts(table, part, 'completion_column')
+  if part.answer_column:
+    columns['answer'] = [
+        v if isinstance(v, str) else json.dumps(v)
+        for v in _values(table, part, 'answer_column', (str, int, float))]
+  columns['grader'] = [o.grader if part.answer_column else 'none'] * len(table)
+  return datasets.Dataset.from_dict(columns), told
+
+
+def _values(table, part, name, types):
+  values = table[getattr(part, name)][:]
+  for i, v in enumerate(values):
+    if not isinstance(v, types) or isinstance(v, bool):
+      raise ValueError(f'task.options.{part.prefix}{name}={getattr(part, name)!r}: row {i} of '
+                       f'{part.source!r} has {v!r}; allowed: {[t.__name__ for t in types]}')
+  return values
+
+
+def _texts(table, part, name):
+  return _values(table, part, name, (str,))
+
+
+def _conversations(table, part, suffix):
+  """(conversations that end with the user's turn, the assistant's answers or None)."""
+  prompts, spoken = [], []
+  for i, messages in enumerate(_values(table, part, 'messages_column', (list,))):
+    for m in messages:
+      more = sorted(k for k, v in m.items() if v and k not in ('role', 'content'))
+      if not isinstance(m.get('role'), str) or not isinstance(m.get('content'), str) or more:
+        raise ValueError(f'task.options.{part.prefix}messages_column={part.messages_column!r}: row '
+                         f"{i} of {part.source!r} has the message {m!r}; allowed: a 'role' and a "
+                         "'content', both texts, and nothing else")
+    turns = [{'role': m['role'], 'content': m['content']} for m in messages]
+    if turns and turns[-1]['role'] == 'assistant':
+      spoken.append(turns.pop()['content'])
+    if not turns or turns[-1]['role'] != 'user':
+      raise ValueError(f'task.options.{part.prefix}messages_column={part.messages_column!r}: row '
+                       f"{i} of {part.source!r} has the roles {[m['role'] for m in messages]}; "
+                       "allowed: the last one is 'user', or 'user' and then 'assistant'")
+    turns[-1]['content'] += suffix
+    prompts.append(turns)
+  if spoken and len(spoken) != len(prompts):
+    raise ValueError(f'task.options.{part.prefix}messages_column={part.messages_column!r}: '
+                     f"{len(spoken)} of {len(prompts)} conversations end with 'assistant'; "
+                     'allowed: all of them or none')
+  return prompts, spoken or None
+
+
+# --- reading ---
+
+
+def _read(part):
+  """The table that a part names.
+
+  Raises:
+    ValueError: it cannot be read; what is wrong with it, and what is allowed.
+  """
+  path = pathlib.Path(part.source)
+  field = f'task.options.{part.prefix}source={part.source!r}'
+  if path.exists():
+    if part.revision:
+      raise ValueError(f'task.options.{part.prefix}revision={part.revision!r} has no effect on the '
+                       f"local {part.source!r}; allowed: ''")
+    if part.subset and (path.is_file() or _saved(path)):
+      raise ValueError(f'task.options.{part.prefix}subset={part.subset!r} has no effect on '
+                       f"{part.source!r}; allowed: ''")
+    if path.is_file() and path.suffix not in READERS:
+      raise ValueError(f'{field}; allowed: files of {sorted(READERS)}')
+  elif not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', part.source) or path.suffix in READERS:
+    raise ValueError(f'{field} does not exist; allowed: a file, a folder, or the name of a data '
+                     "set on the hub ('OWNER/NAME')")
+  elif not re.fullmatch('[0-9a-f]{40}', part.revision):
+    raise ValueError(f'task.options.{part.prefix}revision={part.revision!r} with the data set '
+                     f'{part.source!r} of the hub (there is no such file or folder); allowed: the '
+                     '40 hex digits of a commit')
+  try:
+    if _saved(path):
+      table = datasets.load_from_disk(part.source)
+    elif path.is_file():
+      table = datasets.load_dataset(READERS[path.suffix], data_files=part.source)
+    else:
+      table = datasets.load_dataset(part.source, name=part.subset or None,
+                                    revision=part.revision or None)
+  except (ValueError, OSError, datasets.exceptions.DatasetsError) as e:
+    raise ValueError(f'{field}, subset={part.subset!r} cannot be read: {e.__cause__ or e}; '
+                     'allowed: what `datasets` can read') from e
+  if isinstance(table, datasets.Dataset):
+    table = {'train': table}
+  name = part.split or (next(iter(table)) if len(table) == 1 else '')
+  if name not in table:
+    key = 'eval_split' if part.prefix else 'train_split'
+    raise ValueError(f'task.options.{key}={part.split!r}; allowed: a split of {part.source!r}, '
+                     f'{list(table)}')
+  return table[name].with_format(None)
+
+
+def _saved(path):
+  """Whether `save_to_disk` wrote it."""
+  return (path / 'dataset_dict.json').exists() or (path / 'state.json').exists()
+
+
+# --- filters ---
+
+
+def _parse(name, text):
+  """'level >= 3' to ('level', '>=', 3)."""
+  match = re.fullmatch(r'\s*(\S+?)\s*(==|!=|<=|>=|<|>|\sin\s)\s*(.+?)\s*', text)
+  try:
+    literal = ast.literal_eval(match[3]) if match else None
+  except (ValueError, SyntaxError):
+    match = None
+  if match is None or match[2].strip() == 'in' and not isinstance(literal, list | tuple | set):
+    raise ValueError(
+        f'task.options.{name} has {text!r}; allowed: COLUMN OPERATOR LITERAL with an operator of '
+        f"{list(OPERATORS)} and a Python literal, a list for 'in': \"level >= 3\", "
+        "\"source == 'math'\", \"level in [4, 5]\"")
+  return match[1], match[2].strip(), literal
+
+
+def _kind(value):
+  if isinstance(value, bool):
+    return 'bool'
+  return 'number' if isinstance(value, int | float) else type(value).__name__
+
+
+def _filter(table, part):
+  for text in part.filters:
+    column, symbol, literal = _parse(f'{part.prefix}filters', text)
+    where = f'task.options.{part.prefix}filters has {text!r}'
+    if column not in table.column_names:
+      raise ValueError(f'{where}; allowed: a column of {part.source!r}, {table.column_names}')
+    values = table[column][:]
+    wanted = {_kind(x) for x in (literal if symbol == 'in' else [literal])}
+    held = {_kind(v) for v in values}
+    ordered = symbol in ('<', '<=', '>', '>=')
+    # A text is never equal to a number: such a filter keeps all rows, or none, without a word.
+    if not wanted <= held | {'NoneType'} or ordered and (held != wanted or 'bool' in held):
+      raise ValueError(f'{where}, and the column has values of type {sorted(held)}; allowed: a '
+                       'comparison with the same')
+    keep = [i for i, v in enumerate(values) if OPERATORS[symbol](v, literal)]
+    table = table.select(keep)
+  return table
+
+
+# --- the task ---
+
+
+def prompt(example: dict[str, Any]) -> str | list[dict[str, str]]:
+  """The text, or the conversation."""
+  return example['prompt']
+
+
+def grade(example: dict[str, Any], text: str) -> float | None:
+  """1.0 if the completion has the right answer, else 0.0; None without an answer to compare."""
+  if example['grader'] == 'none':
+    return None
+  find = {'exact': str.strip, 'boxed': last_box, 'last_number': last_number}[example['grader']]
+  found = find(text)
+  wanted = find(example['answer'])
+  return float(found is not None and
+               same_answer(found, example['answer'] if wanted is None else wanted))
+
+
+def last_box(text: str) -> str | None:
+  r"""What is between the braces of the last \boxed{...}; None without one that is closed."""
+  start = text.rfind(r'\boxed{')
+  if start < 0:
+    return None
+  depth = 0
+  for i in range(start + len(r'\boxed'), len(text)):
+    depth += {'{': 1, '}': -1}.get(text[i], 0)
+    if not depth:
+      return text[start + len(r'\boxed{'):i].strip()
+  return None
+
+
+NUMBER = r'(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+'
+
+
+def last_number(text: str) -> str | None:
+  """The last number of a text: 3, -1,000.5 or 3/4. A minus after a word or a number ('7-3') is an
+  operation."""
+  found = re.findall(rf'(?:(?<![\w)\]}}.])[-\u2212])?(?:{NUMBER})(?:/(?:{NUMBER}))?', text)
+  return found[-1] if found else None
+
+
+def same_answer(a: str, b: str) -> bool:
+  """Whether two answers are equal: as numbers where both are, else as texts."""
+  numbers = _number(a), _number(b)
+  if None not in numbers:
+    return numbers[0] == numbers[1]
+  a, b = (re.sub(r' ?([^\w ]) ?', r'\1', _plain(x)) for x in (a, b))  # '(1, 2)' is '( 1,2 )'
+  return a == b
+
+
+def _plain(text):
+  r"""Without what changes nothing in LaTeX ($, \left, thin spaces), case and white space."""
+  text = re.sub(r'\$|\\[!,;: ]|\\(?:left|right)(?![a-zA-Z])', '', text)
+  text = re.sub(r'\\[dt]frac', r'\\frac', text)
+  return ' '.join(text.casefold().split()).rstrip('.')
+
+
+def _number(text):
+  """As a fraction, exactly; None if it is no number (or too long to be meant as one)."""
+  text = _plain(text).replace('\u2212', '-').replace(r'\%', '').removesuffix('%')
+  text = re.sub(r'\{,\}|(?<=\d),(?=\d{3}(?!\d))', '', text)
+  text = re.sub(r'\\frac\{(-?[\d.]+)\}\{(-?[\d.]+)\}', r'\1/\2', text).strip()
+  match = re.fullmatch(r'([+-]?(?:\d+\.?\d*|\.\d+))(?:/(-?(?:\d+\.?\d*|\.\d+)))?', text)
+  if match is None or len(text) > 100:
+    return None
+  below = fractions.Fraction(match[2] or 1)
+  return fractions.Fraction(match[1]) / below if below else None

@@ -3,10 +3,10 @@
     python benchmarks/real_size.py
 
 Makes two checkpoints of random weights (bfloat16, Qwen3-0.6B's config.json figures, a tokenizer of
-151669 tokens with a chat template, 1.2 GB each) in a temporary folder, runs `opd doctor`, `opd train`
-(rank-32 adapters, exact full-vocabulary reverse KL, 2 steps of 4 x 48 tokens) and `opd export` on
-them, each in a process of its own, and prints wall time and peak memory of each. Nothing is
-learned from random weights: this is about sizes.
+151669 tokens with a chat template, 1.2 GB each) in a temporary folder, runs `opd doctor`, then `opd
+train` (rank-32 adapters, exact full-vocabulary reverse KL, 2 steps of 4 x 48 tokens) and `opd
+export` on them, each in a process of its own, and prints wall time and peak memory of each. From
+random weights nothing is learned: this is about sizes.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def main() -> None:
         json.dumps({'problem': f'What is {a} + {b}?', 'answer': str(a + b)}) + '\n'
         for a in range(8) for b in range(8)))
     print(f'== two checkpoints made in {time.perf_counter() - start:.0f} s', flush=True)
-    config = ['--config', ROOT / 'experiments' / 'checkpoints.py', *(f'--config.{flag}' for flag in (
+    experiment = ROOT / 'experiments' / 'checkpoints.py'
+    config = ['--config', experiment, *(f'--config.{flag}' for flag in (
         f'student.path={folder / "student"}', f'teacher.path={folder / "teacher"}',
         f'task.options.source={folder / "prompts.jsonl"}', 'task.options.holdout_examples=4',
         f'steps={STEPS}', 'data.prompts_per_step=4', 'data.max_prompt_tokens=64',

@@ -136,7 +136,7 @@ def dispatch(command: str, argv: list[str]) -> int:
   workdir = pathlib.Path(workdir or pathlib.Path('runs') / c.name)
   os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # it asks for torch, which is not needed
   set_up_jax()
-  from opd_jax import build, checkpoint, export, pipeline, report, train
+  from opd_jax import build, checkpoint, export, hf, pipeline, report, train
   try:
     if command == 'train':
       (pipeline.run if config_lib.is_pipeline(c) else train.train)(c, workdir)
@@ -152,7 +152,8 @@ def dispatch(command: str, argv: list[str]) -> int:
     else:
       build.evaluate_model(pipeline.pick_stage(c, flags.FLAGS.stage), flags.FLAGS.model,
                            flags.FLAGS.teacher)
-  except (config_lib.ConfigError, FloatingPointError, checkpoint.DamagedError) as e:
+  except (config_lib.ConfigError, FloatingPointError, checkpoint.DamagedError,
+          hf.ExportError) as e:
     print(f'error: {e}', file=sys.stderr)
     return 2
   except train.PreemptedError as e:

@@ -101,13 +101,26 @@ def read_frozen(s: Setup) -> lora.Frozen | None:
   if s.adapter is None:
     return None
   weights = sharding.param_shardings(s.student.model.specs, s.mesh)
-  return lora.Frozen(s.student.read(s.frozen_dtype, weights), s.adapter.settings.scale)
+  return lora.Frozen(read('student.path', s.student, s.frozen_dtype, weights),
+                     s.adapter.settings.scale)
 
 
 def read_trained(s: Setup) -> Params:
   """What the train state starts from, on its devices."""
-  source = s.adapter or s.student
-  return source.read(jnp.float32, sharding.param_shardings(s.trained_specs, s.mesh))
+  source, field = (s.adapter, 'student.lora.path') if s.adapter else (s.student, 'student.path')
+  return read(field, source, jnp.float32, sharding.param_shardings(s.trained_specs, s.mesh))
+
+
+def read(field: str, source: hf.LoadedModel | Adapter, dtype: Any, shardings: Any) -> Params:
+  """`source.read`, whose errors name the config field.
+
+  Raises:
+    ConfigError: the weights have NaN or infinity, or a copy of a tied head that differs.
+  """
+  try:
+    return source.read(dtype, shardings)
+  except ValueError as e:
+    raise config_lib.ConfigError(f'{field}: {e}') from e
 
 
 def read_teacher(s: Setup, frozen: lora.Frozen | None) -> Params | None:
@@ -118,7 +131,7 @@ def read_teacher(s: Setup, frozen: lora.Frozen | None) -> Params | None:
   if s.teacher is s.student:
     return lora.join(frozen, read_trained(s))
   weights = sharding.param_shardings(s.teacher.model.specs, s.mesh)
-  return s.teacher.read(s.frozen_dtype, weights)
+  return read('teacher.path', s.teacher, s.frozen_dtype, weights)
 
 
 def fold_in(key: jax.Array, purpose: int, step: int) -> jax.Array:
@@ -232,8 +245,20 @@ def build(c: ConfigDict) -> Setup:
 def choose_stop_tokens(c: ConfigDict, student: hf.LoadedModel, teacher: hf.LoadedModel | None
                        ) -> tuple[int, ...]:
   """What ends a completion in this run, whoever writes it."""
-  mine, theirs = set(student.stop_tokens), set(teacher.stop_tokens if teacher else ())
+  mine = set(student.stop_tokens)
+  if teacher is None:  # a model that such a run exported ends with its own stop tokens
+    return tuple(sorted(mine))
+  theirs = set(teacher.stop_tokens)
   return tuple(sorted({'student': mine, 'teacher': theirs, 'union': mine | theirs}[c.sample.stop]))
+
+
+def final_tokenizer(c: ConfigDict, student: hf.LoadedModel, teacher: hf.LoadedModel | None) -> Any:
+  """The tokenizer of the trained model: the student's, with the chat template it was trained in."""
+  if c.prompt.template != 'teacher':
+    return student.tokenizer
+  out = copy.deepcopy(student.tokenizer)
+  out.chat_template = teacher.tokenizer.chat_template
+  return out
 
 
 def make_optimizer(c: ConfigDict) -> optax.GradientTransformation:
@@ -347,7 +372,7 @@ def make_adapter(c: ConfigDict, student: hf.LoadedModel) -> Adapter | None:
     return None
   if group.path:
     try:
-      settings, read = hf.read_adapter(group.path, student.model)
+      settings, read = hf.read_adapter(group.path, student.model, c.student.path)
     except (ValueError, FileNotFoundError) as e:
       raise ValueError(f'student.lora.path={group.path!r}: {e}') from e
     return Adapter(settings, lora.adapter_specs(student.model.specs, settings), read)
@@ -446,14 +471,15 @@ def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any
     student = open_directory(c, 'student', path)
     teacher = open_directory(c, 'teacher', teacher_path) if teacher_path else None
     stop_tokens = choose_stop_tokens(c, student, teacher)
-    style = prompt_style(c, student.tokenizer, teacher and teacher.tokenizer, stop_tokens)
+    # What such a run exported has the template it was trained in.
+    style = prompt_style(c, student.tokenizer, (teacher or student).tokenizer, stop_tokens)
     examples = load_examples(c, 'eval', c.eval.problems, student.tokenizer, style)
   except (ValueError, FileNotFoundError) as e:
     raise config_lib.ConfigError(str(e)) from e
   evaluator = make_evaluator(c, student, teacher and teacher.model, examples, mesh,
                              stop_tokens)
-  weights = [m and m.read(shardings=sharding.param_shardings(m.model.specs, mesh))
-             for m in (student, teacher)]
+  weights = [m and read(field, m, jnp.float32, sharding.param_shardings(m.model.specs, mesh))
+             for field, m in (('model', student), ('teacher', teacher))]
   display = metrics.Display(path, 0, 1)
   with jax.set_mesh(mesh):
     values, shown = evaluator(*weights, c.log.transcripts)

@@ -87,29 +87,29 @@ def check_templates(c: ConfigDict, s: build.Setup) -> Finding:
   if s.teacher is None:
     return Finding('templates', SKIPPED, 'no teacher')
   prompts = [s.task.prompt(row) for row in s.examples.rows[:16]]
-  texts = tokenizer.render_text(s.style, prompts)
-  mine, theirs = (tokenizer.encode(m.tokenizer, texts) for m in (s.student, s.teacher))
-  for text, a, b in zip(texts, mine, theirs, strict=True):
-    if a != b:
-      place = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
-                   min(len(a), len(b)))
-      return Finding('templates', FAIL, f'the prompt {text!r} is {a[place:place + 3]} for the '
-                     f'student and {b[place:place + 3]} for the teacher from token {place} on',
-                     'teacher.path')
-  other = {'none': None, 'student': s.teacher, 'teacher': s.student}[s.style.template]
-  if other is not None and other.tokenizer.chat_template:
-    style = dataclasses.replace(s.style, chat=other.tokenizer)
-    try:
-      others = tokenizer.render_text(style, prompts)
-    except ValueError as e:  # the other template has, say, no system message
-      return Finding('templates', WARN, str(e), 'prompt.template')
-    for a, b in zip(texts, others, strict=True):
-      if a != b:
-        place = len(os.path.commonprefix([a, b]))
-        return Finding('templates', WARN, f'both read {a!r}, and the template of the other has '
-                       f'{b[place:place + 40]!r} where this one has {a[place:place + 40]!r}',
-                       'prompt.template')
-  return Finding('templates', OK, f'{len(texts)} prompts rendered alike')
+  models = {'student': s.student, 'teacher': s.teacher}
+  if c.prompt.template == 'none':
+    seen = {who: tokenizer.render(m.tokenizer, s.style, prompts) for who, m in models.items()}
+  else:
+    # Each in its own template; what it lacks cannot be compared.
+    own = {who: dataclasses.replace(s.style, chat=m.tokenizer) for who, m in models.items()}
+    without = [who for who, m in models.items() if not m.tokenizer.chat_template]
+    if without:
+      return Finding('templates', WARN, f'the {without[0]} has no chat template of its own to '
+                     f"compare with the {c.prompt.template}'s", 'prompt.template')
+    seen = {who: tokenizer.render_text(style, prompts) for who, style in own.items()}
+  for mine, theirs in zip(seen['student'], seen['teacher'], strict=True):
+    if mine != theirs:
+      place = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
+                   min(len(mine), len(theirs)))
+      start = max(place - 20, 0)
+      detail = (f'prompts for the student and for the teacher differ from place {place} on: '
+                f'{mine[start:place + 20]!r} and {theirs[start:place + 20]!r}')
+      if c.prompt.template == 'teacher':
+        return Finding('templates', WARN, detail + '; both get the second', 'prompt.template')
+      return Finding('templates', FAIL, detail + '; allowed: a teacher with the same one, or '
+                     "prompt.template='teacher'", 'prompt.template')
+  return Finding('templates', OK, f'{len(prompts)} prompts rendered alike: {seen["student"][0]!r}')
 
 
 def check_token_ids(c: ConfigDict, s: build.Setup) -> Finding:

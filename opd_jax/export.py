@@ -42,6 +42,9 @@ def export(workdir: pathlib.Path, output: pathlib.Path, form: str, step: int) ->
   try:
     student = build.load_student(c)
     adapter = build.make_adapter(c, student)
+    borrows = c.prompt.template == 'teacher' or c.sample.stop != 'student'
+    teacher = build.get_teacher(c, student) if borrows else None
+    tokenizer = build.final_tokenizer(c, student, teacher)
     mesh = sharding.make_mesh(c.compute.mesh.to_dict())
     specs = adapter.specs if adapter else student.model.specs
     shape = train.abstract_state(specs, build.make_optimizer(c), mesh)
@@ -58,13 +61,15 @@ def export(workdir: pathlib.Path, output: pathlib.Path, form: str, step: int) ->
     state, _ = store.restore(step, shape)
     store.close()
     if form == 'adapter':
-      hf.write_adapter(output, student.model, state.params, adapter.settings, student.tokenizer,
+      hf.write_adapter(output, student.model, state.params, adapter.settings, tokenizer,
                        c.student.path)
     else:
       weights = sharding.param_shardings(student.model.specs, mesh)
-      frozen = adapter and lora.Frozen(student.read(build.frozen_dtype(c), weights),
+      frozen = adapter and lora.Frozen(build.read('student.path', student, build.frozen_dtype(c),
+                                                  weights),
                                        adapter.settings.scale)
-      hf.write_checkpoint(output, student.model, lora.join(frozen, state.params), student.tokenizer)
+      hf.write_checkpoint(output, student.model, lora.join(frozen, state.params), tokenizer,
+                          stop_tokens=build.choose_stop_tokens(c, student, teacher))
   except (ValueError, OSError) as e:
     raise config_lib.ConfigError(str(e)) from e
   return step

@@ -338,8 +338,10 @@ def load(factory: str, path: str, dtype: Any, key: jax.Array) -> hf.LoadedModel:
     if kind != FAMILY:
       raise ValueError(f'model_type={kind!r} in config.json; allowed: {FAMILY!r}, or no factory')
     tokenizer = tokenizer_lib.load(path)
+    stop_tokens = tokenizer_lib.stop_tokens(path, tokenizer)
   else:
     tokenizer = tokenizer_lib.character_tokenizer()
+    stop_tokens = (tokenizer.eos_token_id,)
   model = models.limit_vocabulary(model, max(tokenizer.get_vocab().values()) + 1)
 
   def read(dtype=jnp.float32, shardings=None):
@@ -348,7 +350,7 @@ def load(factory: str, path: str, dtype: Any, key: jax.Array) -> hf.LoadedModel:
     check(model, params)
     return params if shardings is None else sharding.put(params, shardings)
 
-  return hf.LoadedModel(model, tokenizer, (tokenizer.eos_token_id,), read)
+  return hf.LoadedModel(model, tokenizer, stop_tokens, read)
 
 
 def _find(factory):

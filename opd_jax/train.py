@@ -352,12 +352,13 @@ class Interrupts:
 def finish(c: ConfigDict, s: Setup, state: TrainState, frozen: lora.Frozen | None,
            host: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
   """Writes the final model as a Hugging Face directory, then result.json, which ends the run."""
+  tokenizer = build_lib.final_tokenizer(c, s.student, s.teacher)
   if s.adapter is not None and not (workdir / ADAPTER).exists():
     hf.write_adapter(workdir / ADAPTER, s.student.model, state.params, s.adapter.settings,
-                     s.student.tokenizer, c.student.path)
+                     tokenizer, c.student.path)
   if c.checkpoint.export == 'full' and not (workdir / EXPORT).exists():
     hf.write_checkpoint(workdir / EXPORT, s.student.model, lora.join(frozen, state.params),
-                        s.student.tokenizer)
+                        tokenizer, stop_tokens=s.stop_tokens)
   result = {'name': c.name, 'seed': c.seed, 'steps': host['step'], 'flops': host['flops'],
             'before': host['evals'][0], 'after': host['evals'][-1], 'evals': host['evals'],
             'teacher': host.get('teacher')}

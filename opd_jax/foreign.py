@@ -244,7 +244,7 @@ def _specs(params, axes, head):
     other = any(word in name.split('/')[-1] for word in ('embed', 'bias', 'scale'))
     matmul = name in of_head or (leaf.ndim > 1 and not other)
     specs[name] = ParamSpec(tuple(leaf.shape), known, _no_init, name, tuple(leaf.shape) or (1,),
-                            matmul=matmul)
+                            matmul=float(matmul))
   return unflatten(specs)
 
 

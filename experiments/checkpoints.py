@@ -6,17 +6,22 @@ bfloat16. What is yours to say: the two checkpoints (directories, or names on th
 `revision`) and the prompts (`opd_jax/tasks/prompts.py` has every option).
 
     opd train --config experiments/checkpoints.py --config.student.path=DIR \
-        --config.teacher.path=DIR --config.task.options.source=problems.jsonl \
-        --config.task.options.prompt_column=problem --config.task.options.answer_column=answer
+        --config.teacher.path=DIR --config.task.options.source=problems.jsonl
 
-`checkpoints.py:rank=0` trains the whole model instead. `opd doctor` with the same flags says in
-seconds whether the two belong together. `export/` in the work directory is then a Hugging Face
-directory, `adapter/` a PEFT one. benchmarks/real_size.py runs this at the size of Qwen3-0.6B.
+A file of problems has the columns `problem` and `answer`, or other names in `prompt_column` and
+`answer_column`; without one, 320 school problems in `assets/` stand in. `checkpoints.py:rank=0`
+trains the whole model. `opd doctor` with the same flags says in seconds whether the two belong
+together. In the work directory, `export/` is then a Hugging Face directory and `adapter/` a PEFT
+one. benchmarks/real_size.py runs this at the size of Qwen3-0.6B.
 """
+
+import pathlib
 
 from ml_collections import ConfigDict
 
 from opd_jax import config as config_lib
+
+ASSETS = pathlib.Path(__file__).resolve().parent / 'assets'
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -31,8 +36,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
   c.compute.remat = True
   c.compute.microbatch_rows = 8
   c.compute.chunk_tokens = 1024
-  c.task = config_lib.task_config('prompts', prompt_column='problem', answer_column='answer',
-                                  grader='last_number', holdout_examples=256)
+  c.task = config_lib.task_config(
+      'prompts', source=str(ASSETS / 'word_problems.jsonl'), prompt_column='problem',
+      answer_column='answer', grader='last_number', holdout_examples=64)
   c.data.prompts_per_step = 64
   c.data.max_prompt_tokens, c.data.max_new_tokens = 512, 1024
   c.data.overlong = 'drop'
@@ -42,5 +48,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
   # Regret").
   c.optimizer.learning_rate = 1e-4 if arg.rank else 1e-5
   c.optimizer.warmup_steps = 5
-  c.eval.every_steps, c.eval.problems = 25, 256
+  c.eval.every_steps, c.eval.problems = 25, 64
   return c

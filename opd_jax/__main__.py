@@ -13,6 +13,7 @@ import logging
 import os
 import pathlib
 import platform
+import re
 import sys
 
 # glibc hands XLA's per-step buffers back to the kernel and faults them in again; these settings
@@ -84,7 +85,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     print('error: --config: ' + ' '.join(tried.split()), file=sys.stderr)
   except (flags.Error, TypeError, ValueError, ImportError) as e:
     # What a config file itself raises arrives as a traceback in the text.
-    print(f"error: {str(e).strip().rpartition('ConfigError: ')[2]}", file=sys.stderr)
+    print(f"error: {re.split(r'(?:Config|Value|Type)Error: ', str(e).strip())[-1]}",
+          file=sys.stderr)
   sys.exit(2)
 
 

@@ -202,6 +202,9 @@ def build(c: ConfigDict) -> Setup:
     if c.sample.top_k > student.model.vocab_in_use:
       raise ValueError(f'sample.top_k={c.sample.top_k}; allowed: at most the vocabulary of '
                        f'{student.model.vocab_in_use}')
+    if c.objective.top_k > student.model.vocab_in_use:
+      raise ValueError(f'objective.top_k={c.objective.top_k}; allowed: at most the vocabulary of '
+                       f'{student.model.vocab_in_use}')
     if adapter is not None:
       sharding.param_shardings(adapter.specs, mesh)
     for loaded in filter(None, (student, teacher)):

@@ -341,21 +341,23 @@ def _check_roles(c):
     raise ConfigError(f'data.samples_per_prompt={c.data.samples_per_prompt} with data.source='
                       "'dataset': there is one completion a prompt; allowed: 1")
   truncated = c.sample.top_p < 1 or c.sample.top_k > 0
-  if c.data.source == 'student' and o.has_policy_gradient and o.importance == 'none' and (
+  one_token = o.has_policy_gradient or o.estimator != 'none'
+  if c.data.source == 'student' and one_token and o.importance == 'none' and (
       truncated or c.optimizer.updates_per_batch > 1):
     raise ConfigError(
         f"objective.importance='none' with sample.top_p={c.sample.top_p}, top_k={c.sample.top_k}, "
         f'optimizer.updates_per_batch={c.optimizer.updates_per_batch}: the samples are not from '
-        "the policy that is updated; allowed: 'ratio' or 'ppo_clip'")
+        "the policy that is updated; allowed: 'ratio' or 'ppo_clip' (with route='policy_gradient')")
   if c.log.max_sampler_gap < 0:
     raise ConfigError(f'log.max_sampler_gap={c.log.max_sampler_gap}; allowed: at least 0')
   if c.data.source != 'student' and c.log.max_sampler_gap:
     raise ConfigError(f'log.max_sampler_gap={c.log.max_sampler_gap} has no effect with data.source='
                       f"{c.data.source!r}; allowed: 0, or data.source='student'")
-  if c.data.source != 'student' and o.needs_teacher and o.route == 'policy_gradient':
-    raise ConfigError("objective.route='policy_gradient' with data.source="
-                      f"{c.data.source!r}: the score-function estimate needs the student's own "
-                      "samples; allowed: data.source='student', or route='direct'")
+  if c.data.source != 'student' and o.needs_teacher and o.support == 'sampled':
+    raise ConfigError(f"objective.route={o.route!r}, support='sampled' with data.source="
+                      f"{c.data.source!r}: an estimate from one token needs the student's own "
+                      "samples; allowed: data.source='student', or route='direct' with another "
+                      'support')
   if o.student_logprobs == 'sampler' and not (o.needs_teacher and o.route == 'policy_gradient'):
     raise ConfigError("objective.student_logprobs='sampler' has no effect without a "
                       "policy-gradient distillation term; allowed: 'rescored'")

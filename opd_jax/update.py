@@ -3,10 +3,11 @@
 One per-token loss covers on-policy distillation, reinforcement learning and supervised learning.
 With w_t the reduction weights (they sum to 1), rho_t the importance ratio, A_t a detached weight:
 
-  loss = sum_t w_t ( distill_coef * D(p_S, p_T)_t        direct route, full vocabulary
+  loss = sum_t w_t ( distill_coef * D(p_S, p_T)_t        direct route, over a support
                      - rho_t A_t )                       policy-gradient route
 
-  A_t = distill_coef * (log p_T - log p_S)(y_t)          on-policy distillation, discounted
+  A_t = distill_coef * w(p_T / p_S)(y_t)                 on-policy distillation, discounted; for the
+                                                         reverse KL, w is log p_T - log p_S
       + reward_coef * (group-normalized verifier reward) GRPO
       + likelihood_coef                                  SFT: every given token is worth 1
 
@@ -24,12 +25,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import optax
 
-from opd_jax import divergences, lora
+from opd_jax import divergences, estimators, lora
 from opd_jax import score as score_lib
 from opd_jax.types import Head, Model, Params, Rollout, Scores, TrainState
 
 ROUTES = ('policy_gradient', 'direct')
-SUPPORTS = ('sampled', 'full')
+ESTIMATORS = ('none', *estimators.DIRECT_SAMPLED)
 BASELINES = ('none', 'group_mean', 'group_mean_std')
 IMPORTANCE = ('none', 'ratio', 'ppo_clip')
 REDUCTIONS = ('token_mean', 'sequence_mean')
@@ -44,7 +45,14 @@ class Objective:
     route: 'policy_gradient' (score function, detached advantage) or 'direct' (differentiate the
       divergence through the student's log-probs); of the distillation term.
     divergence: name of a function in `divergences.py`.
-    support: 'sampled' (the token the student drew) or 'full' (exact, the whole vocabulary).
+    divergence_alpha: its parameter, where it has one; 0 where not.
+    support: 'sampled' (the token the student drew), 'full' (exact, the whole vocabulary), or the
+      'teacher_top_k', 'student_top_k' or 'union_top_k' most likely tokens.
+    top_k: how many; 0 without.
+    tail: what becomes of the tokens outside a top-k support (`estimators.on_support`): 'drop',
+      'renormalize', 'bucket' or 'stop_gradient'; 'none' without.
+    estimator: with route 'direct' and support 'sampled', what is differentiated at the sampled
+      token: 'k2' for the reverse KL, 'k3' for the forward KL; 'none' without.
     distill_coef, reward_coef, likelihood_coef: the three weights in the module docstring.
     discount: gamma of the return of per-token distillation rewards. 0 is the paper's choice: each
       token answers for itself only; 1 is the gradient of the sequence-level KL.
@@ -65,7 +73,11 @@ class Objective:
 
   route: str = 'policy_gradient'
   divergence: str = 'reverse_kl'
+  divergence_alpha: float = 0.0
   support: str = 'sampled'
+  top_k: int = 0
+  tail: str = 'none'
+  estimator: str = 'none'
   distill_coef: float = 1.0
   reward_coef: float = 0.0
   likelihood_coef: float = 0.0
@@ -84,7 +96,13 @@ class Objective:
 
   @property
   def needs_hidden(self) -> bool:
-    return self.needs_teacher and self.support == 'full'
+    """Whether the loss walks over a support, and so needs the teacher's hidden states."""
+    return self.needs_teacher and self.support != 'sampled'
+
+  @property
+  def term(self) -> estimators.Term:
+    """One term of the divergence."""
+    return estimators.term(self.divergence, self.divergence_alpha)
 
   @property
   def has_policy_gradient(self) -> bool:
@@ -98,22 +116,18 @@ class Objective:
             and self.student_logprobs == 'rescored')
 
 
-def names_of_divergences() -> list[str]:
-  """What `objective.divergence` may be."""
-  return sorted(name for name, f in vars(divergences).items()
-                if getattr(f, '__module__', '') == divergences.__name__ and name[0] != '_')
-
-
 def check_objective(o: Objective) -> None:
   """Refuses unknown names and combinations that cannot mean what they say.
 
   Raises:
     ValueError: names the field, the value, what is allowed, and why.
   """
-  for name, allowed in (('route', ROUTES), ('support', SUPPORTS), ('importance', IMPORTANCE),
-                        ('reward_baseline', BASELINES), ('reduction', REDUCTIONS),
+  for name, allowed in (('route', ROUTES), ('support', estimators.SUPPORTS),
+                        ('importance', IMPORTANCE), ('reward_baseline', BASELINES),
+                        ('reduction', REDUCTIONS),
                         ('student_logprobs', STUDENT_LOGPROBS),
-                        ('divergence', names_of_divergences())):
+                        ('divergence', estimators.names()), ('tail', estimators.TAILS),
+                        ('estimator', ESTIMATORS)):
     if getattr(o, name) not in allowed:
       raise ValueError(f'objective.{name}={getattr(o, name)!r}; allowed: {list(allowed)}')
   if not 0.0 <= o.discount <= 1.0:
@@ -137,7 +151,8 @@ def check_objective(o: Objective) -> None:
   if o.needs_teacher:
     _check_distillation(o)
     return
-  for name in ('route', 'divergence', 'support', 'discount', 'teacher_temperature'):
+  for name in ('route', 'divergence', 'divergence_alpha', 'support', 'top_k', 'tail', 'estimator',
+               'discount', 'teacher_temperature'):
     value, default = getattr(o, name), getattr(Objective, name)
     if value != default:
       raise ValueError(f'objective.{name}={value!r} has no effect with objective.distill_coef=0; '
@@ -145,21 +160,24 @@ def check_objective(o: Objective) -> None:
 
 
 def _check_distillation(o: Objective) -> None:
+  _check_divergence(o)
   if o.route == 'direct' and o.support == 'sampled':
+    unbiased = [k for k, name in estimators.DIRECT_SAMPLED.items() if name == o.divergence]
+    if o.estimator not in unbiased:
+      raise ValueError(
+          "objective.route='direct' with objective.support='sampled', divergence="
+          f'{o.divergence!r}, estimator={o.estimator!r}: differentiating that at the sampled token '
+          'does not estimate the gradient (log p_S - log p_T itself has expectation zero, so '
+          f'nothing would be learned); allowed: estimator in {unbiased} for this divergence, '
+          "route='policy_gradient', or support='full'")
+  elif o.estimator != 'none':
+    raise ValueError(f'objective.estimator={o.estimator!r} has no effect with objective.route='
+                     f"{o.route!r}, support={o.support!r}; allowed: 'none'")
+  if o.route == 'policy_gradient' and o.support != 'sampled':
     raise ValueError(
-        "objective.route='direct' with objective.support='sampled': differentiating "
-        'log p_S - log p_T at the sampled token has expectation zero, so nothing would be learned; '
-        "allowed: route='policy_gradient', or support='full'")
-  if o.route == 'policy_gradient' and o.support == 'full':
-    raise ValueError(
-        "objective.route='policy_gradient' with objective.support='full': a full-vocabulary "
-        'divergence used as a scalar advantage names no direction to move in; '
+        f"objective.route='policy_gradient' with objective.support={o.support!r}: a divergence "
+        'over several tokens used as a scalar advantage names no direction to move in; '
         "allowed: route='direct', or support='sampled'")
-  if o.route == 'policy_gradient' and o.divergence != 'reverse_kl':
-    raise ValueError(
-        f'objective.divergence={o.divergence!r} with route=\'policy_gradient\': only reverse_kl '
-        "has log p_T - log p_S as its score-function weight; allowed: 'reverse_kl', or "
-        "route='direct' with support='full'")
   if o.route == 'direct' and o.discount:
     raise ValueError(
         f"objective.discount={o.discount} has no effect with route='direct', which has no "
@@ -167,6 +185,39 @@ def _check_distillation(o: Objective) -> None:
   if o.importance != 'none' and not o.has_policy_gradient:
     raise ValueError(f'objective.importance={o.importance!r} has no effect: no term of the loss is '
                      "a policy gradient; allowed: 'none'")
+
+
+def _check_divergence(o: Objective) -> None:
+  low, high, ends = divergences.ALPHAS.get(o.divergence, (0.0, 0.0, True))
+  inside = low <= o.divergence_alpha <= high if ends else low < o.divergence_alpha < high
+  if not inside:
+    allowed = ('0, since it has no parameter' if low == high else
+               f'{low} to {high}' + ('' if ends else ', the ends excluded'))
+    raise ValueError(f'objective.divergence_alpha={o.divergence_alpha} with divergence='
+                     f'{o.divergence!r}; allowed: {allowed}')
+  if not o.support.endswith('top_k'):
+    for name, off in (('top_k', 0), ('tail', 'none')):
+      if getattr(o, name) != off:
+        raise ValueError(f'objective.{name}={getattr(o, name)!r} has no effect with support='
+                         f'{o.support!r}; allowed: {off!r}')
+    return
+  if o.top_k < 1:
+    raise ValueError(f'objective.top_k={o.top_k} with support={o.support!r}; allowed: at least 1')
+  if o.tail == 'none':
+    raise ValueError(f"objective.tail='none' with support={o.support!r}; allowed: "
+                     f'{[t for t in estimators.TAILS if t != "none"]}')
+  if o.tail == 'renormalize' and o.top_k == 1 and o.support != 'union_top_k':
+    raise ValueError("objective.tail='renormalize' with objective.top_k=1: one token with mass 1 "
+                     "has no divergence to lower; allowed: top_k of at least 2, or tail='bucket'")
+  if o.tail == 'drop' and (o.divergence != 'forward_kl' or o.support == 'student_top_k'):
+    raise ValueError(
+        f"objective.tail='drop' with divergence={o.divergence!r}, support={o.support!r}: the "
+        "divergence falls as the student's mass leaves the support, which ends in collapse (Many "
+        "Faces of OPD, arXiv 2605.11182); allowed: 'renormalize', 'bucket' (for reverse_kl "
+        "'stop_gradient'), or forward_kl on a support that has the teacher's tokens")
+  if o.tail == 'stop_gradient' and o.divergence != 'reverse_kl':
+    raise ValueError(f"objective.tail='stop_gradient' with divergence={o.divergence!r}; allowed: "
+                     "divergence='reverse_kl', or another tail")
 
 
 def reduction_weights(mask: Float[Array, 'B t'], reduction: str) -> Float[Array, 'B t']:
@@ -215,7 +266,7 @@ def token_weights(o: Objective, rollout: Rollout, teacher: Scores | None, studen
       own = student.logprobs
     else:
       own = rollout.sampler_logprobs + rollout.kept_logmass
-    reward = (teacher.logprobs - own) * mask
+    reward = estimators.score_weight(o.term, teacher.logprobs - own) * mask
     total = total + o.distill_coef * discounted_return(reward, o.discount) * mask
   if o.reward_coef:
     advantage = group_advantage(rewards, group_size, o.reward_baseline)
@@ -224,15 +275,15 @@ def token_weights(o: Objective, rollout: Rollout, teacher: Scores | None, studen
 
 
 def loss_fn(params: Params, rollout: Rollout, weights: Float[Array, 'B t'],
-            advantage: Float[Array, 'B t'], teacher_hidden: Float[Array, 'B C E'] | None,
-            teacher_head: Head | None, *, model: Model, objective: Objective,
-            chunk_tokens: int) -> tuple[Array, dict[str, Float[Array, 'B t']]]:
+            advantage: Float[Array, 'B t'], teacher_logprobs: Float[Array, 'B t'] | None,
+            teacher_hidden: Float[Array, 'B C E'] | None, teacher_head: Head | None, *,
+            model: Model, objective: Objective, chunk_tokens: int
+            ) -> tuple[Array, dict[str, Float[Array, 'B t']]]:
   """The loss of some rows (its sum over microbatches is the loss of the batch), and per-token
   arrays [B, T-1] for the metrics."""
   o = objective
   hidden = score_lib.completion_hidden(model, params, rollout)
   head = model.head(params)
-  divergence = getattr(divergences, o.divergence)
 
   def chunk(hidden, targets, teacher_hidden=None):
     logprobs = score_lib.log_softmax(hidden, head, o.temperature)
@@ -241,7 +292,7 @@ def loss_fn(params: Params, rollout: Rollout, weights: Float[Array, 'B t'],
     if teacher_hidden is not None:
       teacher = jax.lax.stop_gradient(
           score_lib.log_softmax(teacher_hidden, teacher_head, o.teacher_temperature))
-      out['divergence'] = divergence(*score_lib.same_width(logprobs, teacher))
+      out['divergence'] = _divergence(o, *score_lib.same_width(logprobs, teacher))
       out['teacher_logprobs'] = score_lib.pick(teacher, targets)
       out['teacher_entropy'] = score_lib.entropy_of(teacher)
     return out
@@ -254,7 +305,10 @@ def loss_fn(params: Params, rollout: Rollout, weights: Float[Array, 'B t'],
 
   # `weights` is zero exactly where the mask is, so masked positions cannot reach the loss.
   loss = jnp.zeros((), weights.dtype)
-  if o.needs_hidden:
+  if o.needs_teacher and o.estimator != 'none':
+    log_u = (teacher_logprobs - out['logprobs']) * rollout.mask
+    out['divergence'] = estimators.sampled_loss(o.estimator, log_u)
+  if 'divergence' in out:
     loss = loss + o.distill_coef * jnp.sum(weights * out['divergence'])
   behaviour = rollout.sampler_logprobs
   if o.importance == 'ppo_clip':  # how far the policy has moved, not what top-p cut away
@@ -271,6 +325,14 @@ def loss_fn(params: Params, rollout: Rollout, weights: Float[Array, 'B t'],
   if o.has_policy_gradient:
     loss = loss - jnp.sum(weights * surrogate)
   return loss, {**jax.lax.stop_gradient(out), 'logratio': jax.lax.stop_gradient(logratio)}
+
+
+def _divergence(o: Objective, student: Float[Array, 'n V'], teacher: Float[Array, 'n V']
+                ) -> Float[Array, 'n']:
+  if o.support == 'full':
+    return estimators.full(o.term, student, teacher)
+  return estimators.on_support(o.term, student, teacher, support=o.support, top_k=o.top_k,
+                               tail=o.tail)
 
 
 def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, student: Scores | None,
@@ -305,6 +367,7 @@ def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, stude
   weights = reduction_weights(rollout.mask, objective.reduction)
   advantage = token_weights(objective, rollout, teacher, student, rewards, group_size)
   hidden = teacher.hidden if objective.needs_hidden else None
+  theirs = teacher.logprobs if objective.estimator != 'none' else None
 
   def loss(trained, *rows):
     return loss_fn(lora.join(frozen, trained), *rows, model=model, objective=objective,
@@ -316,7 +379,7 @@ def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, stude
     (value, aux), grads = grad_fn(state.params, *rows, teacher_head)
     return jax.tree.map(jnp.add, carry, (value, grads)), aux
 
-  split = score_lib.split_rows((rollout, weights, advantage, hidden), microbatch_rows)
+  split = score_lib.split_rows((rollout, weights, advantage, theirs, hidden), microbatch_rows)
   zeros = (jnp.zeros((), weights.dtype), jax.tree.map(jnp.zeros_like, state.params))
   (total, grads), aux = jax.lax.scan(accumulate, zeros, split)
   aux = score_lib.join_rows(aux)

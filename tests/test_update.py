@@ -23,7 +23,7 @@ import numpy as np
 import optax
 import pytest
 
-from opd_jax import models, optim, sample, score, update
+from opd_jax import estimators, models, optim, sample, score, update
 from opd_jax import params as params_lib
 from opd_jax.types import Head, Model, Rollout, Scores, TrainState
 from opd_jax.update import Objective
@@ -31,6 +31,7 @@ from opd_jax.update import Objective
 SGD = optax.sgd(1.0)  # the step it takes is the gradient
 EXACT = Objective(route='direct', support='full', importance='none')
 SAMPLED = Objective()
+TOP_K = dict(route='direct', support='teacher_top_k', top_k=4, tail='bucket', importance='none')
 SFT = Objective(distill_coef=0.0, likelihood_coef=1.0, importance='none')
 GRPO = Objective(distill_coef=0.0, reward_coef=1.0, reward_baseline='group_mean_std',
                  importance='ppo_clip', clip_epsilon=0.2)
@@ -136,17 +137,21 @@ class Enumeration:
     grad = quick_jit(jax.grad(functools.partial(
         update.loss_fn, model=self.student, objective=objective, chunk_tokens=50), has_aux=True))
     weights = probability * rollout.mask
-    return grad(self.params, rollout, weights, advantage, teacher.hidden, head)[0]
+    return grad(self.params, rollout, weights, advantage, teacher.logprobs, teacher.hidden, head)[0]
 
-  def token_level_gradient(self, sampler_params):
-    """Of the sum over prefixes of p(prefix), held fixed, times KL(p_S || p_T)(prefix)."""
+  def token_level_gradient(self, sampler_params, divergence=None):
+    """Of the sum over prefixes of p(prefix), held fixed, times D(p_S, p_T)(prefix), by default
+    the reverse KL; `divergence` is a function of probabilities p_S, p_T [..., V]."""
     _, probability = self.behaviour(sampler_params)
 
     def objective(params):
       own = self.logprobs(self.student, params, TEMPERATURE)
       theirs = self.logprobs(self.teacher, self.teacher_params, TEACHER_TEMPERATURE)
-      kl = jnp.sum(jnp.exp(own) * (own - theirs), axis=-1)
-      return jnp.sum(probability * self.rollout.mask * kl)
+      if divergence is None:
+        value = jnp.sum(jnp.exp(own) * (own - theirs), axis=-1)
+      else:
+        value = divergence(jnp.exp(own), jnp.exp(theirs))
+      return jnp.sum(probability * self.rollout.mask * value)
 
     return quick_jit(jax.grad(objective))(self.params)
 
@@ -224,6 +229,163 @@ def test_full_support_is_the_gradient_of_the_reverse_kl(enumeration):
   got = e.expected_gradient(_at_temperatures(route='direct', support='full'), e.params)
   want = e.token_level_gradient(e.params)
   assert _relative_error(got, want) < ORACLE
+
+
+# --- every divergence, every support and every estimate against the definition ---
+
+# Written from the definitions, in probabilities and not in log-probs, to share nothing with the
+# package. A new divergence needs its definition here, or the tests below fail.
+DEFINITIONS = {
+    'reverse_kl': lambda s, t, a: s * jnp.log(s / t),
+    'forward_kl': lambda s, t, a: t * jnp.log(t / s),
+    'jensen_shannon': lambda s, t, a: (a * t * jnp.log(t / (a * t + (1 - a) * s))
+                                       + (1 - a) * s * jnp.log(s / (a * t + (1 - a) * s))),
+    'scaled_jensen_shannon': lambda s, t, a: DEFINITIONS['jensen_shannon'](s, t, a) / (a * (1 - a)),
+    'skew_kl': lambda s, t, a: t * jnp.log(t / (a * t + (1 - a) * s)),
+    'skew_reverse_kl': lambda s, t, a: s * jnp.log(s / ((1 - a) * t + a * s)),
+    'total_variation': lambda s, t, a: abs(s - t) / 2,
+    'alpha_divergence': lambda s, t, a: (t**a * s**(1 - a) - a * t - (1 - a) * s) / (a * (a - 1)),
+    'squared_hellinger': lambda s, t, a: (s**0.5 - t**0.5)**2,
+}
+ALPHA = 0.3
+EVERY = [(name, ALPHA if estimators.takes_alpha(name) else 0.0) for name in estimators.names()]
+every_divergence = pytest.mark.parametrize(('name', 'alpha'), EVERY, ids=[n for n, _ in EVERY])
+
+
+def _defined(name, alpha):
+  return lambda s, t: jnp.sum(DEFINITIONS[name](s, t, alpha), axis=-1)
+
+
+@every_divergence
+def test_score_function_weights_estimate_the_gradient_of_every_divergence(enumeration, name, alpha):
+  e = enumeration
+  objective = _at_temperatures(divergence=name, divergence_alpha=alpha)
+  got = e.expected_gradient(objective, e.params)
+  assert _relative_error(got, e.token_level_gradient(e.params, _defined(name, alpha))) < ORACLE
+
+
+@every_divergence
+def test_full_support_is_the_gradient_of_every_divergence(enumeration, name, alpha):
+  e = enumeration
+  objective = _at_temperatures(route='direct', support='full', importance='none', divergence=name,
+                               divergence_alpha=alpha)
+  got = e.expected_gradient(objective, e.params)
+  assert _relative_error(got, e.token_level_gradient(e.params, _defined(name, alpha))) < ORACLE
+
+
+@pytest.mark.parametrize(('estimator', 'name'), estimators.DIRECT_SAMPLED.items())
+def test_k2_and_k3_differentiated_at_the_sampled_token(enumeration, estimator, name):
+  e = enumeration
+  objective = _at_temperatures(route='direct', estimator=estimator, divergence=name,
+                               importance='none')
+  got = e.expected_gradient(objective, e.params)
+  assert _relative_error(got, e.token_level_gradient(e.params, _defined(name, 0.0))) < ORACLE
+  # The other one is not what it estimates.
+  (other,) = set(estimators.DIRECT_SAMPLED.values()) - {name}
+  assert _relative_error(got, e.token_level_gradient(e.params, _defined(other, 0.0))) > 0.1
+
+
+def test_k1_differentiated_at_the_sampled_token_is_nothing(enumeration, monkeypatch):
+  # Why it is refused: E_S[grad log p_S] = 0.
+  e = enumeration
+  monkeypatch.setattr(estimators, 'sampled_loss', lambda estimator, log_u: -log_u)
+  objective = _at_temperatures(route='direct', estimator='k2', importance='none')
+  got = e.expected_gradient(objective, e.params)
+  scale = max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(e.token_level_gradient(e.params)))
+  assert max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(got)) < ORACLE * scale
+
+
+def _truncated(support, k, tail, f):
+  """The definition on a top-k support, row by row, in NumPy's order of ties (there are none)."""
+  def divergence(s, t):
+    of_t, of_s = (jnp.argsort(-x, axis=-1)[..., :k] for x in (t, s))
+    inside = {'teacher_top_k': [of_t], 'student_top_k': [of_s],
+              'union_top_k': [of_t, of_s]}[support]
+    member = sum(jax.nn.one_hot(i, s.shape[-1]).sum(-2) for i in inside) > 0
+    mine, theirs = jnp.where(member, s, 0.0), jnp.where(member, t, 0.0)
+    if tail == 'renormalize':
+      mine, theirs = (x / x.sum(-1, keepdims=True) for x in (mine, theirs))
+    safe = [jnp.where(member, x, 1.0) for x in (mine, theirs)]
+    if tail == 'stop_gradient':
+      log_s = jax.lax.stop_gradient(jnp.log(safe[0]))
+      return jnp.sum(jnp.where(member, safe[0] * (log_s - jnp.log(safe[1])), 0.0), -1)
+    total = jnp.sum(jnp.where(member, f(*safe), 0.0), -1)
+    if tail == 'bucket':
+      rest = [1.0 - x.sum(-1) for x in (mine, theirs)]
+      total = total + f(*rest)
+    return total
+
+  return divergence
+
+
+@pytest.mark.parametrize('support', ['teacher_top_k', 'student_top_k', 'union_top_k'])
+@pytest.mark.parametrize(('name', 'tail'), [
+    ('reverse_kl', 'renormalize'), ('reverse_kl', 'bucket'), ('reverse_kl', 'stop_gradient'),
+    ('forward_kl', 'drop'), ('forward_kl', 'bucket'), ('jensen_shannon', 'renormalize'),
+    ('total_variation', 'bucket')])
+def test_top_k_is_its_definition(enumeration, support, name, tail):
+  if (tail, support) == ('drop', 'student_top_k'):
+    pytest.skip('refused')
+  e, alpha = enumeration, ALPHA if estimators.takes_alpha(name) else 0.0
+  objective = _at_temperatures(route='direct', support=support, top_k=2, tail=tail, divergence=name,
+                               divergence_alpha=alpha, importance='none')
+  update.check_objective(objective)
+  got = e.expected_gradient(objective, e.params)
+  f = functools.partial(DEFINITIONS[name], a=alpha)
+  want = e.token_level_gradient(e.params, _truncated(support, 2, tail, f))
+  assert _relative_error(got, want) < ORACLE
+
+
+@pytest.mark.parametrize('support', ['teacher_top_k', 'student_top_k', 'union_top_k'])
+@every_divergence
+def test_top_k_of_everything_is_the_divergence_itself(x64, support, name, alpha):
+  rng = np.random.RandomState(0)
+  student, teacher = (jax.nn.log_softmax(jnp.asarray(2 * rng.standard_normal((30, 7))))
+                      for _ in range(2))
+  f = estimators.term(name, alpha)
+  want = estimators.full(f, student, teacher)
+  for k, tail in ((7, 'renormalize'), (7, 'bucket'), (6, 'bucket')):
+    got = estimators.on_support(f, student, teacher, support=support, top_k=k, tail=tail)
+    np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(('alpha', 'name'), [(1e-6, 'forward_kl'), (1 - 1e-6, 'reverse_kl'),
+                                             (0.0, 'forward_kl'), (1.0, 'reverse_kl')])
+def test_limits_of_the_scaled_jensen_shannon_divergence(x64, alpha, name):
+  rng = np.random.RandomState(0)
+  student, teacher = (jax.nn.log_softmax(jnp.asarray(rng.standard_normal((30, 7))))
+                      for _ in range(2))
+  got = estimators.full(estimators.term('scaled_jensen_shannon', alpha), student, teacher)
+  want = estimators.full(estimators.term(name, 0.0), student, teacher)
+  np.testing.assert_allclose(got, want, rtol=1e-4)  # the next term is of order 1e-6, amplified
+
+
+@pytest.mark.parametrize(('name', 'alpha', 'limit'), [
+    ('skew_kl', 1e-9, 'forward_kl'), ('skew_reverse_kl', 1e-9, 'reverse_kl'),
+    ('alpha_divergence', 1e-7, 'reverse_kl'), ('alpha_divergence', 1 - 1e-7, 'forward_kl'),
+    ('alpha_divergence', 0.0, 'reverse_kl'), ('alpha_divergence', 1.0, 'forward_kl')])
+def test_limits_of_the_families(x64, name, alpha, limit):
+  rng = np.random.RandomState(0)
+  student, teacher = (jax.nn.log_softmax(jnp.asarray(rng.standard_normal((30, 7))))
+                      for _ in range(2))
+  got = estimators.full(estimators.term(name, alpha), student, teacher)
+  want = estimators.full(estimators.term(limit, 0.0), student, teacher)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@every_divergence
+def test_weight_of_equal_probabilities_is_zero(x64, name, alpha):
+  f = estimators.term(name, alpha)
+  assert float(estimators.score_weight(f, jnp.zeros(3))[0]) == 0.0
+
+
+@pytest.mark.parametrize(('name', 'alpha', 'weight'), [
+    ('reverse_kl', 0.0, lambda u: np.log(u)), ('forward_kl', 0.0, lambda u: u - 1),
+    ('jensen_shannon', 0.5, lambda u: 0.5 * np.log((1 + u) / 2))])
+def test_weights_that_papers_give(x64, name, alpha, weight):
+  u = np.array([1e-3, 0.2, 1.0, 3.0, 50.0])  # OPD+ (arXiv 2606.01039), up to a constant
+  got = estimators.score_weight(estimators.term(name, alpha), jnp.log(jnp.asarray(u)))
+  np.testing.assert_allclose(got, weight(u), rtol=1e-12, atol=1e-12)
 
 
 # --- (b, c) loss and gradient of every kind of objective against loops over tokens in NumPy ---
@@ -631,7 +793,7 @@ def test_one_pinned_step():
 
 @pytest.mark.parametrize(('changes', 'field', 'allowed'), [
     (dict(route='sideways'), "objective.route='sideways'", "['policy_gradient', 'direct']"),
-    (dict(support='half'), "objective.support='half'", "['sampled', 'full']"),
+    (dict(support='half'), "objective.support='half'", str(list(estimators.SUPPORTS))),
     (dict(importance='some'), "objective.importance='some'", "['none', 'ratio', 'ppo_clip']"),
     (dict(reward_baseline='mean'), "objective.reward_baseline='mean'",
      "['none', 'group_mean', 'group_mean_std']"),
@@ -655,7 +817,30 @@ def test_one_pinned_step():
      "support='full'"),
     (dict(support='full'), "objective.route='policy_gradient' with objective.support='full'",
      "route='direct'"),
-    (dict(divergence='forward_kl'), "objective.divergence='forward_kl'", "'reverse_kl'"),
+    (dict(divergence_alpha=0.5), 'objective.divergence_alpha=0.5', 'no parameter'),
+    (dict(divergence='jensen_shannon'), 'objective.divergence_alpha=0.0', 'the ends excluded'),
+    (dict(divergence='skew_kl', divergence_alpha=1.0), 'objective.divergence_alpha=1.0',
+     'excluded'),
+    (dict(top_k=4), 'objective.top_k=4', 'no effect'),
+    (dict(tail='bucket'), "objective.tail='bucket'", 'no effect'),
+    (dict(tail='cut'), "objective.tail='cut'", str(list(estimators.TAILS))),
+    (dict(estimator='k2'), "objective.estimator='k2'", 'no effect'),
+    (dict(estimator='k1'), "objective.estimator='k1'", "['none', 'k2', 'k3']"),
+    (dict(route='direct', estimator='k3', importance='none'), "estimator='k3'", "['k2']"),
+    (dict(route='direct', estimator='k2', importance='none', divergence='forward_kl'),
+     "estimator='k2'", "['k3']"),
+    (dict(route='direct', importance='none', divergence='total_variation'), "estimator='none'",
+     "route='policy_gradient'"),
+    *[(dict(TOP_K, **changes), *parts) for changes, *parts in (
+        (dict(top_k=0), 'objective.top_k=0', 'at least 1'),
+        (dict(tail='none'), "objective.tail='none'", "'bucket'"),
+        (dict(top_k=1, tail='renormalize'), 'objective.top_k=1', 'at least 2'),
+        (dict(tail='drop'), "objective.tail='drop'", 'collapse'),
+        (dict(tail='drop', divergence='forward_kl', support='student_top_k'),
+         "objective.tail='drop'", 'collapse'),
+        (dict(tail='stop_gradient', divergence='forward_kl'), "objective.tail='stop_gradient'",
+         "divergence='reverse_kl'"),
+        (dict(route='policy_gradient'), "objective.route='policy_gradient'", "route='direct'"))],
     (dict(route='direct', support='full', discount=0.5), 'objective.discount=0.5', 'allowed: 0'),
     (dict(route='direct', support='full'), "objective.importance='ratio'", "'none'"),
     *[({**dataclasses.asdict(SFT), name: value}, f'objective.{name}={value!r}', 'no effect')
@@ -784,11 +969,18 @@ def test_reduction_weights_sum_to_one(lengths):
 
 def test_every_pair_of_route_and_support_is_either_meaningful_or_refused():
   accepted = set()
-  for route, support in itertools.product(update.ROUTES, update.SUPPORTS):
+  for route, support, tail, estimator in itertools.product(
+      update.ROUTES, estimators.SUPPORTS, estimators.TAILS, update.ESTIMATORS):
     try:
-      importance = 'ratio' if route == 'policy_gradient' else 'none'
-      update.check_objective(Objective(route=route, support=support, importance=importance))
-      accepted.add((route, support))
-    except ValueError:
-      pass
-  assert accepted == {('policy_gradient', 'sampled'), ('direct', 'full')}
+      update.check_objective(Objective(
+          route=route, support=support, tail=tail, estimator=estimator,
+          top_k=4 if support.endswith('top_k') else 0,
+          importance='ratio' if route == 'policy_gradient' else 'none'))
+      accepted.add((route, support, tail, estimator))
+    except ValueError as e:
+      assert 'allowed' in str(e)
+  top_k = [s for s in estimators.SUPPORTS if s.endswith('top_k')]
+  assert accepted == {
+      ('policy_gradient', 'sampled', 'none', 'none'), ('direct', 'sampled', 'none', 'k2'),
+      ('direct', 'full', 'none', 'none'),
+      *itertools.product(['direct'], top_k, ['renormalize', 'bucket', 'stop_gradient'], ['none'])}

@@ -261,8 +261,10 @@ class TestRoles:
        ("objective.route='direct'", "objective.support='sampled'")),
       ('opd_sampled', dict(objective__support='full'),
        ("objective.route='policy_gradient'", "objective.support='full'")),
-      ('opd_sampled', dict(objective__divergence='forward_kl'),
-       ("objective.divergence='forward_kl'", "'reverse_kl'")),
+      ('opd_sampled', dict(objective__divergence='skew_kl'),
+       ('objective.divergence_alpha=0.0', "divergence='skew_kl'")),
+      ('sft_teacher', dict(objective__distill_coef=1.0, objective__importance='none'),
+       ("data.source='teacher'", "support='sampled'")),
       ('opd_exact', dict(objective__discount=0.5), ('objective.discount=0.5', 'no effect')),
       ('sft', dict(objective__likelihood_coef=0.0), ('likelihood_coef', 'all 0')),
       # A setting away from its default that nothing reads is a misunderstanding.
@@ -276,7 +278,7 @@ class TestRoles:
        ('eval.stop_at_sampled_accuracy=0.5', 'eval.every_steps=0')),
       ('sft', dict(objective__discount=0.5), ('objective.discount=0.5',)),
       ('sft', dict(objective__clip_epsilon=0.1), ('objective.clip_epsilon=0.1',)),
-      ('sft', dict(objective__divergence='forward_kl'), ("objective.divergence='forward_kl'",)),
+      ('sft', dict(X
       ('opd_sampled', dict(objective__reward_baseline='group_mean'),
        ("objective.reward_baseline='group_mean'",)),
       ('sft', dict(checkpoint__best_metric='acuracy'),

@@ -278,7 +278,7 @@ class TestRoles:
        ('eval.stop_at_sampled_accuracy=0.5', 'eval.every_steps=0')),
       ('sft', dict(objective__discount=0.5), ('objective.discount=0.5',)),
       ('sft', dict(objective__clip_epsilon=0.1), ('objective.clip_epsilon=0.1',)),
-      ('sft', dict(X
+      ('sft', dict(objective__divergence='forward_kl'), ("objective.divergence='forward_kl'",)),
       ('opd_sampled', dict(objective__reward_baseline='group_mean'),
        ("objective.reward_baseline='group_mean'",)),
       ('sft', dict(checkpoint__best_metric='acuracy'),

@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from opd_jax import data, hf, models, optim, tasks, teachers, tokenizer
-from opd_jax import update as update_lib
+from opd_jax import objective as objective_lib
 from opd_jax.params import flatten
 
 SOURCES = ('student', 'teacher', 'dataset')
@@ -76,9 +76,9 @@ def default_config() -> ConfigDict:
   # `stop`: whose stop tokens end a completion: 'student', 'teacher' or the 'union' of both.
   c.sample = ConfigDict(dict(temperature=1.0, top_p=1.0, top_k=0, stop='student'))
 
-  # See update.Objective for every field.
+  # See objective.Objective for every field.
   c.objective = ConfigDict({
-      f.name: f.default for f in dataclasses.fields(update_lib.Objective)
+      f.name: f.default for f in dataclasses.fields(objective_lib.Objective)
       if f.name != 'temperature'})
 
   c.optimizer = ConfigDict(dict(
@@ -229,11 +229,11 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
   return c
 
 
-def make_objective(c: ConfigDict) -> update_lib.Objective:
+def make_objective(c: ConfigDict) -> objective_lib.Objective:
   """The pure code's Objective. The student's temperature is the sampler's, by construction; text
   that the student did not write is scored at temperature 1."""
   own = c.data.source == 'student'
-  return update_lib.Objective(**c.objective.to_dict(),
+  return objective_lib.Objective(**c.objective.to_dict(),
                               temperature=c.sample.temperature if own else 1.0)
 
 
@@ -249,7 +249,7 @@ def validate(c: ConfigDict, prefix: str = '') -> None:
       raise ConfigError(f'steps={c.steps}; allowed: at least 1')
     if c.seed < 0:
       raise ConfigError(f'seed={c.seed}; allowed: at least 0')
-    update_lib.check_objective(make_objective(c))
+    objective_lib.check_objective(make_objective(c))
     tasks.options(tasks.get(c.task.name), c.task.options.to_dict())
     _check_roles(c)
     _check_prompt(c)
@@ -365,6 +365,9 @@ def _check_roles(c):
     raise ConfigError(f'data.samples_per_prompt={c.data.samples_per_prompt} with '
                       f'objective.reward_baseline={o.reward_baseline!r}: a group of one has no '
                       'baseline; allowed: at least 2')
+  if o.baseline == 'leave_one_out' and c.data.samples_per_prompt < 2:
+    raise ConfigError(f'data.samples_per_prompt={c.data.samples_per_prompt} with objective.baseline='
+                      "'leave_one_out': there is no other sample; allowed: at least 2")
   if c.sample.temperature <= 0:
     raise ConfigError(f'sample.temperature={c.sample.temperature}; allowed: above 0 (greedy '
                       'accuracy is always evaluated too)')

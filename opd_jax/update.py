@@ -17,7 +17,6 @@ per token.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -25,253 +24,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import optax
 
-from opd_jax import divergences, estimators, lora
+from opd_jax import credit, estimators, lora
 from opd_jax import score as score_lib
+from opd_jax.objective import Objective
 from opd_jax.types import Head, Model, Params, Rollout, Scores, TrainState
-
-ROUTES = ('policy_gradient', 'direct')
-ESTIMATORS = ('none', *estimators.DIRECT_SAMPLED)
-BASELINES = ('none', 'group_mean', 'group_mean_std')
-IMPORTANCE = ('none', 'ratio', 'ppo_clip')
-REDUCTIONS = ('token_mean', 'sequence_mean')
-STUDENT_LOGPROBS = ('rescored', 'sampler')
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-  """What the student is trained towards. `check_objective` refuses what makes no sense.
-
-  Attributes:
-    route: 'policy_gradient' (score function, detached advantage) or 'direct' (differentiate the
-      divergence through the student's log-probs); of the distillation term.
-    divergence: name of a function in `divergences.py`.
-    divergence_alpha: its parameter, where it has one; 0 where not.
-    support: 'sampled' (the token the student drew), 'full' (exact, the whole vocabulary), or the
-      'teacher_top_k', 'student_top_k' or 'union_top_k' most likely tokens.
-    top_k: how many; 0 without.
-    tail: what becomes of the tokens outside a top-k support (`estimators.on_support`): 'drop',
-      'renormalize', 'bucket' or 'stop_gradient'; 'none' without.
-    estimator: with route 'direct' and support 'sampled', what is differentiated at the sampled
-      token: 'k2' for the reverse KL, 'k3' for the forward KL; 'none' without.
-    distill_coef, reward_coef, likelihood_coef: the three weights in the module docstring.
-    discount: gamma of the return of per-token distillation rewards. 0 is the paper's choice: each
-      token answers for itself only; 1 is the gradient of the sequence-level KL.
-    reward_baseline: subtracted from a row's reward: nothing, the mean of its group, or the mean
-      and then a division by the group's standard deviation (GRPO, Shao et al. 2024); 'none' without
-      a reward.
-    importance: rho = 1 with log p in its place ('none'), p_S / p_sampler ('ratio'), or PPO's
-      pessimistic clip ('ppo_clip', against the sampler's policy before top-p and top-k).
-    clip_epsilon: of 'ppo_clip'; 0 without it.
-    reduction: 'token_mean' over the global batch, or 'sequence_mean' (rows weigh the same).
-    student_logprobs: where log p_S in the advantage comes from: 'rescored' by the program that
-      scored the teacher (self-distillation is then an exact fixed point; one more forward pass),
-      or the 'sampler' (free; off by its rounding).
-    temperature: of the student's distribution; the loop sets it to the sampler's.
-    teacher_temperature: of the teacher's distribution (for a teacher equal to the student to be a
-      fixed point, the two must be equal).
-  """
-
-  route: str = 'policy_gradient'
-  divergence: str = 'reverse_kl'
-  divergence_alpha: float = 0.0
-  support: str = 'sampled'
-  top_k: int = 0
-  tail: str = 'none'
-  estimator: str = 'none'
-  distill_coef: float = 1.0
-  reward_coef: float = 0.0
-  likelihood_coef: float = 0.0
-  discount: float = 0.0
-  reward_baseline: str = 'none'
-  importance: str = 'ratio'
-  clip_epsilon: float = 0.0
-  reduction: str = 'token_mean'
-  student_logprobs: str = 'rescored'
-  temperature: float = 1.0
-  teacher_temperature: float = 1.0
-
-  @property
-  def needs_teacher(self) -> bool:
-    return self.distill_coef != 0.0
-
-  @property
-  def needs_hidden(self) -> bool:
-    """Whether the loss walks over a support, and so needs the teacher's hidden states."""
-    return self.needs_teacher and self.support != 'sampled'
-
-  @property
-  def term(self) -> estimators.Term:
-    """One term of the divergence."""
-    return estimators.term(self.divergence, self.divergence_alpha)
-
-  @property
-  def has_policy_gradient(self) -> bool:
-    """Whether any term of the loss goes through A_t."""
-    distil = self.needs_teacher and self.route == 'policy_gradient'
-    return distil or self.reward_coef != 0.0 or self.likelihood_coef != 0.0
-
-  @property
-  def needs_student_scores(self) -> bool:
-    return (self.needs_teacher and self.route == 'policy_gradient'
-            and self.student_logprobs == 'rescored')
-
-
-def check_objective(o: Objective) -> None:
-  """Refuses unknown names and combinations that cannot mean what they say.
-
-  Raises:
-    ValueError: names the field, the value, what is allowed, and why.
-  """
-  for name, allowed in (('route', ROUTES), ('support', estimators.SUPPORTS),
-                        ('importance', IMPORTANCE), ('reward_baseline', BASELINES),
-                        ('reduction', REDUCTIONS),
-                        ('student_logprobs', STUDENT_LOGPROBS),
-                        ('divergence', estimators.names()), ('tail', estimators.TAILS),
-                        ('estimator', ESTIMATORS)):
-    if getattr(o, name) not in allowed:
-      raise ValueError(f'objective.{name}={getattr(o, name)!r}; allowed: {list(allowed)}')
-  if not 0.0 <= o.discount <= 1.0:
-    raise ValueError(f'objective.discount={o.discount}; allowed: 0 to 1')
-  for name in ('temperature', 'teacher_temperature'):
-    if getattr(o, name) <= 0.0:
-      raise ValueError(f'objective.{name}={getattr(o, name)}; allowed: above 0 (at 0 the '
-                       'distribution is a point mass and has no KL divergence)')
-  if o.clip_epsilon < 0.0 or (o.clip_epsilon > 0.0) != (o.importance == 'ppo_clip'):
-    raise ValueError(f'objective.clip_epsilon={o.clip_epsilon} with objective.importance='
-                     f"{o.importance!r}; allowed: above 0 with 'ppo_clip', 0 without")
-  for name in ('distill_coef', 'reward_coef', 'likelihood_coef'):
-    if getattr(o, name) < 0.0:
-      raise ValueError(f'objective.{name}={getattr(o, name)}; allowed: at least 0')
-  if not (o.distill_coef or o.reward_coef or o.likelihood_coef):
-    raise ValueError('objective.distill_coef, reward_coef and likelihood_coef are all 0: there is '
-                     'nothing to train towards; allowed: at least one other than 0')
-  if o.reward_baseline != 'none' and not o.reward_coef:
-    raise ValueError(f'objective.reward_baseline={o.reward_baseline!r} has no effect with '
-                     "objective.reward_coef=0; allowed: 'none'")
-  if o.needs_teacher:
-    _check_distillation(o)
-    return
-  for name in ('route', 'divergence', 'divergence_alpha', 'support', 'top_k', 'tail', 'estimator',
-               'discount', 'teacher_temperature'):
-    value, default = getattr(o, name), getattr(Objective, name)
-    if value != default:
-      raise ValueError(f'objective.{name}={value!r} has no effect with objective.distill_coef=0; '
-                       f'allowed: {default!r}')
-
-
-def _check_distillation(o: Objective) -> None:
-  _check_divergence(o)
-  if o.route == 'direct' and o.support == 'sampled':
-    unbiased = [k for k, name in estimators.DIRECT_SAMPLED.items() if name == o.divergence]
-    if o.estimator not in unbiased:
-      raise ValueError(
-          "objective.route='direct' with objective.support='sampled', divergence="
-          f'{o.divergence!r}, estimator={o.estimator!r}: differentiating that at the sampled token '
-          'does not estimate the gradient (log p_S - log p_T itself has expectation zero, so '
-          f'nothing would be learned); allowed: estimator in {unbiased} for this divergence, '
-          "route='policy_gradient', or support='full'")
-  elif o.estimator != 'none':
-    raise ValueError(f'objective.estimator={o.estimator!r} has no effect with objective.route='
-                     f"{o.route!r}, support={o.support!r}; allowed: 'none'")
-  if o.route == 'policy_gradient' and o.support != 'sampled':
-    raise ValueError(
-        f"objective.route='policy_gradient' with objective.support={o.support!r}: a divergence "
-        'over several tokens used as a scalar advantage names no direction to move in; '
-        "allowed: route='direct', or support='sampled'")
-  if o.route == 'direct' and o.discount:
-    raise ValueError(
-        f"objective.discount={o.discount} has no effect with route='direct', which has no "
-        "return; allowed: 0, or route='policy_gradient'")
-  if o.importance != 'none' and not o.has_policy_gradient:
-    raise ValueError(f'objective.importance={o.importance!r} has no effect: no term of the loss is '
-                     "a policy gradient; allowed: 'none'")
-
-
-def _check_divergence(o: Objective) -> None:
-  low, high, ends = divergences.ALPHAS.get(o.divergence, (0.0, 0.0, True))
-  inside = low <= o.divergence_alpha <= high if ends else low < o.divergence_alpha < high
-  if not inside:
-    allowed = ('0, since it has no parameter' if low == high else
-               f'{low} to {high}' + ('' if ends else ', the ends excluded'))
-    raise ValueError(f'objective.divergence_alpha={o.divergence_alpha} with divergence='
-                     f'{o.divergence!r}; allowed: {allowed}')
-  if not o.support.endswith('top_k'):
-    for name, off in (('top_k', 0), ('tail', 'none')):
-      if getattr(o, name) != off:
-        raise ValueError(f'objective.{name}={getattr(o, name)!r} has no effect with support='
-                         f'{o.support!r}; allowed: {off!r}')
-    return
-  if o.top_k < 1:
-    raise ValueError(f'objective.top_k={o.top_k} with support={o.support!r}; allowed: at least 1')
-  if o.tail == 'none':
-    raise ValueError(f"objective.tail='none' with support={o.support!r}; allowed: "
-                     f'{[t for t in estimators.TAILS if t != "none"]}')
-  if o.tail == 'renormalize' and o.top_k == 1 and o.support != 'union_top_k':
-    raise ValueError("objective.tail='renormalize' with objective.top_k=1: one token with mass 1 "
-                     "has no divergence to lower; allowed: top_k of at least 2, or tail='bucket'")
-  if o.tail == 'drop' and (o.divergence != 'forward_kl' or o.support == 'student_top_k'):
-    raise ValueError(
-        f"objective.tail='drop' with divergence={o.divergence!r}, support={o.support!r}: the "
-        "divergence falls as the student's mass leaves the support, which ends in collapse (Many "
-        "Faces of OPD, arXiv 2605.11182); allowed: 'renormalize', 'bucket' (for reverse_kl "
-        "'stop_gradient'), or forward_kl on a support that has the teacher's tokens")
-  if o.tail == 'stop_gradient' and o.divergence != 'reverse_kl':
-    raise ValueError(f"objective.tail='stop_gradient' with divergence={o.divergence!r}; allowed: "
-                     "divergence='reverse_kl', or another tail")
-
-
-def reduction_weights(mask: Float[Array, 'B t'], reduction: str) -> Float[Array, 'B t']:
-  """w_t: the mask, scaled so that it sums to 1 over the global batch; 0 for an empty mask."""
-  if reduction == 'token_mean':
-    return mask / jnp.maximum(jnp.sum(mask), 1.0)
-  per_row = mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1.0)
-  return per_row / jnp.maximum(jnp.sum(jnp.any(mask > 0, axis=1)), 1.0)
-
-
-def discounted_return(rewards: Float[Array, 'B t'], discount: float) -> Float[Array, 'B t']:
-  """G_t = sum_{k >= t} discount^(k - t) r_k along a row. Discount 0 returns `rewards` itself."""
-  if discount == 0.0:
-    return rewards
-
-  def backwards(later, reward):
-    total = reward + discount * later
-    return total, total
-
-  _, returns = jax.lax.scan(backwards, jnp.zeros_like(rewards[:, 0]), rewards.T, reverse=True)
-  return returns.T
-
-
-def group_advantage(rewards: Float[Array, 'B'], group_size: int, baseline: str
-                    ) -> Float[Array, 'B']:
-  """Rewards relative to the other samples of the same prompt (rows b // group_size).
-
-  'group_mean_std' is GRPO's (r - mean) / (std + 1e-4) (Shao et al. 2024, arXiv 2402.03300, eq. 3,
-  outcome supervision); 'group_mean' leaves out the division (Liu et al. 2025, Dr. GRPO).
-  """
-  groups = rewards.reshape(-1, group_size)
-  if baseline != 'none':
-    groups = groups - jnp.mean(groups, axis=1, keepdims=True)
-  if baseline == 'group_mean_std':
-    groups = groups / (jnp.std(groups, axis=1, keepdims=True) + 1e-4)
-  return groups.reshape(-1)
-
-
-def token_weights(o: Objective, rollout: Rollout, teacher: Scores | None, student: Scores | None,
-                  rewards: Float[Array, 'B'] | None, group_size: int) -> Float[Array, 'B t']:
-  """A_t of the module docstring: detached, and zero where the mask is."""
-  mask = rollout.mask
-  total = o.likelihood_coef * mask
-  if o.needs_teacher and o.route == 'policy_gradient':
-    if student is not None:
-      own = student.logprobs
-    else:
-      own = rollout.sampler_logprobs + rollout.kept_logmass
-    reward = estimators.score_weight(o.term, teacher.logprobs - own) * mask
-    total = total + o.distill_coef * discounted_return(reward, o.discount) * mask
-  if o.reward_coef:
-    advantage = group_advantage(rewards, group_size, o.reward_baseline)
-    total = total + o.reward_coef * advantage[:, None] * mask
-  return jax.lax.stop_gradient(total)
 
 
 def loss_fn(params: Params, rollout: Rollout, weights: Float[Array, 'B t'],
@@ -308,28 +64,41 @@ def loss_fn(params: Params, rollout: Rollout, weights: Float[Array, 'B t'],
   if o.needs_teacher and o.estimator != 'none':
     log_u = (teacher_logprobs - out['logprobs']) * rollout.mask
     out['divergence'] = estimators.sampled_loss(o.estimator, log_u)
-  if 'divergence' in out:
+  if o.needs_teacher and o.route == 'direct':
     loss = loss + o.distill_coef * jnp.sum(weights * out['divergence'])
+  if o.baseline == 'exact':
+    # The mean of log p_T - log p_S over the student's next token is minus this.
+    advantage = advantage + o.distill_coef * jax.lax.stop_gradient(out['divergence'])
   behaviour = rollout.sampler_logprobs
-  if o.importance == 'ppo_clip':  # how far the policy has moved, not what top-p cut away
+  if o.importance in ('two_sided', 'ppo_clip'):
+    # How far the policy has moved, not what top-p cut away.
     behaviour = behaviour + rollout.kept_logmass
   logratio = (out['logprobs'] - behaviour) * rollout.mask
-  if o.importance == 'none':
-    surrogate = out['logprobs'] * advantage
-  else:
-    ratio = jnp.exp(logratio)
-    surrogate = ratio * advantage
-    if o.importance == 'ppo_clip':
-      clipped = jnp.clip(ratio, 1.0 - o.clip_epsilon, 1.0 + o.clip_epsilon) * advantage
-      surrogate = jnp.minimum(surrogate, clipped)
   if o.has_policy_gradient:
-    loss = loss - jnp.sum(weights * surrogate)
+    loss = loss - jnp.sum(weights * surrogate(o, out['logprobs'], logratio, advantage))
   return loss, {**jax.lax.stop_gradient(out), 'logratio': jax.lax.stop_gradient(logratio)}
+
+
+def surrogate(o: Objective, logprobs: Float[Array, 'B t'], logratio: Float[Array, 'B t'],
+              advantage: Float[Array, 'B t']) -> Float[Array, 'B t']:
+  """What is differentiated for the policy gradient: its gradient is rho A grad log p_S."""
+  if o.importance == 'none':
+    return logprobs * advantage
+  ratio = jnp.exp(logratio)
+  if o.importance == 'truncated':
+    return jax.lax.stop_gradient(jnp.minimum(ratio, o.ratio_high)) * logprobs * advantage
+  if o.importance == 'two_sided':
+    inside = (ratio >= o.ratio_low) & (ratio <= o.ratio_high)
+    return jnp.where(inside, jax.lax.stop_gradient(ratio) * logprobs * advantage, 0.0)
+  if o.importance == 'ppo_clip':
+    clipped = jnp.clip(ratio, 1.0 - o.clip_epsilon, 1.0 + o.clip_epsilon) * advantage
+    return jnp.minimum(ratio * advantage, clipped)
+  return ratio * advantage
 
 
 def _divergence(o: Objective, student: Float[Array, 'n V'], teacher: Float[Array, 'n V']
                 ) -> Float[Array, 'n']:
-  if o.support == 'full':
+  if not o.support.endswith('top_k'):  # full, or the mean of the sampled signal
     return estimators.full(o.term, student, teacher)
   return estimators.on_support(o.term, student, teacher, support=o.support, top_k=o.top_k,
                                tail=o.tail)
@@ -346,10 +115,11 @@ def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, stude
   Args:
     state: donated by the caller's jit.
     rollout: B rows; rows of one prompt are neighbours (`group_size` of them).
-    teacher: logprobs for support 'sampled', hidden states for 'full'; None without a teacher.
+    teacher: log-probs if `objective.needs_teacher_logprobs`, hidden states if
+      `objective.needs_hidden`; None without a teacher.
     student: log p_S by the teacher's own scoring program; None unless
       `objective.needs_student_scores`.
-    rewards: verifier rewards; None unless `objective.reward_coef`.
+    rewards: verifier rewards; None unless `objective.needs_rewards`.
     teacher_head: with the hidden states.
     frozen: what `state.params` are adapters on; None where the state holds the whole model. Not
       donated.
@@ -364,8 +134,9 @@ def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, stude
   Returns:
     The next state and scalar metrics (see `batch_metrics`) with 'lengths', int32 [B], beside them.
   """
-  weights = reduction_weights(rollout.mask, objective.reduction)
-  advantage = token_weights(objective, rollout, teacher, student, rewards, group_size)
+  counted = credit.gate(objective, rollout, teacher, student, rewards)
+  weights = credit.reduction_weights(counted, objective.reduction)
+  advantage = credit.token_weights(objective, rollout, teacher, student, rewards, group_size)
   hidden = teacher.hidden if objective.needs_hidden else None
   theirs = teacher.logprobs if objective.estimator != 'none' else None
 
@@ -387,6 +158,8 @@ def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, stude
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics = batch_metrics(objective, on_policy, rollout, teacher, aux)
+  if objective.gated:
+    metrics['counted_rate'] = jnp.sum(counted) / jnp.maximum(jnp.sum(rollout.mask), 1.0)
   metrics |= {'loss': total, 'grad_norm': optax.tree.norm(grads),
               'update_norm': optax.tree.norm(updates)}
   if rewards is not None:

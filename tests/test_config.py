@@ -13,6 +13,7 @@ import tiny
 from opd_jax import (
   build,
   config,
+  credit,
   data,
   estimators,
   models,
@@ -21,8 +22,8 @@ from opd_jax import (
   teachers,
   tokenizer,
   train,
-  update,
 )
+from opd_jax import objective as objective_lib
 
 EXPERIMENTS = sorted(p for p in (tiny.ROOT / 'experiments').glob('*.py') if p.stem[0] != '_')
 
@@ -166,12 +167,12 @@ class TestFields:
       ('task__name', 'algebra', tasks.names()),
       ('teacher__kind', 'oracle', teachers.names()),
       ('objective__divergence', 'jeffreys', estimators.names()),
-      ('objective__route', 'straight', update.ROUTES),
+      ('objective__route', 'straight', objective_lib.ROUTES),
       ('objective__support', 'half', estimators.SUPPORTS),
-      ('objective__importance', 'weights', update.IMPORTANCE),
-      ('objective__reduction', 'mean', update.REDUCTIONS),
-      ('objective__reward_baseline', 'critic', update.BASELINES),
-      ('objective__student_logprobs', 'cached', update.STUDENT_LOGPROBS),
+      ('objective__importance', 'weights', objective_lib.IMPORTANCE),
+      ('objective__reduction', 'mean', objective_lib.REDUCTIONS),
+      ('objective__reward_baseline', 'critic', objective_lib.REWARD_BASELINES),
+      ('objective__student_logprobs', 'cached', objective_lib.STUDENT_LOGPROBS),
       ('data__source', 'web', config.SOURCES),
       ('data__overlong', 'skip', data.OVERLONG),
       ('prompt__template', 'chatml', tokenizer.TEMPLATES),
@@ -240,7 +241,7 @@ class TestBatch:
   def test_a_group_that_does_not_divide_the_rows_cannot_be_reshaped(self):
     import jax.numpy as jnp
     with pytest.raises(TypeError, match='reshape'):
-      update.group_advantage(jnp.zeros(10), 4, 'group_mean')
+      credit.group_advantage(jnp.zeros(10), 4, 'group_mean')
 
 
 class TestRoles:

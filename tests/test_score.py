@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from opd_jax import models, score, update
+from opd_jax import objective as objective_lib
 from opd_jax import params as params_lib
 from opd_jax.types import Head
 
@@ -162,8 +163,8 @@ def _temporary_bytes(jitted, *args):
 
 
 @pytest.mark.parametrize('objective', [
-    update.Objective(route='direct', support='full'), update.Objective(),
-    update.Objective(route='direct', support='union_top_k', top_k=8, tail='bucket')],
+    objective_lib.Objective(route='direct', support='full'), objective_lib.Objective(),
+    objective_lib.Objective(route='direct', support='union_top_k', top_k=8, tail='bucket')],
     ids=['full', 'sampled', 'top_k'])
 def test_the_loss_never_holds_the_logits_of_the_batch(wide, objective):
   model, params, rollout = wide

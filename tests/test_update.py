@@ -7,13 +7,13 @@ import functools
 import itertools
 
 from conftest import (
-    left_padded,
-    make_rollout,
-    numpy_log_softmax,
-    numpy_rows,
-    quick_jit,
-    qwen3_config,
-    sharp_params,
+  left_padded,
+  make_rollout,
+  numpy_log_softmax,
+  numpy_rows,
+  quick_jit,
+  qwen3_config,
+  sharp_params,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,10 +23,11 @@ import numpy as np
 import optax
 import pytest
 
-from opd_jax import estimators, models, optim, sample, score, update
+from opd_jax import credit, estimators, models, optim, sample, score, update
+from opd_jax import objective as objective_lib
 from opd_jax import params as params_lib
+from opd_jax.objective import Objective
 from opd_jax.types import Head, Model, Rollout, Scores, TrainState
-from opd_jax.update import Objective
 
 SGD = optax.sgd(1.0)  # the step it takes is the gradient
 EXACT = Objective(route='direct', support='full', importance='none')
@@ -132,7 +133,7 @@ class Enumeration:
     student = None
     if objective.needs_student_scores:
       student = _scorer(self.student, TEMPERATURE)(self.params, rollout)
-    advantage = update.token_weights(objective, rollout, teacher, student, None, 1)
+    advantage = credit.token_weights(objective, rollout, teacher, student, None, 1)
     head = self.teacher.head(self.teacher_params) if hidden else None
     grad = quick_jit(jax.grad(functools.partial(
         update.loss_fn, model=self.student, objective=objective, chunk_tokens=50), has_aux=True))
@@ -329,7 +330,7 @@ def test_top_k_is_its_definition(enumeration, support, name, tail):
   e, alpha = enumeration, ALPHA if estimators.takes_alpha(name) else 0.0
   objective = _at_temperatures(route='direct', support=support, top_k=2, tail=tail, divergence=name,
                                divergence_alpha=alpha, importance='none')
-  update.check_objective(objective)
+  objective_lib.check_objective(objective)
   got = e.expected_gradient(objective, e.params)
   f = functools.partial(DEFINITIONS[name], a=alpha)
   want = e.token_level_gradient(e.params, _truncated(support, 2, tail, f))
@@ -504,7 +505,7 @@ OBJECTIVES = {
 @pytest.mark.parametrize('name', OBJECTIVES)
 def test_loss_and_gradient_against_numpy(x64, name):
   o, batch = OBJECTIVES[name], _batch(jnp.float64)
-  update.check_objective(o)
+  objective_lib.check_objective(o)
   state, metrics = _step(batch.student, o, group_size=2)(_state(batch.params), *_inputs(o, batch))
   assert float(metrics['loss']) == pytest.approx(
       _numpy_loss(o, batch, batch.params, batch.params), rel=ORACLE)
@@ -582,7 +583,7 @@ def test_token_weights_are_detached_and_zero_where_the_mask_is():
   def weights(teacher_logprobs, own_logprobs, rewards):
     scores = [Scores(logprobs=x, entropy=zeros, hidden=None)
               for x in (teacher_logprobs, own_logprobs)]
-    return update.token_weights(o, batch.rollout, *scores, rewards, 2)
+    return credit.token_weights(o, batch.rollout, *scores, rewards, 2)
 
   inputs = (zeros - 1.0, zeros - 2.0, jnp.asarray(REWARDS, jnp.float32))
   np.testing.assert_array_equal(weights(*inputs) != 0, batch.rollout.mask > 0)
@@ -596,10 +597,10 @@ def test_group_advantage_against_numpy():
   centred = groups - groups.mean(1, keepdims=True)
   for baseline, want in (('none', groups), ('group_mean', centred),
                          ('group_mean_std', centred / (groups.std(1, keepdims=True) + 1e-4))):
-    got = update.group_advantage(rewards, 3, baseline)
+    got = credit.group_advantage(rewards, 3, baseline)
     np.testing.assert_allclose(got, want.reshape(-1), atol=1e-6)  # float32 of numbers near 1
   # A group whose samples agree teaches nothing, with or without the division.
-  assert not np.any(np.asarray(update.group_advantage(rewards, 3, 'group_mean_std'))[3:6])
+  assert not np.any(np.asarray(credit.group_advantage(rewards, 3, 'group_mean_std'))[3:6])
 
 
 @pytest.mark.parametrize(('ratio', 'reward', 'value', 'active'), [
@@ -702,7 +703,7 @@ def test_self_distillation_with_the_samplers_logprobs_moves_by_no_more_than_roun
   objective, optimizer = dataclasses.replace(SAMPLED, student_logprobs='sampler'), _adam()
   rollout = sampler(params, prompts, jax.random.key(0))
   teacher = scorer(params, rollout)
-  advantage = update.token_weights(objective, rollout, teacher, None, None, 1)
+  advantage = credit.token_weights(objective, rollout, teacher, None, None, 1)
   gap = float(jnp.max(jnp.abs(teacher.logprobs - rollout.sampler_logprobs)))
   assert 0.0 < gap < 1e-5  # of sampler and scorer, test_sample.py
   assert float(jnp.max(jnp.abs(advantage))) == gap
@@ -849,14 +850,14 @@ def test_one_pinned_step():
 ])
 def test_check_objective_refuses(changes, field, allowed):
   with pytest.raises(ValueError) as error:
-    update.check_objective(Objective(**changes))
+    objective_lib.check_objective(Objective(**changes))
   message = str(error.value)
   assert field in message and 'allowed' in message and allowed in message
 
 
 @pytest.mark.parametrize('objective', [EXACT, SAMPLED, SFT, GRPO], ids=str)
 def test_check_objective_accepts_the_four_methods(objective):
-  update.check_objective(objective)
+  objective_lib.check_objective(objective)
 
 
 # --- (i) properties ---
@@ -936,7 +937,7 @@ def test_prompt_tokens_are_never_targets(context_free_step, prompts):
   assert float(runs[0][1]['loss']) == pytest.approx(want, rel=1e-5)  # float32 sum of 21 terms
 
 
-_returns = jax.jit(update.discounted_return, static_argnums=1)
+_returns = jax.jit(credit.discounted_return, static_argnums=1)
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -957,8 +958,8 @@ def test_discounted_return_against_numpy(rewards, discount):
 def test_reduction_weights_sum_to_one(lengths):
   mask = jnp.asarray(np.arange(6)[None] < np.array(lengths)[:, None], jnp.float32)
   total = sum(lengths)
-  for reduction in update.REDUCTIONS:
-    weights = np.asarray(update.reduction_weights(mask, reduction))
+  for reduction in objective_lib.REDUCTIONS:
+    weights = np.asarray(credit.reduction_weights(mask, reduction))
     assert not weights[np.asarray(mask) == 0].any()
     assert weights.sum() == pytest.approx(1.0 if total else 0.0, abs=1e-6)
     for b, length in enumerate(lengths):
@@ -970,9 +971,9 @@ def test_reduction_weights_sum_to_one(lengths):
 def test_every_pair_of_route_and_support_is_either_meaningful_or_refused():
   accepted = set()
   for route, support, tail, estimator in itertools.product(
-      update.ROUTES, estimators.SUPPORTS, estimators.TAILS, update.ESTIMATORS):
+      objective_lib.ROUTES, estimators.SUPPORTS, estimators.TAILS, objective_lib.ESTIMATORS):
     try:
-      update.check_objective(Objective(
+      objective_lib.check_objective(Objective(
           route=route, support=support, tail=tail, estimator=estimator,
           top_k=4 if support.endswith('top_k') else 0,
           importance='ratio' if route == 'policy_gradient' else 'none'))

@@ -97,7 +97,11 @@ def check_templates(c: ConfigDict, s: build.Setup) -> Finding:
     if without:
       return Finding('templates', WARN, f'the {without[0]} has no chat template of its own to '
                      f"compare with the {c.prompt.template}'s", 'prompt.template')
-    seen = {who: tokenizer.render_text(style, prompts) for who, style in own.items()}
+    try:
+      seen = {who: tokenizer.render_text(style, prompts) for who, style in own.items()}
+    except ValueError as e:  # the other template refuses, say, a system message
+      return Finding('templates', WARN, f'one of the two templates does not take these prompts: {e}',
+                     'prompt.template')
   for mine, theirs in zip(seen['student'], seen['teacher'], strict=True):
     if mine != theirs:
       place = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),

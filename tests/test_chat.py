@@ -229,12 +229,15 @@ def test_evaluation_of_a_directory_needs_the_template_that_the_run_used(capsys):
 
 def test_the_doctor_compares_the_templates(tmp_path):
   finding = doctor.check_templates(make(), build.build(make()))
-  assert (finding.status, finding.detail) == (doctor.OK, '16 prompts rendered alike')
+  assert finding.status == doctor.OK and '16 prompts rendered alike' in finding.detail
   other = tiny.write_chat_model(tmp_path / 'other', template=tiny.CHAT.replace('quiet', 'begin'))
-  c = make(student__path=str(other))
-  finding = doctor.check_templates(c, build.build(c))
-  assert finding.status == doctor.WARN and finding.field == 'prompt.template'
-  assert "has 'begin|>' where this one has 'quiet|>'" in finding.detail
+  # Both models get the teacher's: the student has to learn it. The other way round, the teacher
+  # would grade in a form that it does not know.
+  for template, status in (('teacher', doctor.WARN), ('student', doctor.FAIL)):
+    c = make(student__path=str(other), prompt__template=template)
+    finding = doctor.check_templates(c, build.build(c))
+    assert (finding.status, finding.field) == (status, 'prompt.template')
+    assert 'begin|>' in finding.detail and 'quiet|>' in finding.detail
   strict = "{%- if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{%- endif %}"
   other = tiny.write_chat_model(tmp_path / 'strict', template=strict + tiny.CHAT)
   c = make(student__path=str(other), prompt__system='Sums.')

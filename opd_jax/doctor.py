@@ -91,16 +91,17 @@ def check_templates(c: ConfigDict, s: build.Setup) -> Finding:
   if c.prompt.template == 'none':
     seen = {who: tokenizer.render(m.tokenizer, s.style, prompts) for who, m in models.items()}
   else:
-    # Each in its own template; what it lacks cannot be compared.
-    own = {who: dataclasses.replace(s.style, chat=m.tokenizer) for who, m in models.items()}
-    without = [who for who, m in models.items() if not m.tokenizer.chat_template]
-    if without:
-      return Finding('templates', WARN, f'the {without[0]} has no chat template of its own to '
-                     f"compare with the {c.prompt.template}'s", 'prompt.template')
+    # Each in its own template. A student without one learns the teacher's.
+    own = {who: dataclasses.replace(s.style, chat=m.tokenizer) for who, m in models.items()
+           if m.tokenizer.chat_template}
+    if 'teacher' not in own:
+      return Finding('templates', WARN, 'the teacher has no chat template, and grades prompts in '
+                     "the student's", 'prompt.template')
+    own.setdefault('student', own['teacher'])
     try:
       seen = {who: tokenizer.render_text(style, prompts) for who, style in own.items()}
     except ValueError as e:  # the other template refuses, say, a system message
-      return Finding('templates', WARN, f'one of the two templates does not take these prompts: {e}',
+      return Finding('templates', WARN, f'one of the templates does not take these prompts: {e}',
                      'prompt.template')
   for mine, theirs in zip(seen['student'], seen['teacher'], strict=True):
     if mine != theirs:

@@ -110,6 +110,9 @@ def check_templates(c: ConfigDict, s: build.Setup) -> Finding:
       start = max(place - 20, 0)
       detail = (f'prompts for the student and for the teacher differ from place {place} on: '
                 f'{mine[start:place + 20]!r} and {theirs[start:place + 20]!r}')
+      if c.prompt.template == 'none':
+        return Finding('templates', FAIL, f'{detail}, as token ids; allowed: a teacher whose '
+                       'tokenizer gives the same ids', 'teacher.path')
       if c.prompt.template == 'teacher':
         return Finding('templates', WARN, detail + '; both get the second', 'prompt.template')
       return Finding('templates', FAIL, detail + '; allowed: a teacher with the same one, or '

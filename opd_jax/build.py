@@ -140,7 +140,7 @@ def fold_in(key: jax.Array, purpose: int, step: int) -> jax.Array:
 
 
 def check_workdir(c: ConfigDict, workdir: pathlib.Path) -> None:
-  """Checks that a work directory is new, or holds a run of this very config.
+  """Checks that a work directory is new, or holds a run of this very config (but for `doctor`).
 
   Raises:
     ConfigError: the directory holds another config's run, or cannot be written.
@@ -153,8 +153,9 @@ def check_workdir(c: ConfigDict, workdir: pathlib.Path) -> None:
       partial.write_text('')  # whether it can be written shows only by writing
       partial.unlink()
       return
-    theirs = json.loads((workdir / CONFIG).read_text())
-  except (OSError, json.JSONDecodeError) as e:
+    # The doctor changes no step of a run: one that it will not let resume needs its switches.
+    theirs = {**json.loads((workdir / CONFIG).read_text()), 'doctor': mine['doctor']}
+  except (OSError, TypeError, json.JSONDecodeError) as e:
     raise config_lib.ConfigError(
         f'workdir={str(workdir)!r} cannot be used ({CONFIG}: {e}); allowed: a directory that can '
         'be created and written, and holds nothing or a run of this config') from e

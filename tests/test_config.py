@@ -409,6 +409,11 @@ class TestWorkdir:
       assert part in str(e.value)
     build.claim_workdir(tiny.config('sft'), tmp_path)  # the same config is welcome
 
+  def test_the_doctors_switches_may_change(self, tmp_path):
+    # Or a run that the doctor does not let resume could never go on: its advice is to switch it off.
+    build.claim_workdir(tiny.config('sft'), tmp_path)
+    build.claim_workdir(tiny.config('sft', doctor__support='off: known'), tmp_path)
+
   def test_a_start_that_failed_does_not_keep_the_directory(self, tmp_path):
     with pytest.raises(config.ConfigError, match='max_prompt_tokens'):
       train.train(tiny.config('sft', data__max_prompt_tokens=4), tmp_path)
@@ -435,9 +440,10 @@ class TestWorkdir:
       train.train(tiny.config('sft'), tmp_path / 'run')
 
   def test_a_config_file_that_was_cut_off(self, tmp_path):
-    (tmp_path / 'config.json').write_text('{"steps": ')
-    with pytest.raises(config.ConfigError, match=r'workdir=.*config\.json'):
-      build.claim_workdir(tiny.config('sft'), tmp_path)
+    for text in ('{"steps": ', '3'):
+      (tmp_path / 'config.json').write_text(text)
+      with pytest.raises(config.ConfigError, match=r'workdir=.*config\.json'):
+        build.claim_workdir(tiny.config('sft'), tmp_path)
 
 
 class TestPipeline:

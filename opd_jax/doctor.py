@@ -87,29 +87,41 @@ def check_templates(c: ConfigDict, s: build.Setup) -> Finding:
   if s.teacher is None:
     return Finding('templates', SKIPPED, 'no teacher')
   prompts = [s.task.prompt(row) for row in s.examples.rows[:16]]
-  models = {'student': s.student, 'teacher': s.teacher}
-  if c.prompt.template == 'none':
-    seen = {who: tokenizer.render(m.tokenizer, s.style, prompts) for who, m in models.items()}
-  else:
-    # Each in its own template; what it lacks cannot be compared.
-    own = {who: dataclasses.replace(s.style, chat=m.tokenizer) for who, m in models.items()}
-    without = [who for who, m in models.items() if not m.tokenizer.chat_template]
-    if without:
-      return Finding('templates', WARN, f'the {without[0]} has no chat template of its own to '
-                     f"compare with the {c.prompt.template}'s", 'prompt.template')
-    seen = {who: tokenizer.render_text(style, prompts) for who, style in own.items()}
-  for mine, theirs in zip(seen['student'], seen['teacher'], strict=True):
-    if mine != theirs:
-      place = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
-                   min(len(mine), len(theirs)))
-      start = max(place - 20, 0)
-      detail = (f'prompts for the student and for the teacher differ from place {place} on: '
-                f'{mine[start:place + 20]!r} and {theirs[start:place + 20]!r}')
-      if c.prompt.template == 'teacher':
-        return Finding('templates', WARN, detail + '; both get the second', 'prompt.template')
-      return Finding('templates', FAIL, detail + '; allowed: a teacher with the same one, or '
-                     "prompt.template='teacher'", 'prompt.template')
-  return Finding('templates', OK, f'{len(prompts)} prompts rendered alike: {seen["student"][0]!r}')
+  # With prompt.template='teacher' both are given what the teacher knows.
+  bad = WARN if c.prompt.template == 'teacher' else FAIL
+  texts, ids = {}, {}
+  for who, m in (('student', s.student), ('teacher', s.teacher)):
+    style = s.style
+    if style.chat is not None:  # each in its own template; what it lacks cannot be compared
+      style = dataclasses.replace(style, chat=m.tokenizer)
+      if not m.tokenizer.chat_template:
+        return Finding('templates', WARN, f'the {who} has no chat template of its own to compare '
+                       f"with the {c.prompt.template}'s", 'prompt.template')
+    try:
+      texts[who] = tokenizer.render_text(style, prompts)
+      ids[who] = tokenizer.render(m.tokenizer, style, prompts)
+    except ValueError as e:
+      return Finding('templates', bad, f'the {who} cannot be given the prompts: {e}',
+                     'prompt.template')
+  for what, seen, field in (('prompts', texts, 'prompt.template'),
+                            ('token ids of the same prompt', ids, 'teacher.path')):
+    for mine, theirs in zip(seen['student'], seen['teacher'], strict=True):
+      if mine != theirs:
+        detail = f'{what} for the student and for the teacher differ {_difference(mine, theirs)}'
+        if bad == WARN:
+          return Finding('templates', WARN, detail + '; both get the second', 'prompt.template')
+        allowed = "the same one, or prompt.template='teacher'" if seen is texts else (
+            'a tokenizer that encodes alike')
+        return Finding('templates', FAIL, f'{detail}; allowed: a teacher with {allowed}', field)
+  return Finding('templates', OK, f'{len(prompts)} prompts rendered alike: {texts["student"][0]!r}')
+
+
+def _difference(mine: Any, theirs: Any) -> str:
+  """Where two texts or lists of ids begin to differ, with what is around it."""
+  place = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
+               min(len(mine), len(theirs)))
+  start = max(place - 20, 0)
+  return f'from place {place} on: {mine[start:place + 20]!r} and {theirs[start:place + 20]!r}'
 
 
 def check_token_ids(c: ConfigDict, s: build.Setup) -> Finding:

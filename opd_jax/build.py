@@ -437,7 +437,9 @@ def get_teacher(c: ConfigDict, student: hf.LoadedModel) -> hf.LoadedModel | None
       return load_flax(c, 'teacher')
     return teachers.load(c.teacher.kind, c.teacher.path, student, compute_options(c),
                          c.teacher.revision)
-  except FileNotFoundError as e:
+  except (ValueError, FileNotFoundError) as e:
+    if str(e).startswith('teacher.'):
+      raise
     raise ValueError(f'teacher.path={c.teacher.path!r}: {e}; allowed: a Hugging Face checkpoint '
                      'directory') from e
 

@@ -57,9 +57,9 @@ def summarize(c: ConfigDict, results: dict[int, dict[str, dict[str, Any]]]) -> d
   seeds = list(results)
   taught = [m for m in c.report.methods if all(results[s][m].get('teacher') for s in seeds)]
   # Without accuracies (a task that does not grade) there is no share of the teacher's to reach.
-  graded = taught if all(MEASURE in e for s in seeds for m in c.report.methods
-                         for e in (results[s][m]['after'], *filter(None, [results[s][m]['teacher']]))
-                         ) else []
+  runs = [results[s][m] for s in seeds for m in c.report.methods]
+  shown = [e for r in runs for e in (r['after'], r['teacher']) if e]
+  graded = taught if all(MEASURE in e for e in shown) else []
   goals = {s: results[s][graded[0]]['teacher'][MEASURE] for s in seeds if graded}
 
   def row(label: str, evals: list[dict[str, Any]], flops: list[float | None],

@@ -114,6 +114,7 @@ MISTAKES = [
     ('evaluate --config one.py --model half', ('half', 'config.json')),
     ('evaluate --config both.py --model half', ('stage=None', "['first', 'second']")),
     ('evaluate --config both.py --stage third --model half', ("stage='third'",)),
+    ('doctor --config one.py --stage opd', ("stage='opd'", 'single run')),
     ('report --config both.py --workdir new', ('stage second of seed 0', 'new')),
     ('report --config one.py --workdir new', ('pipeline',)),
 ]

@@ -170,6 +170,30 @@ def test_memory_is_that_of_the_arrays():
   assert estimate[trained] == 16 * params.count_params(a.trained_specs)
 
 
+@pytest.mark.parametrize('remat', [False, True])
+def test_memory_is_about_what_the_update_takes(remat):
+  c = tiny.config('opd_exact', **GOOD, teacher__kind='initial_student', data__max_new_tokens=251,
+                  compute__remat=remat, student__fresh__max_position_embeddings=256)
+  s = build.build(c)
+  programs, state = train.compile_step(c, s)
+  with jax.set_mesh(s.mesh):
+    prompts = jax.eval_shape(lambda: s.examples.prompts(np.arange(32)))
+    rollout = jax.eval_shape(programs.sample, state.params, prompts, jax.random.key(0))
+    scores = jax.eval_shape(programs.score_teacher, state.params, rollout)
+    head = jax.eval_shape(s.teacher.model.head, state.params)
+    update = programs.update.lower(state, rollout, scores, None, None, head, None).compile()
+  taken = update.memory_analysis().temp_size_in_bytes
+  parts = doctor.memory_estimate(c, s)
+  assert 0.6 < (parts['activations'] + parts['scores'] + parts['logits']) / taken < 1.6
+
+
+def test_an_evaluation_of_more_rows_than_a_batch_counts():
+  c = _pair(eval__problems=16, eval__samples_per_problem=4)
+  s = build.build(c)
+  cache = s.student.model.init_cache(64, 11)
+  assert doctor.memory_estimate(c, s)['cache'] == sum(x.nbytes for x in jax.tree.leaves(cache))
+
+
 def test_more_memory_than_there_is(monkeypatch):
   monkeypatch.setattr(doctor, 'device_bytes', lambda: 1000.0)
   c = _pair()

@@ -464,7 +464,7 @@ def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any
     teacher_path: another directory to measure the reverse KL to, or ''.
 
   Raises:
-    ConfigError: a path that is no checkpoint directory.
+    ConfigError: a path that is no checkpoint directory, or a teacher with other tokens.
   """
   for name, value in (('model', path), ('teacher', teacher_path)):
     if (value or name == 'model') and not (value and pathlib.Path(value).is_dir()):
@@ -474,6 +474,11 @@ def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any
   try:
     student = open_directory(c, 'student', path)
     teacher = open_directory(c, 'teacher', teacher_path) if teacher_path else None
+    if teacher and not tokenizer.same_vocabulary(student.tokenizer, teacher.tokenizer):
+      raise ValueError(
+          f'teacher={teacher_path!r} has {len(teacher.tokenizer)} tokens, not those of model='
+          f'{path!r} ({len(student.tokenizer)}); allowed: a teacher that maps the same strings to '
+          'the same token ids')
     stop_tokens = choose_stop_tokens(c, student, teacher)
     # What such a run exported has the template it was trained in.
     style = prompt_style(c, student.tokenizer, (teacher or student).tokenizer, stop_tokens)

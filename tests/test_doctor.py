@@ -102,6 +102,24 @@ def test_the_log_ratio_is_that_of_the_models(healthy):
   assert 0.5 < value < 5  # 1.6 on the whole held-out set
 
 
+def test_a_first_token_that_stands_out():
+  c, mask = _pair(), np.zeros((3, 7))
+  mask[:, 3:] = 1
+  ratio = np.where(mask > 0, -0.1, -99.0)  # what the mask leaves out is not read
+  ratio[:, 3] = -4.0
+  probe = doctor.Probe(mask=mask, gap=0 * mask, logratio=ratio, teacher_entropy=None,
+                       ended=np.array([True, False, False]), tokens=np.zeros((3, 8), int), room=4)
+  finding = doctor.check_support(c, None, probe)
+  assert finding.status == doctor.WARN and '4.000 at the first one' in finding.detail
+  assert finding.detail.startswith('log p_S - log p_T: 1.075 nats') and 'compare' in finding.detail
+  ratio[1:, 3] = -0.1  # a habit in one of them
+  assert doctor.check_support(c, None, probe).status == doctor.OK
+  c.data.max_new_tokens = 4
+  assert doctor.check_truncation(c, None, probe).status == doctor.WARN
+  c.data.max_new_tokens = 400  # the run has more room than the probe had
+  assert doctor.check_truncation(c, None, probe).status == doctor.OK
+
+
 def test_stop_tokens_that_differ(tmp_path):
   path = tmp_path / 'teacher'
   hf_teacher = hf.load(tiny.teacher(), {})

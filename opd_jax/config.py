@@ -224,7 +224,12 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
 
   c = default_config()
   c.student.fresh = ConfigDict(values.get('student', {}).get('fresh', {}))
-  c.task = task_config(values['task']['name']) if 'task' in values else c.task
+  if 'task' in values:
+    name = values['task']['name']
+    defaults = {f.name: f.default for f in dataclasses.fields(tasks.get(name).Options)}
+    c.task = task_config(name, **{
+        k: tuple(v) if isinstance(defaults.get(k), tuple) else v
+        for k, v in values['task']['options'].items()})
   fill(c, values, '')
   return c
 

@@ -89,26 +89,27 @@ def check_templates(c: ConfigDict, s: build.Setup) -> Finding:
   prompts = [s.task.prompt(row) for row in s.examples.rows[:16]]
   # With prompt.template='teacher' both are given what the teacher knows.
   bad = WARN if c.prompt.template == 'teacher' else FAIL
+  if s.style.chat is not None and not s.teacher.tokenizer.chat_template:
+    return Finding('templates', WARN, 'the teacher has no chat template, and grades prompts in the '
+                   "student's", 'prompt.template')
   texts, ids = {}, {}
   for who, m in (('student', s.student), ('teacher', s.teacher)):
     style = s.style
-    if style.chat is not None:  # each in its own template; what it lacks cannot be compared
+    if style.chat is not None and m.tokenizer.chat_template:
+      # Each in its own template. A student without one learns the teacher's.
       style = dataclasses.replace(style, chat=m.tokenizer)
-      if not m.tokenizer.chat_template:
-        return Finding('templates', WARN, f'the {who} has no chat template of its own to compare '
-                       f"with the {c.prompt.template}'s", 'prompt.template')
     try:
       texts[who] = tokenizer.render_text(style, prompts)
-      ids[who] = tokenizer.render(m.tokenizer, style, prompts)
+      ids[who] = tokenizer.render(m.tokenizer, s.style, prompts)  # what the run really feeds
     except ValueError as e:
       return Finding('templates', bad, f'the {who} cannot be given the prompts: {e}',
                      'prompt.template')
-  for what, seen, field in (('prompts', texts, 'prompt.template'),
-                            ('token ids of the same prompt', ids, 'teacher.path')):
+  for what, seen, field in (('token ids of the same prompt', ids, 'teacher.path'),
+                            ('prompts', texts, 'prompt.template')):
     for mine, theirs in zip(seen['student'], seen['teacher'], strict=True):
       if mine != theirs:
         detail = f'{what} for the student and for the teacher differ {_difference(mine, theirs)}'
-        if bad == WARN:
+        if bad == WARN and seen is texts:
           return Finding('templates', WARN, detail + '; both get the second', 'prompt.template')
         allowed = "the same one, or prompt.template='teacher'" if seen is texts else (
             'a tokenizer that encodes alike')

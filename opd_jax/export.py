@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from typing import Any
 
 from opd_jax import build, checkpoint, hf, lora, sharding, train
 from opd_jax import config as config_lib
@@ -48,18 +49,7 @@ def export(workdir: pathlib.Path, output: pathlib.Path, form: str, step: int) ->
     mesh = sharding.make_mesh(c.compute.mesh.to_dict())
     specs = adapter.specs if adapter else student.model.specs
     shape = train.abstract_state(specs, build.make_optimizer(c), mesh)
-    folder, steps = workdir / 'checkpoints', []
-    if folder.is_dir():
-      store = checkpoint.Checkpoints(
-          folder, keep_latest=c.checkpoint.keep_latest, keep_best=c.checkpoint.keep_best,
-          best_metric=c.checkpoint.best_metric, read_only=True)
-      steps = store.steps()
-    if not steps or step not in (-1, *steps):
-      raise ValueError(f'step={step}: workdir={str(workdir)!r} has no such checkpoint; allowed: -1 '
-                       f'for the newest, or one of {steps}')
-    step = steps[-1] if step == -1 else step
-    state, _ = store.restore(step, shape)
-    store.close()
+    step, state = _restore(c, workdir, step, shape)
     if form == 'adapter':
       hf.write_adapter(output, student.model, state.params, adapter.settings, tokenizer,
                        c.student.path)
@@ -73,6 +63,32 @@ def export(workdir: pathlib.Path, output: pathlib.Path, form: str, step: int) ->
   except (ValueError, OSError) as e:
     raise config_lib.ConfigError(str(e)) from e
   return step
+
+
+def _restore(c: config_lib.ConfigDict, workdir: pathlib.Path, step: int, shape: Any
+             ) -> tuple[int, Any]:
+  """The step and the state of one checkpoint.
+
+  Raises:
+    ValueError: there is none of that step, or it cannot be read.
+  """
+  folder, steps = workdir / 'checkpoints', []
+  if folder.is_dir():
+    store = checkpoint.Checkpoints(
+        folder, keep_latest=c.checkpoint.keep_latest, keep_best=c.checkpoint.keep_best,
+        best_metric=c.checkpoint.best_metric, read_only=True)
+    steps = store.steps()
+  if not steps or step not in (-1, *steps):
+    raise ValueError(f'step={step}: workdir={str(workdir)!r} has no such checkpoint; allowed: -1 '
+                     f'for the newest, or one of {steps}')
+  step = steps[-1] if step == -1 else step
+  try:
+    return step, store.restore(step, shape)[0]
+  except Exception as e:  # tensorstore, orbax and JSON each raise their own
+    raise ValueError(f'step={step}: that checkpoint in workdir={str(workdir)!r} cannot be read '
+                     f'({" ".join(str(e).split())[:300]}); allowed: another of {steps}') from e
+  finally:
+    store.close()
 
 
 def read_config(workdir: pathlib.Path) -> config_lib.ConfigDict:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 
@@ -194,6 +195,13 @@ class TestExport:
     assert done.returncode == 2 and 'Traceback' not in done.stderr
     assert all(part in done.stderr for part in parts), done.stderr
     assert not (folder / 'new').exists()
+
+  def test_a_damaged_checkpoint(self, folder, trained, tmp_path):
+    shutil.copytree(folder / 'run', tmp_path / 'run')
+    (tmp_path / 'run' / 'checkpoints' / '3' / 'state' / '_METADATA').write_text('{"')
+    done = tiny.opd('export', '--workdir', 'run', '--output', 'new', cwd=tmp_path)
+    assert_one_line(done, 'step=3', "workdir='run' cannot be read", 'allowed: another of')
+    assert not (tmp_path / 'new').exists()
 
 
 class TestUsage:

@@ -78,7 +78,7 @@ def test_a_teacher_with_other_ids(tmp_path):
   found = _examine(_pair(teacher__path=path))
   assert found['token_ids'].status == found['templates'].status == doctor.FAIL
   assert 'differ from place 0 on: [' in found['templates'].detail
-  assert found['token_ids'].field == 'teacher.path'
+  assert found['token_ids'].field == found['templates'].field == 'teacher.path'
 
 
 def test_a_teacher_that_lost_its_weights_is_uniform(tmp_path):

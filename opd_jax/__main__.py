@@ -36,6 +36,11 @@ def main() -> None:
     print(__doc__, file=sys.stderr)
     sys.exit(0 if asked and asked[0] in ('-h', '--help') else 2)
   keep_allocations()
+  # Before anything imports them: they ask for torch, which is not needed, draw a bar for every file
+  # and say twice what an error will say.
+  for name, value in (('TRANSFORMERS_VERBOSITY', 'error'), ('DATASETS_VERBOSITY', 'critical'),
+                      ('HF_DATASETS_DISABLE_PROGRESS_BARS', '1')):
+    os.environ.setdefault(name, value)
   from absl import app
   command = sys.argv.pop(1)
   define_flags(command)
@@ -136,7 +141,6 @@ def dispatch(command: str, argv: list[str]) -> int:
       return 2
   c, workdir = flags.FLAGS.config, flags.FLAGS.workdir
   workdir = pathlib.Path(workdir or pathlib.Path('runs') / c.name)
-  os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # it asks for torch, which is not needed
   set_up_jax()
   from opd_jax import build, checkpoint, export, hf, pipeline, report, train
   try:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 import pytest
 import tiny
 
-from opd_jax import config
+from opd_jax import config, tokenizer
 from opd_jax.__main__ import COMMANDS
 
 EXPERIMENT = '''
@@ -38,6 +38,8 @@ def folder(tmp_path_factory):
   tiny.write_config(path / 'both.py', both)
   (path / 'argument.py').write_text(EXPERIMENT)
   (path / 'broken.py').write_text('import nonsense_module\n')
+  tiny.write_model(path / 'base')
+  tiny.write_model(path / 'other', alphabet=tokenizer.ALPHABET[::-1])
   (path / 'half').mkdir()  # a directory, but no checkpoint
   return path
 
@@ -113,8 +115,11 @@ MISTAKES = [
     ('evaluate --config one.py --model nowhere', ("model='nowhere'", 'a Hugging Face directory')),
     ('evaluate --config one.py', ("model=''",)),
     ('evaluate --config one.py --model half', ('half', 'config.json')),
+    ('evaluate --config one.py --model base --teacher other',
+     ("teacher='other'", '64 tokens', 'same token ids')),
     ('evaluate --config both.py --model half', ('stage=None', "['first', 'second']")),
     ('evaluate --config both.py --stage third --model half', ("stage='third'",)),
+    ('doctor --config one.py --stage opd', ("stage='opd'", 'single run')),
     ('report --config both.py --workdir new', ('stage second of seed 0', 'new')),
     ('report --config one.py --workdir new', ('pipeline',)),
 ]

@@ -3,6 +3,7 @@ is allowed."""
 
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
@@ -210,6 +211,10 @@ class TestFields:
       ('eval__pass_k', 3), ('optimizer__learning_rate', -1.0), ('sample__temperature', 0.0),
       ('sample__top_p', 0.0), ('sample__top_p', 1.5), ('sample__top_k', -1),
       ('objective__discount', 1.5), ('objective__teacher_temperature', 0.0),
+      ('objective__teacher_temperature', math.nan), ('objective__distill_coef', math.nan),
+      ('objective__distill_coef', math.inf), ('objective__clip_epsilon', math.nan),
+      ('sample__temperature', math.nan), ('sample__temperature', math.inf),
+      ('log__max_sampler_gap', math.nan), ('seed', 2**32),
       ('objective__clip_epsilon', -0.1), ('seed', -1)])
   def test_out_of_range(self, field, value):
     c = tiny.override(tiny.config('opd_sampled'), **{field: value})
@@ -368,6 +373,21 @@ class TestModels:
     for word in (f'{part}.path', str(broken), missing):
       assert word in str(e.value), f'{word!r} is not in {e.value}'
 
+  @pytest.mark.parametrize(('file', 'text'), [
+      ('tokenizer.json', '{}'), ('tokenizer.json', '{"a'), ('tokenizer_config.json', '{"a'),
+      ('tokenizer_config.json', '[]'), ('generation_config.json', '{"a'),
+      ('generation_config.json', '[]')])
+  @pytest.mark.parametrize('part', ['student', 'teacher'])
+  def test_a_damaged_file_of_a_checkpoint(self, part, file, text, tmp_path):
+    whole = tiny.write_model(tmp_path / 'whole')
+    broken = tiny.write_model(tmp_path / 'broken')
+    (broken / file).write_text(text)
+    c = tiny.config('opd_sampled', student__path=str(whole), teacher__path=str(whole))
+    c[part].path = str(broken)
+    with pytest.raises(config.ConfigError,
+                       match=rf'{part}\.path=.*broken.*(damaged|read).*allowed'):
+      build.build(c)
+
   @pytest.mark.parametrize('alphabet', [tokenizer.ALPHABET[:-1], tokenizer.ALPHABET[::-1]],
                            ids=['smaller', 'other order'])
   def test_vocabulary_mismatch(self, alphabet, tmp_path):
@@ -412,6 +432,11 @@ class TestWorkdir:
       assert part in str(e.value)
     build.claim_workdir(tiny.config('sft'), tmp_path)  # the same config is welcome
 
+  def test_the_doctors_switches_may_change(self, tmp_path):
+    # Or a run that the doctor does not let resume could never go on as it advises.
+    build.claim_workdir(tiny.config('sft'), tmp_path)
+    build.claim_workdir(tiny.config('sft', doctor__support='off: known'), tmp_path)
+
   def test_a_start_that_failed_does_not_keep_the_directory(self, tmp_path):
     with pytest.raises(config.ConfigError, match='max_prompt_tokens'):
       train.train(tiny.config('sft', data__max_prompt_tokens=4), tmp_path)
@@ -438,9 +463,10 @@ class TestWorkdir:
       train.train(tiny.config('sft'), tmp_path / 'run')
 
   def test_a_config_file_that_was_cut_off(self, tmp_path):
-    (tmp_path / 'config.json').write_text('{"steps": ')
-    with pytest.raises(config.ConfigError, match=r'workdir=.*config\.json'):
-      build.claim_workdir(tiny.config('sft'), tmp_path)
+    for text in ('{"steps": ', '3'):
+      (tmp_path / 'config.json').write_text(text)
+      with pytest.raises(config.ConfigError, match=r'workdir=.*config\.json'):
+        build.claim_workdir(tiny.config('sft'), tmp_path)
 
 
 class TestPipeline:
@@ -465,7 +491,8 @@ class TestPipeline:
       (dict(order=('base', 'studnet')), ("'studnet'", "['base', 'student']")),
       (dict(seeds=()), ('seeds=()',)),
       (dict(seeds=(0, 0)), ('seeds=(0, 0)',)),
-      (dict(seeds=(-1,)), ('seeds=(-1,)',)),
+      (dict(seeds=(-1,)), ('seeds=(-1,)',)), (dict(seeds=(2**32,)), ('seeds=(4294967296,)',)),
+      (dict(seeds=('0',)), ("seeds=('0',)",)),
       (dict(report__methods=('studnet',)), ("report.methods=('studnet',)", "['base', 'student']")),
       (dict(report__methods=()), ('report.methods=()',)),
       (dict(report__labels=('a', 'b')), ("labels=('a', 'b')", 'one label each')),

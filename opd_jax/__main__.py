@@ -23,7 +23,7 @@ _MALLOC = {'MALLOC_ARENA_MAX': '1', 'MALLOC_MMAP_MAX_': '0',
 COMMANDS = ('train', 'evaluate', 'doctor', 'report', 'export')
 # Flags that only some commands read; with others they would have no effect.
 _ONLY = {'stage': ('evaluate', 'doctor'), 'model': ('evaluate',), 'teacher': ('evaluate',),
-         'output': ('export',), 'format': ('export',), 'step': ('export',),
+         'output': ('export',), 'format': ('export',), 'step': ('export',), 'dtype': ('export',),
          'config': ('train', 'evaluate', 'doctor', 'report')}
 
 
@@ -70,6 +70,7 @@ def define_flags(command: str) -> None:
   flags.DEFINE_string('teacher', '', 'evaluate: another, to measure the reverse KL to.')
   flags.DEFINE_string('output', None, 'export: the directory to make.')
   flags.DEFINE_string('format', 'full', "export: 'full' or 'adapter'.")
+  flags.DEFINE_string('dtype', '', "export: 'float32' or 'bfloat16'; default: as they are kept.")
   flags.DEFINE_integer('step', -1, 'export: of which checkpoint; -1 for the newest.')
   for name in ('config',) if command in _ONLY['config'] else ('workdir', 'output'):
     flags.mark_flag_as_required(name)
@@ -153,7 +154,7 @@ def dispatch(command: str, argv: list[str]) -> int:
       return 0 if pipeline.diagnose(c, flags.FLAGS.stage, workdir) else 1
     elif command == 'export':
       step = export.export(workdir, pathlib.Path(flags.FLAGS.output), flags.FLAGS.format,
-                           flags.FLAGS.step)
+                           flags.FLAGS.step, flags.FLAGS.dtype)
       print(f'step {step}: {flags.FLAGS.output}')
     else:
       build.evaluate_model(pipeline.pick_stage(c, flags.FLAGS.stage), flags.FLAGS.model,

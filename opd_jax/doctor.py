@@ -324,8 +324,8 @@ def check_support(c: ConfigDict, s: build.Setup, p: Probe) -> Finding:
     return Finding('support', FAIL, detail + f'; allowed: below doctor.max_reverse_kl={limit}; the '
                    "teacher hardly knows the student's text: compare templates, train the student "
                    'on teacher samples first, or choose a closer teacher', 'teacher.path')
-  # Another template shows in nearly every first token, a habit of the student's only in some.
-  odd = np.median(at_first) > max(1.0, 3 * kl)
+  # Another template shows in nearly every first token; without one it may be the student's habit.
+  odd = c.prompt.template != 'none' and np.median(at_first) > max(1.0, 3 * kl)
   return Finding('support', WARN if odd or kl > limit / 2 else OK, detail
                  + ('; the first token stands out: compare templates' if odd else ''))
 

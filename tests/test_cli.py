@@ -8,10 +8,12 @@ import subprocess
 import sys
 
 from ml_collections import ConfigDict
+import ml_dtypes
+import numpy as np
 import pytest
 import tiny
 
-from opd_jax import config, tokenizer
+from opd_jax import config, hf, params, tokenizer
 from opd_jax.__main__ import COMMANDS
 
 EXPERIMENT = '''
@@ -181,7 +183,20 @@ class TestExport:
     for file in (folder / 'run' / 'export').iterdir():
       assert (folder / 'out' / file.name).read_bytes() == file.read_bytes(), file.name
 
+  def test_in_bfloat16_and_for_a_mesh_that_is_not_here(self, folder, trained):
+    shutil.copytree(folder / 'run', folder / 'moved')
+    c = json.loads((folder / 'moved' / 'config.json').read_text())
+    c['compute']['mesh'] |= {'fsdp': 2, 'tensor': 2}
+    (folder / 'moved' / 'config.json').write_text(json.dumps(c))
+    done = tiny.opd('export', '--workdir', 'moved', '--output', 'out16', '--dtype', 'bfloat16',
+                    cwd=folder)
+    assert done.returncode == 0, done.stderr
+    whole, half = (params.flatten(hf.load(folder / d, {}).read()) for d in ('run/export', 'out16'))
+    for name in whole:
+      np.testing.assert_array_equal(half[name], whole[name].astype(ml_dtypes.bfloat16), name)
+
   @pytest.mark.parametrize(('arguments', 'parts'), [
+      ('--workdir run --output new --dtype int8', ("dtype='int8'", "'bfloat16'")),
       ('--workdir run --output new --step 17', ('step=17', 'allowed: -1', '3]')),
       ('--workdir run --output new --format gguf', ("format='gguf'", "['full', 'adapter']")),
       ('--workdir run --output new --format adapter', ("format='adapter'", 'the whole model')),

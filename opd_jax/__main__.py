@@ -23,7 +23,7 @@ _MALLOC = {'MALLOC_ARENA_MAX': '1', 'MALLOC_MMAP_MAX_': '0',
 COMMANDS = ('train', 'evaluate', 'doctor', 'report', 'export')
 # Flags that only some commands read; with others they would have no effect.
 _ONLY = {'stage': ('evaluate', 'doctor'), 'model': ('evaluate',), 'teacher': ('evaluate',),
-         'output': ('export',), 'format': ('export',), 'step': ('export',),
+         'output': ('export',), 'format': ('export',), 'step': ('export',), 'dtype': ('export',),
          'config': ('train', 'evaluate', 'doctor', 'report')}
 
 
@@ -36,6 +36,11 @@ def main() -> None:
     print(__doc__, file=sys.stderr)
     sys.exit(0 if asked and asked[0] in ('-h', '--help') else 2)
   keep_allocations()
+  # Before anything imports them: they ask for torch, which is not needed, draw a bar for every file
+  # and say twice what an error will say.
+  for name, value in (('TRANSFORMERS_VERBOSITY', 'error'), ('DATASETS_VERBOSITY', 'critical'),
+                      ('HF_DATASETS_DISABLE_PROGRESS_BARS', '1')):
+    os.environ.setdefault(name, value)
   from absl import app
   command = sys.argv.pop(1)
   define_flags(command)
@@ -65,6 +70,7 @@ def define_flags(command: str) -> None:
   flags.DEFINE_string('teacher', '', 'evaluate: another, to measure the reverse KL to.')
   flags.DEFINE_string('output', None, 'export: the directory to make.')
   flags.DEFINE_string('format', 'full', "export: 'full' or 'adapter'.")
+  flags.DEFINE_string('dtype', '', "export: 'float32' or 'bfloat16'; default: as they are kept.")
   flags.DEFINE_integer('step', -1, 'export: of which checkpoint; -1 for the newest.')
   for name in ('config',) if command in _ONLY['config'] else ('workdir', 'output'):
     flags.mark_flag_as_required(name)
@@ -136,7 +142,6 @@ def dispatch(command: str, argv: list[str]) -> int:
       return 2
   c, workdir = flags.FLAGS.config, flags.FLAGS.workdir
   workdir = pathlib.Path(workdir or pathlib.Path('runs') / c.name)
-  os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')  # it asks for torch, which is not needed
   set_up_jax()
   from opd_jax import build, checkpoint, export, hf, pipeline, report, train
   try:
@@ -149,7 +154,7 @@ def dispatch(command: str, argv: list[str]) -> int:
       return 0 if pipeline.diagnose(c, flags.FLAGS.stage, workdir) else 1
     elif command == 'export':
       step = export.export(workdir, pathlib.Path(flags.FLAGS.output), flags.FLAGS.format,
-                           flags.FLAGS.step)
+                           flags.FLAGS.step, flags.FLAGS.dtype)
       print(f'step {step}: {flags.FLAGS.output}')
     else:
       build.evaluate_model(pipeline.pick_stage(c, flags.FLAGS.stage), flags.FLAGS.model,

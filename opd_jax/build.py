@@ -140,7 +140,7 @@ def fold_in(key: jax.Array, purpose: int, step: int) -> jax.Array:
 
 
 def check_workdir(c: ConfigDict, workdir: pathlib.Path) -> None:
-  """Checks that a work directory is new, or holds a run of this very config.
+  """Checks that a work directory is new, or holds a run of this very config (but for `doctor`).
 
   Raises:
     ConfigError: the directory holds another config's run, or cannot be written.
@@ -153,8 +153,9 @@ def check_workdir(c: ConfigDict, workdir: pathlib.Path) -> None:
       partial.write_text('')  # whether it can be written shows only by writing
       partial.unlink()
       return
-    theirs = json.loads((workdir / CONFIG).read_text())
-  except (OSError, json.JSONDecodeError) as e:
+    # The doctor changes no step of a run: one that it will not let resume needs its switches.
+    theirs = {**json.loads((workdir / CONFIG).read_text()), 'doctor': mine['doctor']}
+  except (OSError, TypeError, json.JSONDecodeError) as e:
     raise config_lib.ConfigError(
         f'workdir={str(workdir)!r} cannot be used ({CONFIG}: {e}); allowed: a directory that can '
         'be created and written, and holds nothing or a run of this config') from e
@@ -334,7 +335,8 @@ def make_evaluator(c: ConfigDict, student: hf.LoadedModel, teacher: Model | None
       samples_per_problem=c.eval.samples_per_problem, pass_k=c.eval.pass_k,
       max_new_tokens=c.data.max_new_tokens, temperature=c.sample.temperature,
       teacher_temperature=c.objective.teacher_temperature, top_p=c.sample.top_p,
-      top_k=c.sample.top_k, chunk_tokens=c.compute.chunk_tokens)
+      top_k=c.sample.top_k, chunk_tokens=c.compute.chunk_tokens,
+      microbatch_rows=c.compute.microbatch_rows)
   return evaluate.Evaluator(
       settings, model=student.model, teacher=teacher, task=tasks.get(c.task.name),
       examples=examples, tokenizer=student.tokenizer,
@@ -440,7 +442,9 @@ def get_teacher(c: ConfigDict, student: hf.LoadedModel) -> hf.LoadedModel | None
       return load_flax(c, 'teacher')
     return teachers.load(c.teacher.kind, c.teacher.path, student, compute_options(c),
                          c.teacher.revision)
-  except FileNotFoundError as e:
+  except (ValueError, FileNotFoundError) as e:
+    if str(e).startswith('teacher.'):
+      raise
     raise ValueError(f'teacher.path={c.teacher.path!r}: {e}; allowed: a Hugging Face checkpoint '
                      'directory') from e
 
@@ -464,7 +468,7 @@ def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any
     teacher_path: another directory to measure the reverse KL to, or ''.
 
   Raises:
-    ConfigError: a path that is no checkpoint directory.
+    ConfigError: a path that is no checkpoint directory, or a teacher with other tokens.
   """
   for name, value in (('model', path), ('teacher', teacher_path)):
     if (value or name == 'model') and not (value and pathlib.Path(value).is_dir()):
@@ -474,6 +478,11 @@ def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any
   try:
     student = open_directory(c, 'student', path)
     teacher = open_directory(c, 'teacher', teacher_path) if teacher_path else None
+    if teacher and not tokenizer.same_vocabulary(student.tokenizer, teacher.tokenizer):
+      raise ValueError(
+          f'teacher={teacher_path!r} has {len(teacher.tokenizer)} tokens, not those of model='
+          f'{path!r} ({len(student.tokenizer)}); allowed: a teacher that maps the same strings to '
+          'the same token ids')
     stop_tokens = choose_stop_tokens(c, student, teacher)
     # What such a run exported has the template it was trained in.
     style = prompt_style(c, student.tokenizer, (teacher or student).tokenizer, stop_tokens)

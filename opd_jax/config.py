@@ -224,7 +224,12 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
 
   c = default_config()
   c.student.fresh = ConfigDict(values.get('student', {}).get('fresh', {}))
-  c.task = task_config(values['task']['name']) if 'task' in values else c.task
+  if 'task' in values:
+    name = values['task']['name']
+    defaults = {f.name: f.default for f in dataclasses.fields(tasks.get(name).Options)}
+    c.task = task_config(name, **{
+        k: tuple(v) if isinstance(defaults.get(k), tuple) else v
+        for k, v in values['task']['options'].items()})
   fill(c, values, '')
   return c
 
@@ -247,8 +252,8 @@ def validate(c: ConfigDict, prefix: str = '') -> None:
   try:
     if c.steps < 1:
       raise ConfigError(f'steps={c.steps}; allowed: at least 1')
-    if c.seed < 0:
-      raise ConfigError(f'seed={c.seed}; allowed: at least 0')
+    if not 0 <= c.seed < 2**32:  # of a larger one, a random key has only the lower 32 bits
+      raise ConfigError(f'seed={c.seed}; allowed: 0 to {2**32 - 1}')
     objective_lib.check_objective(make_objective(c))
     tasks.options(tasks.get(c.task.name), c.task.options.to_dict())
     _check_roles(c)
@@ -348,8 +353,9 @@ def _check_roles(c):
         f"objective.importance='none' with sample.top_p={c.sample.top_p}, top_k={c.sample.top_k}, "
         f'optimizer.updates_per_batch={c.optimizer.updates_per_batch}: the samples are not from '
         "the policy that is updated; allowed: 'ratio' or 'ppo_clip' (with route='policy_gradient')")
-  if c.log.max_sampler_gap < 0:
-    raise ConfigError(f'log.max_sampler_gap={c.log.max_sampler_gap}; allowed: at least 0')
+  if not 0 <= c.log.max_sampler_gap < math.inf:
+    raise ConfigError(f'log.max_sampler_gap={c.log.max_sampler_gap}; allowed: at least 0, and '
+                      'finite')
   if c.data.source != 'student' and c.log.max_sampler_gap:
     raise ConfigError(f'log.max_sampler_gap={c.log.max_sampler_gap} has no effect with data.source='
                       f"{c.data.source!r}; allowed: 0, or data.source='student'")
@@ -366,11 +372,11 @@ def _check_roles(c):
                       f'objective.reward_baseline={o.reward_baseline!r}: a group of one has no '
                       'baseline; allowed: at least 2')
   if o.baseline == 'leave_one_out' and c.data.samples_per_prompt < 2:
-    raise ConfigError(f'data.samples_per_prompt={c.data.samples_per_prompt} with objective.baseline='
-                      "'leave_one_out': there is no other sample; allowed: at least 2")
-  if c.sample.temperature <= 0:
-    raise ConfigError(f'sample.temperature={c.sample.temperature}; allowed: above 0 (greedy '
-                      'accuracy is always evaluated too)')
+    raise ConfigError(f'data.samples_per_prompt={c.data.samples_per_prompt} with objective.'
+                      "baseline='leave_one_out': there is no other sample; allowed: at least 2")
+  if not 0 < c.sample.temperature < math.inf:
+    raise ConfigError(f'sample.temperature={c.sample.temperature}; allowed: above 0, and finite '
+                      '(greedy accuracy is always evaluated too)')
   if c.sample.stop not in ('student', 'teacher', 'union'):
     raise ConfigError(f"sample.stop={c.sample.stop!r}; allowed: ['student', 'teacher', 'union']")
   if c.sample.stop != 'student' and not has_teacher:
@@ -539,8 +545,9 @@ def validate_pipeline(c: ConfigDict) -> None:
   _check_fields(c, _pipeline_template(c), '')
   if sorted(c.order) != sorted(c.stages):
     raise ConfigError(f'order={c.order}; allowed: each of {sorted(c.stages)} once')
-  if len(set(c.seeds)) != len(c.seeds) or not c.seeds or min(c.seeds) < 0:
-    raise ConfigError(f'seeds={c.seeds}; allowed: at least one seed of at least 0, each once')
+  if len(set(c.seeds)) != len(c.seeds) or not c.seeds or not all(
+      type(seed) is int and 0 <= seed < 2**32 for seed in c.seeds):
+    raise ConfigError(f'seeds={c.seeds}; allowed: at least one seed of 0 to {2**32 - 1}, each once')
   done: list[str] = []
   for name in c.order:
     stage = c.stages[name]

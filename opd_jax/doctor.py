@@ -87,29 +87,42 @@ def check_templates(c: ConfigDict, s: build.Setup) -> Finding:
   if s.teacher is None:
     return Finding('templates', SKIPPED, 'no teacher')
   prompts = [s.task.prompt(row) for row in s.examples.rows[:16]]
-  models = {'student': s.student, 'teacher': s.teacher}
-  if c.prompt.template == 'none':
-    seen = {who: tokenizer.render(m.tokenizer, s.style, prompts) for who, m in models.items()}
-  else:
-    # Each in its own template; what it lacks cannot be compared.
-    own = {who: dataclasses.replace(s.style, chat=m.tokenizer) for who, m in models.items()}
-    without = [who for who, m in models.items() if not m.tokenizer.chat_template]
-    if without:
-      return Finding('templates', WARN, f'the {without[0]} has no chat template of its own to '
-                     f"compare with the {c.prompt.template}'s", 'prompt.template')
-    seen = {who: tokenizer.render_text(style, prompts) for who, style in own.items()}
-  for mine, theirs in zip(seen['student'], seen['teacher'], strict=True):
-    if mine != theirs:
-      place = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
-                   min(len(mine), len(theirs)))
-      start = max(place - 20, 0)
-      detail = (f'prompts for the student and for the teacher differ from place {place} on: '
-                f'{mine[start:place + 20]!r} and {theirs[start:place + 20]!r}')
-      if c.prompt.template == 'teacher':
-        return Finding('templates', WARN, detail + '; both get the second', 'prompt.template')
-      return Finding('templates', FAIL, detail + '; allowed: a teacher with the same one, or '
-                     "prompt.template='teacher'", 'prompt.template')
-  return Finding('templates', OK, f'{len(prompts)} prompts rendered alike: {seen["student"][0]!r}')
+  # With prompt.template='teacher' both are given what the teacher knows.
+  bad = WARN if c.prompt.template == 'teacher' else FAIL
+  if s.style.chat is not None and not s.teacher.tokenizer.chat_template:
+    return Finding('templates', WARN, 'the teacher has no chat template, and grades prompts in the '
+                   "student's", 'prompt.template')
+  texts, ids = {}, {}
+  for who, m in (('student', s.student), ('teacher', s.teacher)):
+    style = s.style
+    if style.chat is not None and m.tokenizer.chat_template:
+      # Each in its own template. A student without one learns the teacher's.
+      style = dataclasses.replace(style, chat=m.tokenizer)
+    try:
+      texts[who] = tokenizer.render_text(style, prompts)
+      ids[who] = tokenizer.render(m.tokenizer, s.style, prompts)  # what the run really feeds
+    except ValueError as e:
+      return Finding('templates', bad, f'the {who} cannot be given the prompts: {e}',
+                     'prompt.template')
+  for what, seen, field in (('token ids of the same prompt', ids, 'teacher.path'),
+                            ('prompts', texts, 'prompt.template')):
+    for mine, theirs in zip(seen['student'], seen['teacher'], strict=True):
+      if mine != theirs:
+        detail = f'{what} for the student and for the teacher differ {_difference(mine, theirs)}'
+        if bad == WARN and seen is texts:
+          return Finding('templates', WARN, detail + '; both get the second', 'prompt.template')
+        allowed = "the same one, or prompt.template='teacher'" if seen is texts else (
+            'a tokenizer that encodes alike')
+        return Finding('templates', FAIL, f'{detail}; allowed: a teacher with {allowed}', field)
+  return Finding('templates', OK, f'{len(prompts)} prompts rendered alike: {texts["student"][0]!r}')
+
+
+def _difference(mine: Any, theirs: Any) -> str:
+  """Where two texts or lists of ids begin to differ, with what is around it."""
+  place = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
+               min(len(mine), len(theirs)))
+  start = max(place - 20, 0)
+  return f'from place {place} on: {mine[start:place + 20]!r} and {theirs[start:place + 20]!r}'
 
 
 def check_token_ids(c: ConfigDict, s: build.Setup) -> Finding:
@@ -167,12 +180,13 @@ def check_memory(c: ConfigDict, s: build.Setup) -> Finding:
   """Bytes a device, by what holds them, against what it has."""
   parts = memory_estimate(c, s)
   total, limit = sum(parts.values()), device_bytes()
+  fitted = parts['activations'] + parts['scores']  # no reason to refuse a run that may just fit
   detail = ' + '.join(f'{name} {size / GIB:.2f}' for name, size in parts.items())
   detail = f'{detail} = {total / GIB:.2f} GiB a device ({c.compute.dtype})'
   if limit is None:
     return Finding('memory', WARN, detail + '; the device does not say how much it has')
   detail += f' of {limit / GIB:.1f}'
-  if total > limit:
+  if total - fitted / 2 > limit:
     return Finding('memory', FAIL, detail + '; allowed: less, by compute.microbatch_rows, '
                    'compute.chunk_tokens, compute.remat, compute.frozen_dtype, compute.mesh or '
                    'student.lora', 'compute.microbatch_rows')
@@ -195,8 +209,10 @@ def check_unused_options(c: ConfigDict, s: build.Setup) -> Finding:
 def memory_estimate(c: ConfigDict, s: build.Setup) -> dict[str, float]:
   """Bytes on one device: weights and moments exactly, the rest from shapes.
 
-  Activations: what each layer keeps for its backward pass, about 16 widths a token (and 2 with
-  compute.remat), in the compute dtype, for the rows of one pass.
+  Activations, for the rows of one pass: what each layer keeps for its backward pass, about 16
+  widths a token (2 with compute.remat), in the compute dtype. Scores: attention's float32 [rows,
+  heads, T, T], 3 a layer for the backward pass (none with compute.remat) and 5 in the layer at
+  work. Both are fits to what XLA allocated, good to about a fifth.
   """
   def weights(specs, bytes_each):
     shardings = params.flatten(sharding.param_shardings(specs, s.mesh))
@@ -215,10 +231,14 @@ def memory_estimate(c: ConfigDict, s: build.Setup) -> dict[str, float]:
   rows = c.data.prompts_per_step * c.data.samples_per_prompt
   length = c.data.max_prompt_tokens + c.data.max_new_tokens
   author = s.teacher if c.data.source == 'teacher' else s.student
-  cache = jax.eval_shape(lambda: author.model.init_cache(rows, length))
-  if c.data.source != 'dataset':
-    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache))
-    out['cache'] = size / shards
+
+  def cache(model, rows):
+    shapes = jax.eval_shape(lambda: model.init_cache(rows, length))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes)) / shards
+
+  # Never at the same time: the run's rows, and those of an evaluation.
+  out['cache'] = max(cache(s.student.model, c.eval.problems * c.eval.samples_per_problem),
+                     cache(author.model, rows) if c.data.source != 'dataset' else 0.0)
   width = 4 * s.student.model.config.vocab_size / s.mesh.shape['tensor']
   out['logits'] = 4 * min(c.compute.chunk_tokens, rows * length) * width
   a_pass = (c.compute.microbatch_rows or rows) * length / shards
@@ -227,6 +247,8 @@ def memory_estimate(c: ConfigDict, s: build.Setup) -> dict[str, float]:
   hidden = max((spec.shape[-1] for name, spec in specs.items() if name.endswith('norm')), default=0)
   keep = 2 if c.compute.remat else 16
   out['activations'] = a_pass * hidden * layers * keep * np.dtype(c.compute.dtype).itemsize
+  heads = getattr(s.student.model.config, 'num_attention_heads', 1) / s.mesh.shape['tensor']
+  out['scores'] = 4 * a_pass * length * heads * (5 if c.compute.remat else 5 + 3 * layers)
   return out
 
 
@@ -302,8 +324,8 @@ def check_support(c: ConfigDict, s: build.Setup, p: Probe) -> Finding:
     return Finding('support', FAIL, detail + f'; allowed: below doctor.max_reverse_kl={limit}; the '
                    "teacher hardly knows the student's text: compare templates, train the student "
                    'on teacher samples first, or choose a closer teacher', 'teacher.path')
-  # Another template shows in nearly every first token, a habit of the student's only in some.
-  odd = np.median(at_first) > max(1.0, 3 * kl)
+  # Another template shows in nearly every first token; without one it may be the student's habit.
+  odd = c.prompt.template != 'none' and np.median(at_first) > max(1.0, 3 * kl)
   return Finding('support', WARN if odd or kl > limit / 2 else OK, detail
                  + ('; the first token stands out: compare templates' if odd else ''))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -75,12 +76,14 @@ def compare(params: Params, teacher_params: Params | None, rollout: Rollout, *, 
   return {name: score.to_rows(x, rollout) for name, x in out.items()}
 
 
-def exact_reverse_kl(params: Params, teacher_params: Params, rollout: Rollout, **how: Any
-                     ) -> tuple[Array, Array]:
+def exact_reverse_kl(params: Params, teacher_params: Params, rollout: Rollout, *,
+                     microbatch_rows: int, **how: Any) -> tuple[Array, Array]:
   """Sums over the mask of sum_v p_S (log p_S - log p_T), and of the mask, by row; `how` is that of
-  `compare`."""
-  kl = compare(params, teacher_params, rollout, **how)['kl']
-  return jnp.sum(kl, axis=1), jnp.sum(rollout.mask, axis=1)
+  `compare`, and `microbatch_rows` the rows of a forward pass, 0 for all."""
+  kl = score.join_rows(jax.lax.map(
+      lambda rows: jnp.sum(compare(params, teacher_params, rows, **how)['kl'], axis=1),
+      score.split_rows(rollout, microbatch_rows)))
+  return kl, jnp.sum(rollout.mask, axis=1)
 
 
 def make_probe(*, model: Model, teacher: Model | None, mesh: jax.sharding.Mesh,
@@ -111,6 +114,7 @@ class Settings:
   top_p: float
   top_k: int
   chunk_tokens: int
+  microbatch_rows: int  # of a forward pass, 0 for all; where it does not divide them, its gcd
 
 
 class Evaluator:
@@ -141,10 +145,13 @@ class Evaluator:
         sample.sample_fn, temperature=0.0, top_p=1.0, top_k=0, **common), out_shardings=rows)
     self._kl = None
     if teacher is not None:
+      # Nearest below what training takes at a time: over all rows at once, the attention scores
+      # alone may be larger than anything that training holds.
+      microbatch = math.gcd(settings.microbatch_rows, len(once) * settings.samples_per_problem)
       self._kl = jax.jit(functools.partial(
           exact_reverse_kl, model=model, teacher=teacher, temperature=settings.temperature,
-          teacher_temperature=settings.teacher_temperature, chunk_tokens=settings.chunk_tokens),
-                         out_shardings=sharding.replicated(mesh))
+          teacher_temperature=settings.teacher_temperature, chunk_tokens=settings.chunk_tokens,
+          microbatch_rows=microbatch), out_shardings=sharding.replicated(mesh))
 
   def __call__(self, params: Params, teacher_params: Params | None, transcripts: int
                ) -> tuple[dict[str, Any], list[dict[str, Any]]]:

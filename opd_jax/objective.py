@@ -176,12 +176,12 @@ def check_objective(o: Objective) -> None:
   if not 0.0 <= o.discount <= 1.0:
     raise ValueError(f'objective.discount={o.discount}; allowed: 0 to 1')
   for name in ('temperature', 'teacher_temperature'):
-    if getattr(o, name) <= 0.0:
+    if not 0.0 < getattr(o, name) < math.inf:  # NaN is neither
       raise ValueError(f'objective.{name}={getattr(o, name)}; allowed: above 0 (at 0 the '
-                       'distribution is a point mass and has no KL divergence)')
+                       'distribution is a point mass and has no KL divergence), and finite')
   for name in ('distill_coef', 'reward_coef', 'likelihood_coef'):
-    if getattr(o, name) < 0.0:
-      raise ValueError(f'objective.{name}={getattr(o, name)}; allowed: at least 0')
+    if not 0.0 <= getattr(o, name) < math.inf:
+      raise ValueError(f'objective.{name}={getattr(o, name)}; allowed: at least 0, and finite')
   if not (o.distill_coef or o.reward_coef or o.likelihood_coef):
     raise ValueError('objective.distill_coef, reward_coef and likelihood_coef are all 0: there is '
                      'nothing to train towards; allowed: at least one other than 0')
@@ -206,7 +206,7 @@ def _refuse_unread(o: Objective, why: str, *names: str) -> None:
 
 
 def _check_importance(o):
-  if o.clip_epsilon < 0.0 or (o.clip_epsilon > 0.0) != (o.importance == 'ppo_clip'):
+  if not 0.0 <= o.clip_epsilon < math.inf or (o.clip_epsilon > 0.0) != (o.importance == 'ppo_clip'):
     raise ValueError(f'objective.clip_epsilon={o.clip_epsilon} with objective.importance='
                      f"{o.importance!r}; allowed: above 0 with 'ppo_clip', 0 without")
   low, high = o.ratio_low, o.ratio_high

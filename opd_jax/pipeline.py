@@ -136,6 +136,9 @@ def pick_stage(c: ConfigDict, name: str | None) -> ConfigDict:
     ConfigError: no such stage.
   """
   if not config_lib.is_pipeline(c):
+    if name is not None:
+      raise config_lib.ConfigError(f'stage={name!r} has no effect: the config {c.name!r} is a '
+                                   'single run; allowed: no stage')
     return c
   if name not in c.stages:
     raise config_lib.ConfigError(f'stage={name!r}; allowed: {sorted(c.stages)}')

@@ -17,6 +17,7 @@ from opd_jax import metrics
 BASE, TEACHER = 'base', 'teacher'
 # One accuracy name a column; the interval stands beside each.
 ACCURACIES = ('sampled_accuracy', 'greedy_accuracy')
+MEASURE = ACCURACIES[0]  # what the teacher's level is, and what the curves show
 
 
 def total(flops: dict[str, float]) -> float:
@@ -29,7 +30,7 @@ def reach(evals: list[dict[str, Any]], level: float) -> tuple[float, float] | No
   the evaluation before; None if it never does."""
   before = None
   for e in evals:
-    point = e['step'], total(e['flops']), e['sampled_accuracy']
+    point = e['step'], total(e['flops']), e[MEASURE]
     if point[2] >= level:
       if before is None or point[2] == before[2]:
         return point[:2]
@@ -54,8 +55,12 @@ def spread(values: list[float | None]) -> dict[str, Any] | None:
 def summarize(c: ConfigDict, results: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
   """The numbers of the report from the stages' result.json, {seed: {stage: result}}."""
   seeds = list(results)
-  graded = [m for m in c.report.methods if all(results[s][m].get('teacher') for s in seeds)]
-  goals = {s: results[s][graded[0]]['teacher']['sampled_accuracy'] for s in seeds if graded}
+  taught = [m for m in c.report.methods if all(results[s][m].get('teacher') for s in seeds)]
+  # Without accuracies (a task that does not grade) there is no share of the teacher's to reach.
+  runs = [results[s][m] for s in seeds for m in c.report.methods]
+  shown = [e for r in runs for e in (r['after'], r['teacher']) if e]
+  graded = taught if all(MEASURE in e for e in shown) else []
+  goals = {s: results[s][graded[0]]['teacher'][MEASURE] for s in seeds if graded}
 
   def row(label: str, evals: list[dict[str, Any]], flops: list[float | None],
           steps: list[int | None]) -> dict[str, Any]:
@@ -69,7 +74,7 @@ def summarize(c: ConfigDict, results: dict[int, dict[str, dict[str, Any]]]) -> d
     return out
 
   none = [None] * len(seeds)
-  start = (*graded, *c.report.methods)[0]
+  start = (*taught, *c.report.methods)[0]
   rows = {BASE: row('base', [results[s][start]['before'] for s in seeds], none, none)}
   for method, label in zip(c.report.methods, c.report.labels, strict=True):
     runs = [results[s][method] for s in seeds]
@@ -81,8 +86,8 @@ def summarize(c: ConfigDict, results: dict[int, dict[str, dict[str, Any]]]) -> d
       rows[method]['reach'][str(level)] = {
           'seeds_reached': sum(h is not None for h in hits),
           'steps': spread([h and h[0] for h in hits]), 'flops': spread([h and h[1] for h in hits])}
-  if graded and c.report.teacher not in [f'stage:{m}' for m in c.report.methods]:
-    rows[TEACHER] = row('teacher', [results[s][graded[0]]['teacher'] for s in seeds], none, none)
+  if taught and c.report.teacher not in [f'stage:{m}' for m in c.report.methods]:
+    rows[TEACHER] = row('teacher', [results[s][taught[0]]['teacher'] for s in seeds], none, none)
   return {'name': c.name, 'seeds': seeds, 'levels': list(c.report.levels), 'rows': rows,
           'reference': reference(c) if graded else None,
           'ratios': ratios(c, rows) if graded else {}}
@@ -163,16 +168,22 @@ def markdown(title: str, columns: list[str], rows: list[list[str]]) -> str:
 
 
 def draw(c: ConfigDict, results: dict[int, dict[str, dict[str, Any]]], path: pathlib.Path) -> None:
-  """Sampled accuracy against gradient steps and against FLOPs, one line a seed, and the mean."""
+  """Sampled accuracy (where no stage has one, the reverse KL) against gradient steps and against
+  FLOPs, one line a seed, and the mean; stages without either are left out."""
   import matplotlib
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
   figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
   seeds = list(results)
-  goals = [r['teacher']['sampled_accuracy'] for s in seeds for m in c.report.methods
-           if (r := results[s][m]).get('teacher')]
+  finals = [results[s][m]['after'] for s in seeds for m in c.report.methods]
+  graded = any(MEASURE in e for e in finals)
+  measure = MEASURE if graded else 'reverse_kl'
+  goals = [r['teacher'][MEASURE] for s in seeds for m in c.report.methods
+           if MEASURE in ((r := results[s][m]).get('teacher') or ())]
   for i, (method, label) in enumerate(zip(c.report.methods, c.report.labels, strict=True)):
-    curves = [[(e['step'], total(e['flops']) / 1e9, e['sampled_accuracy'])
+    if not all(measure in results[s][method]['after'] for s in seeds):
+      continue
+    curves = [[(e['step'], total(e['flops']) / 1e9, e[measure])
                for e in results[s][method]['evals']] for s in seeds]
     mean = np.mean([curve[:min(map(len, curves))] for curve in curves], axis=0)
     for axis, x in zip(axes, (0, 1), strict=True):
@@ -187,9 +198,10 @@ def draw(c: ConfigDict, results: dict[int, dict[str, dict[str, Any]]], path: pat
     axis.set_xscale('symlog', linthresh=10)
     axis.set_xlim(left=0)
     axis.grid(alpha=0.3)
-  axes[0].set_ylabel('sampled accuracy, held-out problems')
-  axes[0].set_ylim(0, 1)
-  axes[1].legend(loc='lower right', fontsize=9)
+  axes[0].set_ylabel(f"{measure.replace('_', ' ')}, held-out problems")
+  axes[0].set_ylim(0, 1 if graded else None)
+  if axes[1].lines:
+    axes[1].legend(loc='lower right' if graded else 'best', fontsize=9)
   figure.suptitle(f'{c.name}, seed{"s" if len(seeds) > 1 else ""} '
                   + ', '.join(map(str, seeds)), fontsize=11)
   figure.tight_layout()

@@ -41,7 +41,7 @@ def load(path: str | os.PathLike[str]) -> Any:
 
   Raises:
     FileNotFoundError: no tokenizer there.
-    ValueError: it has no EOS token.
+    ValueError: it cannot be read, or has no EOS token.
   """
   file = pathlib.Path(path) / 'tokenizer_config.json'
   if not file.exists():
@@ -49,9 +49,17 @@ def load(path: str | os.PathLike[str]) -> Any:
   loader = _transformers().AutoTokenizer
   # For some model types (qwen2) transformers overrules the generic class that a file names by one
   # that adds tokens of its own.
-  if json.loads(file.read_text()).get('tokenizer_class') == 'TokenizersBackend':
+  try:
+    named = json.loads(file.read_text()).get('tokenizer_class')
+  except (AttributeError, ValueError) as e:
+    raise ValueError(f'{file} is damaged ({e}); allowed: a JSON object') from e
+  if named == 'TokenizersBackend':
     loader = _transformers().PreTrainedTokenizerFast
-  tokenizer = loader.from_pretrained(str(path), local_files_only=True)
+  try:
+    tokenizer = loader.from_pretrained(str(path), local_files_only=True)
+  except Exception as e:  # of a file that was cut off, transformers raises whatever comes
+    raise ValueError(f'the tokenizer in {path} cannot be read ({type(e).__name__}: {e}); allowed: '
+                     'what `save_pretrained` of a fast tokenizer writes') from e
   for how_it_was_loaded in ('local_files_only', 'is_local'):  # or save_pretrained would store it
     tokenizer.init_kwargs.pop(how_it_was_loaded, None)
   if tokenizer.eos_token_id is None:
@@ -69,10 +77,13 @@ def stop_tokens(path: str | os.PathLike[str], tokenizer: Any) -> tuple[int, ...]
   (an id or a list; the file is optional) in the directory `path`.
 
   Raises:
-    ValueError: an id that the tokenizer does not know.
+    ValueError: a file that cannot be read, or an id that the tokenizer does not know.
   """
   file = pathlib.Path(path) / 'generation_config.json'
-  found = json.loads(file.read_text()).get('eos_token_id') if file.exists() else None
+  try:
+    found = json.loads(file.read_text()).get('eos_token_id') if file.exists() else None
+  except (AttributeError, ValueError) as e:
+    raise ValueError(f'{file} is damaged ({e}); allowed: a JSON object, or no such file') from e
   found = [] if found is None else found if isinstance(found, list) else [found]
   known = set(tokenizer.get_vocab().values())
   unknown = [t for t in found if type(t) is not int or t not in known]

@@ -102,7 +102,6 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   s = build_lib.build(c)
   findings = doctor.examine(c, s)
   doctor.require(c, findings)
-  build_lib.claim_workdir(c, workdir)
   programs, state_shape = compile_step(c, s)
   store = checkpoint.Checkpoints(
       workdir / 'checkpoints', keep_latest=c.checkpoint.keep_latest,
@@ -123,8 +122,6 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   display = metrics.Display(c.name, c.steps, c.log.plain_every_steps)
   if restored:
     display.say(f'{c.name}: resumed from the checkpoint of step {start}')
-  findings += doctor.examine_rollouts(c, s, lora.join(frozen, state.params), teacher_params)
-  doctor.settle(c, findings, workdir, display.say)
   key = jax.random.key(c.seed)
   # On several fake CPU devices, programs with collectives must not be in flight together.
   crowded = jax.default_backend() == 'cpu' and s.mesh.size > 1
@@ -173,6 +170,10 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   # --- The loop ---
   with Interrupts() as interrupted, jax.set_mesh(s.mesh):
     try:
+      findings += doctor.examine_rollouts(c, s, lora.join(frozen, state.params), teacher_params)
+      doctor.settle(c, findings, workdir, display.say)
+      # Only now: a start that was refused must not keep the directory from the corrected config.
+      build_lib.claim_workdir(c, workdir)
       if restored is None:
         writer.write('data', 0, s.data_report)
         display.data(s.data_report)

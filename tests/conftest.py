@@ -17,8 +17,11 @@ import tempfile
 
 assert 'opd_jax' not in sys.modules, 'opd_jax was imported before its type checks could be hooked'
 # One cache for the whole session: tests, and the processes that they start, compile a program once.
-_CACHE = tempfile.mkdtemp(prefix='opd_jax_tests_')
-atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+if 'PYTEST_XDIST_WORKER' in os.environ:  # that of the process which started the workers
+  _CACHE = os.environ['JAX_COMPILATION_CACHE_DIR']
+else:
+  _CACHE = tempfile.mkdtemp(prefix='opd_jax_tests_')
+  atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ.update({
     'JAX_PLATFORMS': 'cpu',
     'JAX_COMPILATION_CACHE_DIR': _CACHE,

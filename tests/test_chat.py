@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import json
 
 import numpy as np
 import pytest
@@ -229,17 +230,47 @@ def test_evaluation_of_a_directory_needs_the_template_that_the_run_used(capsys):
 
 def test_the_doctor_compares_the_templates(tmp_path):
   finding = doctor.check_templates(make(), build.build(make()))
-  assert (finding.status, finding.detail) == (doctor.OK, '16 prompts rendered alike')
+  assert finding.status == doctor.OK and '16 prompts rendered alike' in finding.detail
   other = tiny.write_chat_model(tmp_path / 'other', template=tiny.CHAT.replace('quiet', 'begin'))
-  c = make(student__path=str(other))
-  finding = doctor.check_templates(c, build.build(c))
-  assert finding.status == doctor.WARN and finding.field == 'prompt.template'
-  assert "has 'begin|>' where this one has 'quiet|>'" in finding.detail
+  # Both models get the teacher's: the student has to learn it. The other way round, the teacher
+  # would grade in a form that it does not know.
+  for template, status in (('teacher', doctor.WARN), ('student', doctor.FAIL)):
+    c = make(student__path=str(other), prompt__template=template)
+    finding = doctor.check_templates(c, build.build(c))
+    assert (finding.status, finding.field) == (status, 'prompt.template')
+    assert 'begin|>' in finding.detail and 'quiet|>' in finding.detail
   strict = "{%- if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{%- endif %}"
   other = tiny.write_chat_model(tmp_path / 'strict', template=strict + tiny.CHAT)
   c = make(student__path=str(other), prompt__system='Sums.')
   finding = doctor.check_templates(c, build.build(c))
   assert finding.status == doctor.WARN and 'no system' in finding.detail
+
+
+def test_the_doctor_asks_the_teacher_too(tmp_path):
+  strict = "{%- if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{%- endif %}"
+  for name, how in (('student', dict(bos=True)), ('teacher', dict(template=strict + tiny.CHAT))):
+    tiny.write_chat_model(tmp_path / name, **how)
+  pair = dict(student__path=str(tmp_path / 'student'), teacher__path=str(tmp_path / 'teacher'))
+  for fields, why in ((dict(prompt__template='student', prompt__system='Sums.'), 'no system'),
+                      (dict(prompt__template='none', prompt__special_tokens=True,
+                            prompt__thinking='default'), 'the teacher cannot .* adds none')):
+    c = make(**pair, **fields)
+    with pytest.raises(config.ConfigError, match=rf"templates' failed: .*{why}"):
+      doctor.require(c, [doctor.check_templates(c, build.build(c))])
+
+
+def test_the_doctor_finds_a_tokenizer_that_splits_otherwise(tmp_path):
+  path = tiny.write_chat_model(tmp_path / 'other')
+  values = json.loads((path / 'tokenizer.json').read_text())
+  values['model']['merges'] = values['model']['merges'][:3]  # the same ids for the same strings
+  (path / 'tokenizer.json').write_text(json.dumps(values))
+  for template in ('student', 'teacher'):
+    c = make(prompt__template=template, student__path=make().teacher.path, teacher__path=str(path))
+    s = build.build(c)
+    finding = doctor.check_templates(c, s)
+    assert doctor.check_token_ids(c, s).status == doctor.OK
+    assert finding.status == doctor.FAIL and finding.field == 'teacher.path'
+    assert 'token ids of the same prompt' in finding.detail
 
 
 def test_the_line_about_data(capsys):

@@ -3,14 +3,17 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 
 from ml_collections import ConfigDict
+import ml_dtypes
+import numpy as np
 import pytest
 import tiny
 
-from opd_jax import config
+from opd_jax import config, hf, params, tokenizer
 from opd_jax.__main__ import COMMANDS
 
 EXPERIMENT = '''
@@ -37,6 +40,8 @@ def folder(tmp_path_factory):
   tiny.write_config(path / 'both.py', both)
   (path / 'argument.py').write_text(EXPERIMENT)
   (path / 'broken.py').write_text('import nonsense_module\n')
+  tiny.write_model(path / 'base')
+  tiny.write_model(path / 'other', alphabet=tokenizer.ALPHABET[::-1])
   (path / 'half').mkdir()  # a directory, but no checkpoint
   return path
 
@@ -112,8 +117,11 @@ MISTAKES = [
     ('evaluate --config one.py --model nowhere', ("model='nowhere'", 'a Hugging Face directory')),
     ('evaluate --config one.py', ("model=''",)),
     ('evaluate --config one.py --model half', ('half', 'config.json')),
+    ('evaluate --config one.py --model base --teacher other',
+     ("teacher='other'", '64 tokens', 'same token ids')),
     ('evaluate --config both.py --model half', ('stage=None', "['first', 'second']")),
     ('evaluate --config both.py --stage third --model half', ("stage='third'",)),
+    ('doctor --config one.py --stage opd', ("stage='opd'", 'single run')),
     ('report --config both.py --workdir new', ('stage second of seed 0', 'new')),
     ('report --config one.py --workdir new', ('pipeline',)),
 ]
@@ -175,7 +183,20 @@ class TestExport:
     for file in (folder / 'run' / 'export').iterdir():
       assert (folder / 'out' / file.name).read_bytes() == file.read_bytes(), file.name
 
+  def test_in_bfloat16_and_for_a_mesh_that_is_not_here(self, folder, trained):
+    shutil.copytree(folder / 'run', folder / 'moved')
+    c = json.loads((folder / 'moved' / 'config.json').read_text())
+    c['compute']['mesh'] |= {'fsdp': 2, 'tensor': 2}
+    (folder / 'moved' / 'config.json').write_text(json.dumps(c))
+    done = tiny.opd('export', '--workdir', 'moved', '--output', 'out16', '--dtype', 'bfloat16',
+                    cwd=folder)
+    assert done.returncode == 0, done.stderr
+    whole, half = (params.flatten(hf.load(folder / d, {}).read()) for d in ('run/export', 'out16'))
+    for name in whole:
+      np.testing.assert_array_equal(half[name], whole[name].astype(ml_dtypes.bfloat16), name)
+
   @pytest.mark.parametrize(('arguments', 'parts'), [
+      ('--workdir run --output new --dtype int8', ("dtype='int8'", "'bfloat16'")),
       ('--workdir run --output new --step 17', ('step=17', 'allowed: -1', '3]')),
       ('--workdir run --output new --format gguf', ("format='gguf'", "['full', 'adapter']")),
       ('--workdir run --output new --format adapter', ("format='adapter'", 'the whole model')),
@@ -189,6 +210,13 @@ class TestExport:
     assert done.returncode == 2 and 'Traceback' not in done.stderr
     assert all(part in done.stderr for part in parts), done.stderr
     assert not (folder / 'new').exists()
+
+  def test_a_damaged_checkpoint(self, folder, trained, tmp_path):
+    shutil.copytree(folder / 'run', tmp_path / 'run')
+    (tmp_path / 'run' / 'checkpoints' / '3' / 'state' / '_METADATA').write_text('{"')
+    done = tiny.opd('export', '--workdir', 'run', '--output', 'new', cwd=tmp_path)
+    assert_one_line(done, 'step=3', "workdir='run' cannot be read", 'allowed: another of')
+    assert not (tmp_path / 'new').exists()
 
 
 class TestUsage:

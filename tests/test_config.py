@@ -2,6 +2,8 @@
 is allowed."""
 
 import importlib.util
+import json
+import math
 import os
 import pathlib
 import re
@@ -85,6 +87,8 @@ class TestExperiments:
   @pytest.mark.parametrize('path', EXPERIMENTS, ids=lambda p: p.stem)
   def test_seeds(self, path, monkeypatch):
     monkeypatch.chdir(tiny.ROOT)
+    if not config.is_pipeline(load(path).get_config()):
+      pytest.skip('a single run: its seed is a field')
     assert load(path).get_config('seeds=3').seeds == (0, 1, 2)
 
 
@@ -209,6 +213,10 @@ class TestFields:
       ('eval__pass_k', 3), ('optimizer__learning_rate', -1.0), ('sample__temperature', 0.0),
       ('sample__top_p', 0.0), ('sample__top_p', 1.5), ('sample__top_k', -1),
       ('objective__discount', 1.5), ('objective__teacher_temperature', 0.0),
+      ('objective__teacher_temperature', math.nan), ('objective__distill_coef', math.nan),
+      ('objective__distill_coef', math.inf), ('objective__clip_epsilon', math.nan),
+      ('sample__temperature', math.nan), ('sample__temperature', math.inf),
+      ('log__max_sampler_gap', math.nan), ('seed', 2**32),
       ('objective__clip_epsilon', -0.1), ('seed', -1)])
   def test_out_of_range(self, field, value):
     c = tiny.override(tiny.config('opd_sampled'), **{field: value})
@@ -369,6 +377,21 @@ class TestModels:
     for word in (f'{part}.path', str(broken), missing):
       assert word in str(e.value), f'{word!r} is not in {e.value}'
 
+  @pytest.mark.parametrize(('file', 'text'), [
+      ('tokenizer.json', '{}'), ('tokenizer.json', '{"a'), ('tokenizer_config.json', '{"a'),
+      ('tokenizer_config.json', '[]'), ('generation_config.json', '{"a'),
+      ('generation_config.json', '[]')])
+  @pytest.mark.parametrize('part', ['student', 'teacher'])
+  def test_a_damaged_file_of_a_checkpoint(self, part, file, text, tmp_path):
+    whole = tiny.write_model(tmp_path / 'whole')
+    broken = tiny.write_model(tmp_path / 'broken')
+    (broken / file).write_text(text)
+    c = tiny.config('opd_sampled', student__path=str(whole), teacher__path=str(whole))
+    c[part].path = str(broken)
+    with pytest.raises(config.ConfigError,
+                       match=rf'{part}\.path=.*broken.*(damaged|read).*allowed'):
+      build.build(c)
+
   @pytest.mark.parametrize('alphabet', [tokenizer.ALPHABET[:-1], tokenizer.ALPHABET[::-1]],
                            ids=['smaller', 'other order'])
   def test_vocabulary_mismatch(self, alphabet, tmp_path):
@@ -413,6 +436,11 @@ class TestWorkdir:
       assert part in str(e.value)
     build.claim_workdir(tiny.config('sft'), tmp_path)  # the same config is welcome
 
+  def test_the_doctors_switches_may_change(self, tmp_path):
+    # Or a run that the doctor does not let resume could never go on as it advises.
+    build.claim_workdir(tiny.config('sft'), tmp_path)
+    build.claim_workdir(tiny.config('sft', doctor__support='off: known'), tmp_path)
+
   def test_a_start_that_failed_does_not_keep_the_directory(self, tmp_path):
     with pytest.raises(config.ConfigError, match='max_prompt_tokens'):
       train.train(tiny.config('sft', data__max_prompt_tokens=4), tmp_path)
@@ -439,9 +467,10 @@ class TestWorkdir:
       train.train(tiny.config('sft'), tmp_path / 'run')
 
   def test_a_config_file_that_was_cut_off(self, tmp_path):
-    (tmp_path / 'config.json').write_text('{"steps": ')
-    with pytest.raises(config.ConfigError, match=r'workdir=.*config\.json'):
-      build.claim_workdir(tiny.config('sft'), tmp_path)
+    for text in ('{"steps": ', '3'):
+      (tmp_path / 'config.json').write_text(text)
+      with pytest.raises(config.ConfigError, match=r'workdir=.*config\.json'):
+        build.claim_workdir(tiny.config('sft'), tmp_path)
 
 
 class TestPipeline:
@@ -466,7 +495,8 @@ class TestPipeline:
       (dict(order=('base', 'studnet')), ("'studnet'", "['base', 'student']")),
       (dict(seeds=()), ('seeds=()',)),
       (dict(seeds=(0, 0)), ('seeds=(0, 0)',)),
-      (dict(seeds=(-1,)), ('seeds=(-1,)',)),
+      (dict(seeds=(-1,)), ('seeds=(-1,)',)), (dict(seeds=(2**32,)), ('seeds=(4294967296,)',)),
+      (dict(seeds=('0',)), ("seeds=('0',)",)),
       (dict(report__methods=('studnet',)), ("report.methods=('studnet',)", "['base', 'student']")),
       (dict(report__methods=()), ('report.methods=()',)),
       (dict(report__labels=('a', 'b')), ("labels=('a', 'b')", 'one label each')),
@@ -521,3 +551,26 @@ class TestPipeline:
     for name in ('nobody', None):
       with pytest.raises(config.ConfigError, match=rf"stage={name!r}; allowed: \['base', 'stud"):
         pipeline.pick_stage(c, name)
+
+
+class TestFromDict:
+
+  @pytest.mark.parametrize('kind', tiny.KINDS)
+  def test_is_the_inverse_of_to_dict(self, kind):
+    c = tiny.config(kind)
+    again = config.from_dict(json.loads(json.dumps(config.to_dict(c))))
+    assert again.to_dict() == c.to_dict()  # tuples are tuples again
+
+  def test_of_a_task_whose_defaults_do_not_work(self, tmp_path):
+    (tmp_path / 'x.jsonl').write_text('{"p": "1"}\n')
+    c = config.default_config()
+    c.task = config.task_config('prompts', source=str(tmp_path / 'x.jsonl'), prompt_column='p',
+                                holdout_examples=1, filters=("p == '1'",))
+    again = config.from_dict(json.loads(json.dumps(config.to_dict(c))))
+    assert again.to_dict() == c.to_dict()
+
+  def test_fields_of_another_version(self):
+    values = config.to_dict(tiny.config('sft'))
+    values['optimizer']['b3'] = values['optimizer'].pop('b2')
+    with pytest.raises(config.ConfigError, match=r"optimizer\.b2.*optimizer\.b3.*allowed"):
+      config.from_dict(values)

@@ -457,6 +457,10 @@ def test_config_json_goes_both_ways(family):
   for name, value in family.config.items():
     if name in written and name not in ('architectures', 'dtype'):
       assert opened[name] == value, name
+  # Nested, transformers before 5 would pass over theta without a word, and take its default.
+  assert written['rope_theta'] == family.model.config.rope_theta
+  assert 'rope_scaling' in written and 'rope_parameters' not in written
+  assert opened['rope_parameters'] == family.config['rope_parameters']
   missing = {k: v for k, v in family.config.items() if k != 'hidden_size'}
   with pytest.raises(ValueError, match='hidden_size'):
     models.build(missing)

@@ -77,8 +77,8 @@ def test_a_teacher_with_other_ids(tmp_path):
   path = _teacher(tmp_path, alphabet=tokenizer.ALPHABET[::-1])
   found = _examine(_pair(teacher__path=path))
   assert found['token_ids'].status == found['templates'].status == doctor.FAIL
-  assert "'1+1='" in found['templates'].detail or 'the prompt' in found['templates'].detail
-  assert found['token_ids'].field == 'teacher.path'
+  assert 'differ from place 0 on: [' in found['templates'].detail
+  assert found['token_ids'].field == found['templates'].field == 'teacher.path'
 
 
 def test_a_teacher_that_lost_its_weights_is_uniform(tmp_path):
@@ -100,6 +100,24 @@ def test_the_log_ratio_is_that_of_the_models(healthy):
   detail = healthy['support'].detail
   value = float(detail.split(': ')[1].split()[0])
   assert 0.5 < value < 5  # 1.6 on the whole held-out set
+
+
+def test_a_first_token_that_stands_out():
+  c, mask = _pair(), np.zeros((3, 7))
+  mask[:, 3:] = 1
+  ratio = np.where(mask > 0, -0.1, -99.0)  # what the mask leaves out is not read
+  ratio[:, 3] = -4.0
+  probe = doctor.Probe(mask=mask, gap=0 * mask, logratio=ratio, teacher_entropy=None,
+                       ended=np.array([True, False, False]), tokens=np.zeros((3, 8), int), room=4)
+  finding = doctor.check_support(c, None, probe)
+  assert finding.status == doctor.WARN and '4.000 at the first one' in finding.detail
+  assert finding.detail.startswith('log p_S - log p_T: 1.075 nats') and 'compare' in finding.detail
+  ratio[1:, 3] = -0.1  # a habit in one of them
+  assert doctor.check_support(c, None, probe).status == doctor.OK
+  c.data.max_new_tokens = 4
+  assert doctor.check_truncation(c, None, probe).status == doctor.WARN
+  c.data.max_new_tokens = 400  # the run has more room than the probe had
+  assert doctor.check_truncation(c, None, probe).status == doctor.OK
 
 
 def test_stop_tokens_that_differ(tmp_path):
@@ -170,6 +188,30 @@ def test_memory_is_that_of_the_arrays():
   assert estimate[trained] == 16 * params.count_params(a.trained_specs)
 
 
+@pytest.mark.parametrize('remat', [False, True])
+def test_memory_is_about_what_the_update_takes(remat):
+  c = tiny.config('opd_exact', **GOOD, teacher__kind='initial_student', data__max_new_tokens=251,
+                  compute__remat=remat, student__fresh__max_position_embeddings=256)
+  s = build.build(c)
+  programs, state = train.compile_step(c, s)
+  with jax.set_mesh(s.mesh):
+    prompts = jax.eval_shape(lambda: s.examples.prompts(np.arange(32)))
+    rollout = jax.eval_shape(programs.sample, state.params, prompts, jax.random.key(0))
+    scores = jax.eval_shape(programs.score_teacher, state.params, rollout)
+    head = jax.eval_shape(s.teacher.model.head, state.params)
+    update = programs.update.lower(state, rollout, scores, None, None, head, None).compile()
+  taken = update.memory_analysis().temp_size_in_bytes
+  parts = doctor.memory_estimate(c, s)
+  assert 0.6 < (parts['activations'] + parts['scores'] + parts['logits']) / taken < 1.6
+
+
+def test_an_evaluation_of_more_rows_than_a_batch_counts():
+  c = _pair(eval__problems=16, eval__samples_per_problem=4)
+  s = build.build(c)
+  cache = s.student.model.init_cache(64, 11)
+  assert doctor.memory_estimate(c, s)['cache'] == sum(x.nbytes for x in jax.tree.leaves(cache))
+
+
 def test_more_memory_than_there_is(monkeypatch):
   monkeypatch.setattr(doctor, 'device_bytes', lambda: 1000.0)
   c = _pair()
@@ -211,6 +253,8 @@ class TestAtTheStart:
       train.train(_pair(teacher__path=path), tmp_path / 'run')
     assert not (tmp_path / 'run' / 'checkpoints').exists() or not tiny.checkpoint_steps(
         tmp_path / 'run')
+    # The corrected config may have the directory.
+    build.check_workdir(_pair(), tmp_path / 'run')
 
 
 class TestCommand:

@@ -136,6 +136,20 @@ class TestEvaluator:
     assert values['reverse_kl'] == pytest.approx((kl * mask).sum() / mask.sum(), rel=1e-4)
     assert values['reverse_kl'] > 0.1
 
+  def test_microbatches_are_those_of_training(self, models, evaluator):
+    rollout = evaluator._sample(models[0].params, evaluator._prompts, evaluator._key)
+    c = tiny.config('opd_sampled', compute__microbatch_rows=16)
+    examples = build.load_examples(c, 'eval', 12, models[0].tokenizer, tokenizer.Style())
+    small = build.make_evaluator(c, models[0], models[1].model, examples,
+                                 sharding.make_mesh(c.compute.mesh.to_dict()),
+                                 models[0].stop_tokens)
+    rows = jax.tree.map(lambda x: x[:24] if x.ndim else x, rollout)
+    both = models[0].params, models[1].params
+    # 24 rows: the largest part of 16 that divides them is 8.
+    assert 'f32[8,10,32]' in small._kl.lower(*both, rows).compile().as_text()
+    for mine, whole in zip(small._kl(*both, rows), evaluator._kl(*both, rollout), strict=True):
+      np.testing.assert_allclose(mine, whole[:24], rtol=1e-4)
+
   def test_greedy_is_the_most_likely_token(self, models, evaluator):
     student = models[0]
     rollout = evaluator._greedy(student.params, evaluator._greedy_prompts, evaluator._key)

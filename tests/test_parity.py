@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from opd_jax import hf, models, sample, tokenizer
+from opd_jax import hf, lora, models, sample, tokenizer
+from opd_jax import params as params_lib
 
 LIMIT = 1e-4
 needs_torch = pytest.mark.skipif(
@@ -129,3 +130,28 @@ def test_an_export_opens_in_transformers_with_the_same_logits(live, tmp_path):
   # The same weights in the same program, with the same config: the same bits.
   np.testing.assert_array_equal(make_reference.logits(again, tokens, valid),
                                 make_reference.logits(torch_model, tokens, valid))
+
+
+@needs_torch
+def test_an_adapter_on_every_linear_layer_does_in_peft_what_it_does_here(live, tmp_path):
+  peft = pytest.importorskip('peft')
+  torch_model, path = live
+  model = models.build(hf.read_config(path))
+  base = hf.read_params(path, model)
+  settings = lora.Settings(rank=3, alpha=5.0)
+  specs, rng = lora.adapter_specs(model.specs, settings), np.random.RandomState(4)
+  adapter = params_lib.unflatten({
+      name: (0.2 * rng.standard_normal(spec.shape)).astype(np.float32)
+      for name, spec in params_lib.flatten(specs).items()})
+  hf.write_adapter(tmp_path / 'adapter', model, adapter, settings,
+                   tokenizer.character_tokenizer(), str(path))
+  tokens, valid = _ragged()
+  plain = make_reference.logits(torch_model, tokens, valid)[valid]
+  wrapped = peft.PeftModel.from_pretrained(torch_model, tmp_path / 'adapter')
+  try:
+    want = make_reference.logits(wrapped.eval(), tokens, valid)[valid]
+  finally:
+    wrapped.unload()  # PEFT puts its layers into the model that the other tests share
+  joined = lora.join(lora.Frozen(base, settings.scale), adapter)
+  assert _error(plain, want) > 0.1
+  assert _error(_logits(model, joined, tokens, valid)[valid], want) < LIMIT

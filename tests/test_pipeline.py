@@ -322,3 +322,20 @@ class TestSummarize:
                            {0: {'a': result(0.0, 0.5), 'b': result(0.0, 0.7)}})
     assert list(got['rows']) == ['base', 'a', 'b']
     report.tables(got)
+
+  @pytest.mark.parametrize('ungraded', [('a', 'b'), ('b',)])
+  def test_a_task_that_does_not_grade(self, ungraded, tmp_path):
+    c = settings('a', 'b', teacher='stage:a')
+    runs = {m: result(0.1, 0.5, teacher=0.9) for m in 'ab'}
+    for m in ungraded:
+      for e in (*runs[m]['evals'], runs[m]['teacher']):
+        e['reverse_kl'] = e.pop('sampled_accuracy')
+        del e['greedy_accuracy']
+    for m, run in runs.items():
+      (tmp_path / 'seed_0' / m).mkdir(parents=True)
+      (tmp_path / 'seed_0' / m / 'result.json').write_text(json.dumps(run))
+    got = report.write(c, tmp_path)
+    assert got['rows']['b']['sampled_accuracy'] is None
+    assert got['rows']['b']['reverse_kl']['mean'] == 0.5
+    assert not got['rows']['b']['reach'] and not got['ratios']
+    assert (tmp_path / 'curves.png').stat().st_size > 10_000

@@ -84,8 +84,9 @@ class TestSources:
       refused(f'task.options.source={str(source)!r} does not exist', source=source)
     (tmp_path / 'rows.txt').write_text('one')
     refused('rows.txt', "'.jsonl'", source=tmp_path / 'rows.txt')
-    (tmp_path / 'rows.jsonl').write_text('{"question": "one"')
-    refused('rows.jsonl', 'cannot be read', source=tmp_path / 'rows.jsonl')
+    for text in ('{"question": "one"', ''):
+      (tmp_path / 'rows.jsonl').write_text(text)
+      refused('rows.jsonl', 'cannot be read', source=tmp_path / 'rows.jsonl')
 
   def test_a_name_on_the_hub_needs_a_commit(self, monkeypatch):
     for revision in ('', 'main', 'v1.0', 'abc123'):

@@ -188,19 +188,16 @@ def read_names(config: type) -> list[str]:
   return [f.name for f in dataclasses.fields(config)]
 
 
-def rope_parameters(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
-  """The inverse of `rope`, in the way of transformers 5."""
-  if scaling is None:
-    return {'rope_theta': theta, 'rope_type': 'default'}
-  given = {name: x for name, x in dataclasses.asdict(scaling).items() if x is not None}
-  return {'rope_theta': theta, **given}
-
-
 def to_hf(c: Decoder, family: str, architecture: str, more: dict[str, Any]) -> dict[str, Any]:
-  """config.json of a family: the fields of its `Config`, and `more` that win over them."""
+  """config.json of a family: the fields of its `Config`, and `more` that win over them.
+
+  Rotary positions are written in the way of the checkpoints on the hub, which every version of
+  transformers reads: versions before 5, which vLLM may come with, pass over `rope_parameters`
+  without a word, and would compute with a default theta.
+  """
   values = dataclasses.asdict(c)
-  parameters = rope_parameters(values.pop('rope_theta'), getattr(c, 'rope_scaling', None))
-  values.pop('rope_scaling', None)
+  scaling = values.get('rope_scaling')
+  values['rope_scaling'] = scaling and {k: v for k, v in scaling.items() if v is not None}
   return {'architectures': [architecture], 'model_type': family, **values,
-          'rope_parameters': parameters, 'attention_dropout': 0.0, 'initializer_range': 0.02,
-          'use_cache': True, 'dtype': 'float32', **more}
+          'attention_dropout': 0.0, 'initializer_range': 0.02, 'use_cache': True,
+          'dtype': 'float32', **more}

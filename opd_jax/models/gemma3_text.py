@@ -76,11 +76,9 @@ def parse(hf_config: dict[str, Any]) -> Config:
 
 def to_hf(c: Config) -> dict[str, Any]:
   """The inverse of `parse`: the content of a config.json that transformers opens."""
-  out = _config.to_hf(c, 'gemma3_text', 'Gemma3ForCausalLM', {
+  return _config.to_hf(c, 'gemma3_text', 'Gemma3ForCausalLM', {
       'hidden_activation': 'gelu_pytorch_tanh', 'attention_bias': False,
       'layer_types': list(c.layer_types)})
-  local = _config.rope_parameters(out.pop('rope_local_base_freq'), None)
-  return {**out, 'rope_parameters': {gemma2.LOCAL: local, gemma2.GLOBAL: out['rope_parameters']}}
 
 
 def param_specs(c: Config) -> dict[str, Any]:

@@ -323,9 +323,10 @@ def _read(part):
     else:
       table = datasets.load_dataset(part.source, name=part.subset or None,
                                     revision=part.revision or None)
-  except (ValueError, OSError, datasets.exceptions.DatasetsError) as e:
-    raise ValueError(f'{field}, subset={part.subset!r} cannot be read: {e.__cause__ or e}; '
-                     'allowed: what `datasets` can read') from e
+  except (ValueError, OSError, StopIteration, datasets.exceptions.DatasetsError) as e:
+    why = str(e.__cause__ or e) or 'it is empty'  # what an empty file raises has no text
+    raise ValueError(f'{field}, subset={part.subset!r} cannot be read: {why}; allowed: what '
+                     '`datasets` can read') from e
   if isinstance(table, datasets.Dataset):
     table = {'train': table}
   name = part.split or (next(iter(table)) if len(table) == 1 else '')

@@ -109,6 +109,8 @@ def test_a_first_token_that_stands_out():
   ratio[:, 3] = -4.0
   probe = doctor.Probe(mask=mask, gap=0 * mask, logratio=ratio, teacher_entropy=None,
                        ended=np.array([True, False, False]), tokens=np.zeros((3, 8), int), room=4)
+  assert doctor.check_support(c, None, probe).status == doctor.OK  # no template to be wrong
+  c.prompt.template = 'student'
   finding = doctor.check_support(c, None, probe)
   assert finding.status == doctor.WARN and '4.000 at the first one' in finding.detail
   assert finding.detail.startswith('log p_S - log p_T: 1.075 nats') and 'compare' in finding.detail

@@ -62,10 +62,10 @@ def _state(params, optimizer=SGD):
 
 
 @functools.lru_cache
-def _scorer(model, temperature=1.0, want_hidden=False, jit=quick_jit):
+def _scorer(model, temperature=1.0, want_hidden=False, want_logprobs=None, jit=quick_jit):
   return jit(functools.partial(
       score.teacher_logprob_fn, model=model, temperature=temperature, want_hidden=want_hidden,
-      chunk_tokens=1000, microbatch_rows=0))
+      want_logprobs=want_logprobs, chunk_tokens=1000, microbatch_rows=0))
 
 
 def _difference(before, after):
@@ -127,9 +127,27 @@ class Enumeration:
 
   def expected_gradient(self, objective, sampler_params):
     """Sum over rows of p(row) times the gradient of the row's loss, by the package's own code."""
-    rollout, probability = self.behaviour(sampler_params)
+    _, probability = self.behaviour(sampler_params)
+    return self.gradient_of_rows(objective, sampler_params)(probability * self.rollout.mask)
+
+  def variance(self, objective, sampler_params):
+    """E |g|^2 - |E g|^2 of the gradient g of one sampled row, a prompt drawn evenly."""
+    _, probability = self.behaviour(sampler_params)
+    gradient, prompts = self.gradient_of_rows(objective, sampler_params), 2
+
+    squares = jnp.array([
+        sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient(one[:, None] * self.rollout.mask)))
+        for one in jnp.eye(len(self.rollout.tokens))])
+    mean = self.expected_gradient(objective, sampler_params)
+    return (jnp.sum(probability[:, 0] * squares) / prompts
+            - sum(jnp.sum((g / prompts)**2) for g in jax.tree.leaves(mean)))
+
+  def gradient_of_rows(self, objective, sampler_params):
+    """weights [B, T-1] -> the gradient of the loss with those weights."""
+    rollout, _ = self.behaviour(sampler_params)
     hidden = objective.needs_hidden
-    teacher = _scorer(self.teacher, TEACHER_TEMPERATURE, hidden)(self.teacher_params, rollout)
+    teacher = _scorer(self.teacher, TEACHER_TEMPERATURE, hidden, objective.needs_teacher_logprobs)(
+        self.teacher_params, rollout)
     student = None
     if objective.needs_student_scores:
       student = _scorer(self.student, TEMPERATURE)(self.params, rollout)
@@ -137,8 +155,8 @@ class Enumeration:
     head = self.teacher.head(self.teacher_params) if hidden else None
     grad = quick_jit(jax.grad(functools.partial(
         update.loss_fn, model=self.student, objective=objective, chunk_tokens=50), has_aux=True))
-    weights = probability * rollout.mask
-    return grad(self.params, rollout, weights, advantage, teacher.logprobs, teacher.hidden, head)[0]
+    return lambda weights: grad(self.params, rollout, weights, advantage, teacher.logprobs,
+                                teacher.hidden, head)[0]
 
   def token_level_gradient(self, sampler_params, divergence=None):
     """Of the sum over prefixes of p(prefix), held fixed, times D(p_S, p_T)(prefix), by default
@@ -230,6 +248,53 @@ def test_full_support_is_the_gradient_of_the_reverse_kl(enumeration):
   got = e.expected_gradient(_at_temperatures(route='direct', support='full'), e.params)
   want = e.token_level_gradient(e.params)
   assert _relative_error(got, want) < ORACLE
+
+
+# --- baselines and other importance weights ---
+
+
+def test_the_exact_baseline_keeps_the_mean_of_the_gradient(enumeration):
+  e = enumeration
+  plain, exact = (_at_temperatures(baseline=b) for b in ('none', 'exact'))
+  want = e.token_level_gradient(e.params)
+  assert _relative_error(e.expected_gradient(exact, e.params), want) < ORACLE
+  # It lowers the spread of the advantage by construction, and not always that of the gradient: rare
+  # tokens have the large grad log p_S, and the mean is far from what the teacher says of them. With
+  # these two models, which are far apart, the variance doubles.
+  variances = [float(e.variance(o, e.params)) for o in (plain, exact)]
+  assert variances[1] / variances[0] == pytest.approx(2.04, abs=0.05)
+
+
+def test_a_very_high_bound_on_the_ratio_is_no_bound(enumeration):
+  e = enumeration
+  older = sharp_params(e.student, 7, jnp.float64)
+  want = e.expected_gradient(_at_temperatures(), older)
+  for fields in (dict(importance='truncated', ratio_high=1e9),
+                 dict(importance='two_sided', ratio_low=1e-9, ratio_high=1e9)):
+    assert _relative_error(e.expected_gradient(_at_temperatures(**fields), older), want) < ORACLE
+
+
+@pytest.mark.parametrize('importance', ['truncated', 'two_sided'])
+def test_bounded_ratios_are_their_definition(enumeration, importance):
+  e = enumeration
+  older = sharp_params(e.student, 7, jnp.float64)
+  low = 0.5 if importance == 'two_sided' else 0.0
+  objective = _at_temperatures(importance=importance, ratio_low=low, ratio_high=1.5)
+  objective_lib.check_objective(objective)
+  rollout, probability = e.behaviour(older)
+  theirs = e.chosen(e.logprobs(e.teacher, e.teacher_params, TEACHER_TEMPERATURE))
+  now = e.chosen(e.logprobs(e.student, e.params, TEMPERATURE))
+  ratio = np.exp(np.asarray(now - rollout.sampler_logprobs))
+  bounded = np.minimum(ratio, 1.5) if importance == 'truncated' else np.where(
+      (ratio >= 0.5) & (ratio <= 1.5), ratio, 0.0)
+  assert not np.allclose(bounded, ratio)  # or nothing is tested
+  worth = probability * bounded * (theirs - now) * rollout.mask
+
+  def surrogate(params):
+    return -jnp.sum(worth * e.chosen(e.logprobs(e.student, params, TEMPERATURE)))
+
+  want = quick_jit(jax.grad(surrogate))(e.params)
+  assert _relative_error(e.expected_gradient(objective, older), want) < ORACLE
 
 
 # --- every divergence, every support and every estimate against the definition ---
@@ -795,7 +860,7 @@ def test_one_pinned_step():
 @pytest.mark.parametrize(('changes', 'field', 'allowed'), [
     (dict(route='sideways'), "objective.route='sideways'", "['policy_gradient', 'direct']"),
     (dict(support='half'), "objective.support='half'", str(list(estimators.SUPPORTS))),
-    (dict(importance='some'), "objective.importance='some'", "['none', 'ratio', 'ppo_clip']"),
+    (dict(importance='some'), "objective.importance='some'", str(list(objective_lib.IMPORTANCE))),
     (dict(reward_baseline='mean'), "objective.reward_baseline='mean'",
      "['none', 'group_mean', 'group_mean_std']"),
     (dict(reduction='sum'), "objective.reduction='sum'", "['token_mean', 'sequence_mean']"),
@@ -823,6 +888,26 @@ def test_one_pinned_step():
     (dict(divergence='skew_kl', divergence_alpha=1.0), 'objective.divergence_alpha=1.0',
      'excluded'),
     (dict(top_k=4), 'objective.top_k=4', 'no effect'),
+    (dict(signal='x'), "objective.signal='x'", "'fixed_negative'"),
+    (dict(shaping='clip'), 'objective.shaping_scale=0.0', "above 0 with 'clip'"),
+    (dict(shaping='log', shaping_scale=1.0), 'objective.shaping_scale=1.0', '0 without'),
+    (dict(shaping='power', shaping_scale=1.0, divergence='forward_kl'), "objective.shaping='power'",
+     "'reverse_kl'"),
+    (dict(signal='fixed_negative', shaping='log'), "objective.shaping='log'", 'no effect'),
+    (dict(baseline='critic'), "objective.baseline='critic'", "'leave_one_out'"),
+    *[(dict(baseline='exact', **changes), "objective.baseline='exact'", 'log-ratio only')
+      for changes in (dict(discount=0.5), dict(shaping='log'), dict(divergence='forward_kl'))],
+    (dict(importance='truncated', ratio_high=0.5), 'ratio_high=0.5', "at least 1 with 'truncated'"),
+    (dict(importance='two_sided', ratio_high=2.0), 'ratio_low=0.0', 'low below 1'),
+    (dict(ratio_high=2.0), 'ratio_high=2.0', '0 and 0 without'),
+    (dict(token_gate='loss'), "objective.token_gate='loss'", "'soft_or'"),
+    (dict(token_gate='divergence'), 'objective.token_keep=1.0', 'above 0 and below 1'),
+    (dict(token_keep=0.5), 'objective.token_keep=0.5', 'allowed: 1'),
+    (dict(row_gate='correct', row_keep=0.5), 'objective.row_keep=0.5', 'allowed: 1'),
+    (dict(row_gate='teacher_likelihood'), 'objective.row_keep=1.0', 'above 0 and below 1'),
+    (dict(window_start=3), 'objective.window_start=3', 'at least one token'),
+    ({**dataclasses.asdict(SFT), 'token_gate': 'divergence', 'token_keep': 0.5},
+     "objective.token_gate='divergence'", 'no teacher to ask'),
     (dict(tail='bucket'), "objective.tail='bucket'", 'no effect'),
     (dict(tail='cut'), "objective.tail='cut'", str(list(estimators.TAILS))),
     (dict(estimator='k2'), "objective.estimator='k2'", 'no effect'),

@@ -55,8 +55,8 @@ class Objective:
       token answers for itself only; 1 is the gradient of the sequence-level KL.
     baseline: subtracted from the signal: its exact mean over the student's next token, which is
       minus the reverse KL (vOPD, 2026, arXiv 2605.07865; needs the full vocabulary once), the mean
-      over the batch, or over the other samples of the same prompt. None changes the expected
-      gradient; whether one lowers its variance depends on the models, so measure it.
+      over the batch (biased by a token's own share in it), or over the other samples of the same
+      prompt. Whether one lowers the variance of the gradient depends on the models: measure it.
     reward_baseline: subtracted from a row's reward: nothing, the mean of its group, or the mean
       and then a division by the group's standard deviation (GRPO, Shao et al. 2024); 'none' without
       a reward.

@@ -32,23 +32,30 @@ from opd_jax.types import Head, Model, Params, Rollout, Scores, TrainState
 
 def loss_fn(params: Params, rollout: Rollout, weights: Float[Array, 'B t'],
             advantage: Float[Array, 'B t'], teacher_logprobs: Float[Array, 'B t'] | None,
-            teacher_hidden: Float[Array, 'B C E'] | None, teacher_head: Head | None, *,
+            teacher_hidden: Float[Array, 'B C E'] | None,
+            student_hidden: Float[Array, 'B C D'] | None, teacher_head: Head | None, *,
             model: Model, objective: Objective, chunk_tokens: int
             ) -> tuple[Array, dict[str, Float[Array, 'B t']]]:
   """The loss of some rows (its sum over microbatches is the loss of the batch), and per-token
-  arrays [B, T-1] for the metrics."""
+  arrays [B, T-1] for the metrics.
+
+  `student_hidden`, from the program that scored the teacher, is for the exact baseline, which is
+  then exactly zero for a teacher equal to the student.
+  """
   o = objective
   hidden = score_lib.completion_hidden(model, params, rollout)
   head = model.head(params)
 
-  def chunk(hidden, targets, teacher_hidden=None):
+  def chunk(hidden, targets, teacher_hidden=None, student_hidden=None):
     logprobs = score_lib.log_softmax(hidden, head, o.temperature)
     out = {'logprobs': score_lib.pick(logprobs, targets),
            'entropy': jax.lax.stop_gradient(score_lib.entropy_of(logprobs))}
     if teacher_hidden is not None:
       teacher = jax.lax.stop_gradient(
           score_lib.log_softmax(teacher_hidden, teacher_head, o.teacher_temperature))
-      out['divergence'] = _divergence(o, *score_lib.same_width(logprobs, teacher))
+      own = logprobs if student_hidden is None else jax.lax.stop_gradient(
+          score_lib.log_softmax(student_hidden, head, o.temperature))
+      out['divergence'] = _divergence(o, *score_lib.same_width(own, teacher))
       out['teacher_logprobs'] = score_lib.pick(teacher, targets)
       out['teacher_entropy'] = score_lib.entropy_of(teacher)
     return out
@@ -56,12 +63,14 @@ def loss_fn(params: Params, rollout: Rollout, weights: Float[Array, 'B t'],
   arrays = [hidden, rollout.completion_targets]
   if o.needs_hidden:
     arrays.append(teacher_hidden)
+    if student_hidden is not None:
+      arrays.append(student_hidden)
   out = score_lib.map_token_chunks(chunk, chunk_tokens, *arrays)
   out = {name: score_lib.to_rows(a, rollout) for name, a in out.items()}
 
-  # `weights` is zero exactly where the mask is, so masked positions cannot reach the loss.
+  # `weights` is zero wherever the mask is, so masked positions cannot reach the loss.
   loss = jnp.zeros((), weights.dtype)
-  if o.needs_teacher and o.estimator != 'none':
+  if o.estimator != 'none':
     log_u = (teacher_logprobs - out['logprobs']) * rollout.mask
     out['divergence'] = estimators.sampled_loss(o.estimator, log_u)
   if o.needs_teacher and o.route == 'direct':
@@ -89,7 +98,8 @@ def surrogate(o: Objective, logprobs: Float[Array, 'B t'], logratio: Float[Array
     return jax.lax.stop_gradient(jnp.minimum(ratio, o.ratio_high)) * logprobs * advantage
   if o.importance == 'two_sided':
     inside = (ratio >= o.ratio_low) & (ratio <= o.ratio_high)
-    return jnp.where(inside, jax.lax.stop_gradient(ratio) * logprobs * advantage, 0.0)
+    # The ratio is replaced, not the product: the gradient of an infinite one would be NaN.
+    return jax.lax.stop_gradient(jnp.where(inside, ratio, 0.0)) * logprobs * advantage
   if o.importance == 'ppo_clip':
     clipped = jnp.clip(ratio, 1.0 - o.clip_epsilon, 1.0 + o.clip_epsilon) * advantage
     return jnp.minimum(ratio * advantage, clipped)
@@ -117,8 +127,8 @@ def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, stude
     rollout: B rows; rows of one prompt are neighbours (`group_size` of them).
     teacher: log-probs if `objective.needs_teacher_logprobs`, hidden states if
       `objective.needs_hidden`; None without a teacher.
-    student: log p_S by the teacher's own scoring program; None unless
-      `objective.needs_student_scores`.
+    student: log p_S by the teacher's own scoring program, and the hidden states with
+      `objective.baseline='exact'`; None unless `objective.needs_student_scores`.
     rewards: verifier rewards; None unless `objective.needs_rewards`.
     teacher_head: with the hidden states.
     frozen: what `state.params` are adapters on; None where the state holds the whole model. Not
@@ -138,6 +148,8 @@ def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, stude
   weights = credit.reduction_weights(counted, objective.reduction)
   advantage = credit.token_weights(objective, rollout, teacher, student, rewards, group_size)
   hidden = teacher.hidden if objective.needs_hidden else None
+  exact = objective.baseline == 'exact' and objective.student_logprobs == 'rescored'
+  own_hidden = student.hidden if exact else None
   theirs = teacher.logprobs if objective.estimator != 'none' else None
 
   def loss(trained, *rows):
@@ -150,7 +162,8 @@ def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, stude
     (value, aux), grads = grad_fn(state.params, *rows, teacher_head)
     return jax.tree.map(jnp.add, carry, (value, grads)), aux
 
-  split = score_lib.split_rows((rollout, weights, advantage, theirs, hidden), microbatch_rows)
+  split = score_lib.split_rows((rollout, weights, advantage, theirs, hidden, own_hidden),
+                               microbatch_rows)
   zeros = (jnp.zeros((), weights.dtype), jax.tree.map(jnp.zeros_like, state.params))
   (total, grads), aux = jax.lax.scan(accumulate, zeros, split)
   aux = score_lib.join_rows(aux)
@@ -187,9 +200,10 @@ def batch_metrics(o: Objective, on_policy: bool, rollout: Rollout, teacher: Scor
                   aux: dict[str, Float[Array, 'B t']]) -> dict[str, Array]:
   """Token means over the mask (nats a token where it is a KL or an entropy).
 
-  `divergence` is exact, over the full vocabulary. On the student's own samples only: `reverse_kl`,
-  the sample estimate log p_S - log p_T; `gap_*`, how far sampler and scorer are apart; `ratio_*`,
-  the importance ratio. `lengths` and `prompt_lengths` are int32 [B].
+  `divergence` is the one of the loss, over its support (with the exact baseline: over the full
+  vocabulary). Tokens that a gate leaves out are in. On the student's own samples only:
+  `reverse_kl`, the sample estimate log p_S - log p_T; `gap_*`, how far sampler and scorer are
+  apart; `ratio_*`, the importance ratio. `lengths` and `prompt_lengths` are int32 [B].
   """
   mask = rollout.mask
   count = jnp.maximum(jnp.sum(mask), 1.0)

@@ -150,13 +150,14 @@ class Enumeration:
         self.teacher_params, rollout)
     student = None
     if objective.needs_student_scores:
-      student = _scorer(self.student, TEMPERATURE)(self.params, rollout)
+      student = _scorer(self.student, TEMPERATURE, hidden, True)(self.params, rollout)
     advantage = credit.token_weights(objective, rollout, teacher, student, None, 1)
     head = self.teacher.head(self.teacher_params) if hidden else None
+    own_hidden = student.hidden if objective.baseline == 'exact' else None
     grad = quick_jit(jax.grad(functools.partial(
         update.loss_fn, model=self.student, objective=objective, chunk_tokens=50), has_aux=True))
     return lambda weights: grad(self.params, rollout, weights, advantage, teacher.logprobs,
-                                teacher.hidden, head)[0]
+                                teacher.hidden, own_hidden, head)[0]
 
   def token_level_gradient(self, sampler_params, divergence=None):
     """Of the sum over prefixes of p(prefix), held fixed, times D(p_S, p_T)(prefix), by default
@@ -454,6 +455,27 @@ def test_weights_that_papers_give(x64, name, alpha, weight):
   np.testing.assert_allclose(got, weight(u), rtol=1e-12, atol=1e-12)
 
 
+@every_divergence
+def test_weights_in_float32_are_those_of_float64_and_zero_at_equality(x64, name, alpha):
+  def weights(dtype, fold):
+    x = jnp.asarray([0.0, -1e4, -20.0, -1.0, 1.0, 12.0, 20.0], dtype)
+    f = estimators.term(name, alpha)
+    return np.asarray(fold(lambda x: estimators.score_weight(f, x))(x))
+
+  got = weights(jnp.float32, jax.jit)  # compiled: constants fold to other last bits
+  assert got[0] == 0.0
+  np.testing.assert_allclose(got, weights(jnp.float64, lambda f: f), rtol=2e-5, atol=2e-6)
+  f = estimators.term(name, alpha)
+  assert not np.any(np.isnan(estimators.score_weight(f, jnp.array([200.0, -1e30], jnp.float32))))
+
+
+def test_a_ratio_that_overflows_is_left_out_without_a_nan():
+  o = Objective(importance='two_sided', ratio_low=0.5, ratio_high=2.0)
+  one = jnp.ones((1, 1))
+  got = jax.grad(lambda x: jnp.sum(update.surrogate(o, x, x + 200.0, -one)))(-one)
+  assert float(got[0, 0]) == 0.0
+
+
 # --- (b, c) loss and gradient of every kind of objective against loops over tokens in NumPy ---
 
 PROMPTS = [[5, 9, 1, 2], [5, 9, 1, 2], [7], [7], [3, 3, 8], [3, 3, 8]]  # in groups of two
@@ -538,12 +560,14 @@ def _inputs(o: Objective, batch: Batch) -> tuple:
   """The arguments of `update_fn` after the state."""
   teacher = student = head = None
   if o.needs_teacher:
-    scorer = _scorer(batch.teacher, o.teacher_temperature, o.needs_hidden)
+    scorer = _scorer(batch.teacher, o.teacher_temperature, o.needs_hidden,
+                     o.needs_teacher_logprobs)
     teacher = scorer(batch.teacher_params, batch.rollout)
     head = batch.teacher.head(batch.teacher_params) if o.needs_hidden else None
   if o.needs_student_scores:
-    student = _scorer(batch.student, o.temperature)(batch.params, batch.rollout)
-  rewards = jnp.asarray(REWARDS, batch.rollout.mask.dtype) if o.reward_coef else None
+    student = _scorer(batch.student, o.temperature, o.needs_hidden, True)(
+        batch.params, batch.rollout)
+  rewards = jnp.asarray(REWARDS, batch.rollout.mask.dtype) if o.needs_rewards else None
   return batch.rollout, teacher, student, rewards, head
 
 
@@ -699,14 +723,18 @@ def test_ppo_clip_is_pessimistic(x64, ratio, reward, value, active):
 
 
 @pytest.mark.parametrize('objective', [
-    EXACT, dataclasses.replace(SAMPLED, reduction='sequence_mean', discount=0.5)],
-    ids=['token_mean', 'sequence_mean'])
+    EXACT, dataclasses.replace(SAMPLED, reduction='sequence_mean', discount=0.5),
+    dataclasses.replace(SAMPLED, baseline='exact', token_gate='soft_or', token_keep=0.5),
+    dataclasses.replace(SAMPLED, baseline='leave_one_out', row_gate='wrong', window_tokens=3,
+                        importance='two_sided', ratio_low=0.8, ratio_high=1.2)],
+    ids=['token_mean', 'sequence_mean', 'token_gate', 'row_gate'])
 def test_microbatches_add_up_to_the_full_batch(x64, objective):
   batch = _batch(jnp.float64)  # completions of 1 to 5 tokens: means of means would differ
   inputs = _inputs(objective, batch)
-  want, metrics = _step(batch.student, objective)(_state(batch.params), *inputs)
+  want, metrics = _step(batch.student, objective, group_size=2)(_state(batch.params), *inputs)
   for rows in (1, 2):
-    got, same = _step(batch.student, objective, microbatch_rows=rows)(_state(batch.params), *inputs)
+    got, same = _step(batch.student, objective, group_size=2, microbatch_rows=rows)(
+        _state(batch.params), *inputs)
     # Sums in another order, in float64.
     assert _relative_error(_difference(batch.params, got.params),
                            _difference(batch.params, want.params)) < 1e-12
@@ -744,17 +772,23 @@ def loop():
           _scorer(model, jit=jax.jit))
 
 
-@pytest.mark.parametrize('discount', [0.0, 1.0])
-def test_self_distillation_is_a_fixed_point_bit_for_bit(loop, discount):
-  model, params, prompts, sampler, scorer = loop
-  optimizer = _adam()
-  step = _step(model, dataclasses.replace(SAMPLED, discount=discount), optimizer=optimizer,
-               microbatch_rows=3)
+@pytest.mark.parametrize('fields', [
+    dict(), dict(discount=1.0), dict(baseline='exact'),
+    dict(baseline='leave_one_out', shaping='log', importance='truncated', ratio_high=2.0),
+    dict(divergence='jensen_shannon', divergence_alpha=0.3, baseline='batch_mean'),
+    dict(signal='fixed_negative', token_gate='student_entropy', token_keep=0.5)], ids=str)
+def test_self_distillation_is_a_fixed_point_bit_for_bit(loop, fields):
+  model, params, prompts, sampler, _ = loop
+  optimizer, objective = _adam(), dataclasses.replace(SAMPLED, **fields)
+  objective_lib.check_objective(objective)
+  scorer = _scorer(model, 1.0, objective.needs_hidden, True, jit=jax.jit)
+  step = _step(model, objective, optimizer=optimizer, group_size=2, microbatch_rows=3)
   state = _state(params, optimizer)
   for i in range(3):
     rollout = sampler(state.params, prompts, jax.random.key(i))
     teacher, student = scorer(params, rollout), scorer(state.params, rollout)
-    state, metrics = step(state, rollout, teacher, student, None, None)
+    head = model.head(params) if objective.needs_hidden else None
+    state, metrics = step(state, rollout, teacher, student, None, head)
     assert float(metrics['grad_norm']) == 0.0
   same = jax.tree.map(jnp.array_equal, state.params, params)
   assert all(jax.tree.leaves(same)), {k: v for k, v in params_lib.flatten(same).items() if not v}

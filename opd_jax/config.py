@@ -322,6 +322,25 @@ def _check_optimizer(c):
                       "optimizer.name='sgd'; allowed: 0")
 
 
+def _check_samples(c, o):
+  truncated = c.sample.top_p < 1 or c.sample.top_k > 0
+  # The ratio is in the policy-gradient terms only, so that it does not help the estimators.
+  uncorrected = o.estimator != 'none' or o.has_policy_gradient and o.importance == 'none'
+  if c.data.source == 'student' and uncorrected and (
+      truncated or c.optimizer.updates_per_batch > 1):
+    raise ConfigError(
+        f'objective.importance={o.importance!r}, estimator={o.estimator!r} with sample.top_p='
+        f'{c.sample.top_p}, top_k={c.sample.top_k}, optimizer.updates_per_batch='
+        f'{c.optimizer.updates_per_batch}: the samples are not from the policy that is updated; '
+        f"allowed: importance in {[i for i in objective_lib.IMPORTANCE if i != 'none']} with "
+        "estimator='none'")
+  longest, window = c.data.max_new_tokens, o.window_start + o.window_tokens
+  if o.window_tokens and not (o.window_start < longest and (o.window_start or window < longest)):
+    raise ConfigError(f'objective.window_start={o.window_start}, window_tokens={o.window_tokens} '
+                      f'with data.max_new_tokens={longest}: no token is inside, or none outside; '
+                      f'allowed: a start below {longest}, and from 0 fewer tokens than that')
+
+
 def _check_roles(c):
   o = make_objective(c)
   if c.teacher.kind not in teachers.names():
@@ -345,14 +364,7 @@ def _check_roles(c):
   if c.data.source == 'dataset' and c.data.samples_per_prompt > 1:
     raise ConfigError(f'data.samples_per_prompt={c.data.samples_per_prompt} with data.source='
                       "'dataset': there is one completion a prompt; allowed: 1")
-  truncated = c.sample.top_p < 1 or c.sample.top_k > 0
-  one_token = o.has_policy_gradient or o.estimator != 'none'
-  if c.data.source == 'student' and one_token and o.importance == 'none' and (
-      truncated or c.optimizer.updates_per_batch > 1):
-    raise ConfigError(
-        f"objective.importance='none' with sample.top_p={c.sample.top_p}, top_k={c.sample.top_k}, "
-        f'optimizer.updates_per_batch={c.optimizer.updates_per_batch}: the samples are not from '
-        "the policy that is updated; allowed: 'ratio' or 'ppo_clip' (with route='policy_gradient')")
+  _check_samples(c, o)
   if not 0 <= c.log.max_sampler_gap < math.inf:
     raise ConfigError(f'log.max_sampler_gap={c.log.max_sampler_gap}; allowed: at least 0, and '
                       'finite')

@@ -52,11 +52,14 @@ class Objective:
       2606.17199).
     shaping_scale: c or a; 0 without.
     discount: gamma of the return of per-token distillation rewards. 0 is the paper's choice: each
-      token answers for itself only; 1 is the gradient of the sequence-level KL.
+      token answers for itself only; 1 is the gradient of the sequence-level reverse KL. Tokens
+      that a gate leaves out keep their part in the returns of earlier ones.
     baseline: subtracted from the signal: its exact mean over the student's next token, which is
       minus the reverse KL (vOPD, 2026, arXiv 2605.07865; needs the full vocabulary once), the mean
       over the batch (biased by a token's own share in it), or over the other samples of the same
       prompt. Whether one lowers the variance of the gradient depends on the models: measure it.
+      The mean of the gradient stays only where ratios are not bounded and samples not cut by top-p
+      or top-k.
     reward_baseline: subtracted from a row's reward: nothing, the mean of its group, or the mean
       and then a division by the group's standard deviation (GRPO, Shao et al. 2024); 'none' without
       a reward.
@@ -281,6 +284,10 @@ def _check_signal(o):
   if o.signal == 'fixed_negative':
     _refuse_unread(o, "objective.signal='fixed_negative'", 'divergence', 'divergence_alpha',
                    'shaping', 'shaping_scale')
+  if o.discount and o.signal == 'teacher' and o.divergence != 'reverse_kl':
+    raise ValueError(f'objective.discount={o.discount} with objective.divergence={o.divergence!r}: '
+                     'the score-function weight of a later token is no reward for this one (of the '
+                     "forward KL, u - 1, the mean is zero: noise); allowed: 0, or 'reverse_kl'")
   exact_mean = (o.divergence == 'reverse_kl' and o.signal == 'teacher' and o.shaping == 'none'
                 and not o.discount)
   if o.baseline == 'exact' and not exact_mean:

@@ -275,6 +275,16 @@ class TestRoles:
       ('sft_teacher', dict(objective__distill_coef=1.0, objective__importance='none'),
        ("data.source='teacher'", "support='sampled'")),
       ('opd_exact', dict(objective__discount=0.5), ('objective.discount=0.5', 'no effect')),
+      ('opd_sampled', dict(objective__divergence='forward_kl', objective__discount=0.5),
+       ('objective.discount=0.5', "divergence='forward_kl'", 'no reward')),
+      # The ratio of the reward's term does not correct k2.
+      ('opd_sampled', dict(objective__route='direct', objective__estimator='k2',
+                           objective__reward_coef=1.0, sample__top_p=0.9),
+       ("estimator='k2'", 'sample.top_p=0.9')),
+      ('opd_sampled', dict(objective__window_tokens=99),
+       ('objective.window_start=0, window_tokens=99', 'data.max_new_tokens=')),
+      ('opd_sampled', dict(objective__window_start=99, objective__window_tokens=1),
+       ('objective.window_start=99', 'data.max_new_tokens=')),
       ('sft', dict(objective__likelihood_coef=0.0), ('likelihood_coef', 'all 0')),
       # A setting away from its default that nothing reads is a misunderstanding.
       ('opd_exact', dict(objective__importance='ratio'), ("objective.importance='ratio'",)),

@@ -719,6 +719,34 @@ def test_ppo_clip_is_pessimistic(x64, ratio, reward, value, active):
   assert _relative_error(_difference(batch.params, state.params), want) < ORACLE
 
 
+@pytest.mark.parametrize('fields', [
+    dict(baseline='exact', window_start=1, window_tokens=2),
+    dict(route='direct', estimator='k2', importance='none', window_start=1, window_tokens=2),
+    dict(route='direct', support='full', importance='none', row_gate='wrong',
+         reduction='sequence_mean')], ids=str)
+def test_gated_tokens_are_as_if_they_were_masked(x64, fields):
+  o, batch = Objective(**fields), _batch(jnp.float64)
+  objective_lib.check_objective(o)
+  inputs = _inputs(o, batch)
+  gated, metrics = _step(batch.student, o)(_state(batch.params), *inputs)
+  mask = credit.gate(o, *inputs[:4])
+  plain = dataclasses.replace(o, window_start=0, window_tokens=0, row_gate='none')
+  masked, same = _step(batch.student, plain)(
+      _state(batch.params), batch.rollout.replace(mask=mask), *inputs[1:])
+  assert float(metrics['loss']) == pytest.approx(float(same['loss']), rel=1e-12)
+  assert _relative_error(_difference(batch.params, gated.params),
+                         _difference(batch.params, masked.params)) < 1e-12
+  assert float(metrics['counted_rate']) == float(jnp.sum(mask) / jnp.sum(batch.rollout.mask)) < 1
+
+
+def test_gates_that_leave_nothing_leave_no_gradient(x64):
+  o, batch = dataclasses.replace(EXACT, row_gate='correct'), _batch(jnp.float64)
+  rollout, teacher, student, rewards, head = _inputs(o, batch)
+  _, metrics = _step(batch.student, o)(
+      _state(batch.params), rollout, teacher, student, jnp.zeros_like(rewards), head)
+  assert float(metrics['loss']) == float(metrics['grad_norm']) == metrics['counted_rate'] == 0.0
+
+
 # --- (d) gradient accumulation ---
 
 

@@ -27,7 +27,8 @@ WEIGHTS = (ORACLE + 'weights_that_papers_give', ORACLE + 'weights_in_float32_are
 TOP_K = (ORACLE + 'top_k_of_everything_is_the_divergence_itself',
          ORACLE + 'top_k_is_its_definition',
          'test_contracts.py::test_divergence_has_no_nan_at_extreme_logits')
-KS = (ORACLE + 'k2_and_k3_differentiated_at_the_sampled_token',)
+KS = (ORACLE + 'k2_and_k3_are_their_definition',
+      ORACLE + 'k2_and_k3_differentiated_at_the_sampled_token')
 RATIO = (ORACLE + 'bounded_ratios_are_their_definition', ORACLE + 'ppo_clip_is_pessimistic')
 EXACT = (ORACLE + 'the_exact_baseline_keeps_the_mean_of_the_gradient',
          ORACLE + 'self_distillation_is_a_fixed_point_bit_for_bit')

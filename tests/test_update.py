@@ -352,6 +352,13 @@ def test_k2_and_k3_differentiated_at_the_sampled_token(enumeration, estimator, n
   assert _relative_error(got, e.token_level_gradient(e.params, _defined(other, 0.0))) > 0.1
 
 
+def test_k2_and_k3_are_their_definition(x64):
+  # In expectation the gradient of k3 does not tell whether -log u is there: the variance does.
+  log_u = np.array([-2.0, 0.0, 1.5])
+  for name, want in (('k2', log_u**2 / 2), ('k3', np.exp(log_u) - 1 - log_u)):
+    np.testing.assert_allclose(estimators.sampled_loss(name, jnp.asarray(log_u)), want, atol=1e-15)
+
+
 def test_k1_differentiated_at_the_sampled_token_is_nothing(enumeration, monkeypatch):
   # Why it is refused: E_S[grad log p_S] = 0.
   e = enumeration

@@ -164,6 +164,25 @@ class TestGates:
     got = _gate(o, batch)
     assert got.sum() == 2 and got[:, 1].sum() == 2  # of the four first tokens
 
+  def test_a_row_without_tokens_is_not_among_the_rows(self, x64):
+    rollout = make_rollout([[5]] * 4, [[1], [1, 2], [], []], prompt_width=1, room=2,
+                           dtype=jnp.float64)
+    theirs = rollout.mask * jnp.array([[-1.0], [-2.0], [0.0], [0.0]])
+    got = credit.gate(Objective(row_gate='teacher_likelihood', row_keep=0.5), rollout,
+                      _scores(theirs, theirs), None, None)
+    np.testing.assert_array_equal(got, [[1, 0], [0, 0], [0, 0], [0, 0]])
+
+  def test_soft_or_is_relative_to_the_tokens_that_are_left(self, x64):
+    rollout = make_rollout([[5]] * 2, [[1, 2], [1, 2]], prompt_width=1, room=2, dtype=jnp.float64)
+    # Of the first tokens one has the largest entropy, the other the largest difference: both score
+    # 1, a tie. Relative to the outliers of the second tokens only one of them would stay.
+    entropy = jnp.array([[1.0, 100.0], [0.1, 100.0]])
+    theirs = jnp.array([[-1.0, 0.0], [-1.8, 0.0]])
+    own = jnp.array([[-1.0, -2.0], [-1.0, -2.0]])
+    got = credit.gate(Objective(token_gate='soft_or', token_keep=0.5, window_tokens=1), rollout,
+                      _scores(theirs, entropy), _scores(own, entropy), None)
+    np.testing.assert_array_equal(got, [[1, 0], [1, 0]])
+
   def test_none_is_the_mask_itself(self, batch):
     np.testing.assert_array_equal(_gate(Objective(), batch), batch[0].mask)
 

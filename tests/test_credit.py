@@ -51,7 +51,7 @@ def _gate(o, batch, rewards=None):
     (dict(divergence='forward_kl'), lambda s, t: np.exp(t) / np.exp(s) - 1),
     (dict(divergence='forward_kl', shaping='clip', shaping_scale=0.3),
      lambda s, t: min(max(np.exp(t - s) - 1, -0.3), 0.3)),
-], ids=str)
+], ids=['log_ratio', 'clip', 'log', 'power', 'fixed_negative', 'forward_kl', 'clipped_forward_kl'])
 def test_signal_of_every_token(batch, fields, by_hand):
   rollout, own, theirs, *_ = batch
   got = _weights(Objective(**fields), batch)

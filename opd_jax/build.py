@@ -33,8 +33,8 @@ from opd_jax import (
   tasks,
   teachers,
   tokenizer,
-  update,
 )
+from opd_jax.objective import Objective
 from opd_jax.types import Model, Params
 
 INIT, SAMPLE, EVAL = range(3)  # what a random key is for
@@ -65,7 +65,7 @@ class Setup:
   teacher: hf.LoadedModel | None  # `student` itself, if it teaches itself
   frozen_dtype: jnp.dtype  # of the teacher, and of the base under adapters
   task: Any
-  objective: update.Objective
+  objective: Objective
   mesh: jax.sharding.Mesh
   examples: data.Examples
   evaluator: evaluate.Evaluator
@@ -203,6 +203,9 @@ def build(c: ConfigDict) -> Setup:
     if c.sample.top_k > student.model.vocab_in_use:
       raise ValueError(f'sample.top_k={c.sample.top_k}; allowed: at most the vocabulary of '
                        f'{student.model.vocab_in_use}')
+    if c.objective.top_k > student.model.vocab_in_use:
+      raise ValueError(f'objective.top_k={c.objective.top_k}; allowed: at most the vocabulary of '
+                       f'{student.model.vocab_in_use}')
     if adapter is not None:
       sharding.param_shardings(adapter.specs, mesh)
     for loaded in filter(None, (student, teacher)):
@@ -313,9 +316,10 @@ def check_verifier(c: ConfigDict, examples: data.Examples, held_out: data.Exampl
     ValueError: with the field.
   """
   task = tasks.get(c.task.name)
-  if c.objective.reward_coef and not data.has_verifier(task, examples):
-    raise ValueError(f'objective.reward_coef={c.objective.reward_coef} with task.name='
-                     f'{c.task.name!r}, which does not grade these examples; allowed: 0')
+  if config_lib.make_objective(c).needs_rewards and not data.has_verifier(task, examples):
+    raise ValueError(f'objective.reward_coef={c.objective.reward_coef}, row_gate='
+                     f'{c.objective.row_gate!r} with task.name={c.task.name!r}, which does not '
+                     "grade these examples; allowed: 0, and 'none' or 'teacher_likelihood'")
   for group, name in (('checkpoint', 'keep_best'), ('eval', 'stop_at_sampled_accuracy')):
     if c[group][name] and not data.has_verifier(task, held_out):
       raise ValueError(f'{group}.{name}={c[group][name]} with task.name={c.task.name!r}, which '

@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from opd_jax import data, hf, models, optim, tasks, teachers, tokenizer
-from opd_jax import update as update_lib
+from opd_jax import objective as objective_lib
 from opd_jax.params import flatten
 
 SOURCES = ('student', 'teacher', 'dataset')
@@ -76,9 +76,9 @@ def default_config() -> ConfigDict:
   # `stop`: whose stop tokens end a completion: 'student', 'teacher' or the 'union' of both.
   c.sample = ConfigDict(dict(temperature=1.0, top_p=1.0, top_k=0, stop='student'))
 
-  # See update.Objective for every field.
+  # See objective.Objective for every field.
   c.objective = ConfigDict({
-      f.name: f.default for f in dataclasses.fields(update_lib.Objective)
+      f.name: f.default for f in dataclasses.fields(objective_lib.Objective)
       if f.name != 'temperature'})
 
   c.optimizer = ConfigDict(dict(
@@ -234,11 +234,11 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
   return c
 
 
-def make_objective(c: ConfigDict) -> update_lib.Objective:
+def make_objective(c: ConfigDict) -> objective_lib.Objective:
   """The pure code's Objective. The student's temperature is the sampler's, by construction; text
   that the student did not write is scored at temperature 1."""
   own = c.data.source == 'student'
-  return update_lib.Objective(**c.objective.to_dict(),
+  return objective_lib.Objective(**c.objective.to_dict(),
                               temperature=c.sample.temperature if own else 1.0)
 
 
@@ -254,7 +254,7 @@ def validate(c: ConfigDict, prefix: str = '') -> None:
       raise ConfigError(f'steps={c.steps}; allowed: at least 1')
     if not 0 <= c.seed < 2**32:  # of a larger one, a random key has only the lower 32 bits
       raise ConfigError(f'seed={c.seed}; allowed: 0 to {2**32 - 1}')
-    update_lib.check_objective(make_objective(c))
+    objective_lib.check_objective(make_objective(c))
     tasks.options(tasks.get(c.task.name), c.task.options.to_dict())
     _check_roles(c)
     _check_prompt(c)
@@ -322,6 +322,25 @@ def _check_optimizer(c):
                       "optimizer.name='sgd'; allowed: 0")
 
 
+def _check_samples(c, o):
+  truncated = c.sample.top_p < 1 or c.sample.top_k > 0
+  # The ratio is in the policy-gradient terms only, so that it does not help the estimators.
+  uncorrected = o.estimator != 'none' or o.has_policy_gradient and o.importance == 'none'
+  if c.data.source == 'student' and uncorrected and (
+      truncated or c.optimizer.updates_per_batch > 1):
+    raise ConfigError(
+        f'objective.importance={o.importance!r}, estimator={o.estimator!r} with sample.top_p='
+        f'{c.sample.top_p}, top_k={c.sample.top_k}, optimizer.updates_per_batch='
+        f'{c.optimizer.updates_per_batch}: the samples are not from the policy that is updated; '
+        f"allowed: importance in {[i for i in objective_lib.IMPORTANCE if i != 'none']} with "
+        "estimator='none'")
+  longest, window = c.data.max_new_tokens, o.window_start + o.window_tokens
+  if o.window_tokens and not (o.window_start < longest and (o.window_start or window < longest)):
+    raise ConfigError(f'objective.window_start={o.window_start}, window_tokens={o.window_tokens} '
+                      f'with data.max_new_tokens={longest}: no token is inside, or none outside; '
+                      f'allowed: a start below {longest}, and from 0 fewer tokens than that')
+
+
 def _check_roles(c):
   o = make_objective(c)
   if c.teacher.kind not in teachers.names():
@@ -345,23 +364,18 @@ def _check_roles(c):
   if c.data.source == 'dataset' and c.data.samples_per_prompt > 1:
     raise ConfigError(f'data.samples_per_prompt={c.data.samples_per_prompt} with data.source='
                       "'dataset': there is one completion a prompt; allowed: 1")
-  truncated = c.sample.top_p < 1 or c.sample.top_k > 0
-  if c.data.source == 'student' and o.has_policy_gradient and o.importance == 'none' and (
-      truncated or c.optimizer.updates_per_batch > 1):
-    raise ConfigError(
-        f"objective.importance='none' with sample.top_p={c.sample.top_p}, top_k={c.sample.top_k}, "
-        f'optimizer.updates_per_batch={c.optimizer.updates_per_batch}: the samples are not from '
-        "the policy that is updated; allowed: 'ratio' or 'ppo_clip'")
+  _check_samples(c, o)
   if not 0 <= c.log.max_sampler_gap < math.inf:
     raise ConfigError(f'log.max_sampler_gap={c.log.max_sampler_gap}; allowed: at least 0, and '
                       'finite')
   if c.data.source != 'student' and c.log.max_sampler_gap:
     raise ConfigError(f'log.max_sampler_gap={c.log.max_sampler_gap} has no effect with data.source='
                       f"{c.data.source!r}; allowed: 0, or data.source='student'")
-  if c.data.source != 'student' and o.needs_teacher and o.route == 'policy_gradient':
-    raise ConfigError("objective.route='policy_gradient' with data.source="
-                      f"{c.data.source!r}: the score-function estimate needs the student's own "
-                      "samples; allowed: data.source='student', or route='direct'")
+  if c.data.source != 'student' and o.needs_teacher and o.support == 'sampled':
+    raise ConfigError(f"objective.route={o.route!r}, support='sampled' with data.source="
+                      f"{c.data.source!r}: an estimate from one token needs the student's own "
+                      "samples; allowed: data.source='student', or route='direct' with another "
+                      'support')
   if o.student_logprobs == 'sampler' and not (o.needs_teacher and o.route == 'policy_gradient'):
     raise ConfigError("objective.student_logprobs='sampler' has no effect without a "
                       "policy-gradient distillation term; allowed: 'rescored'")
@@ -369,6 +383,9 @@ def _check_roles(c):
     raise ConfigError(f'data.samples_per_prompt={c.data.samples_per_prompt} with '
                       f'objective.reward_baseline={o.reward_baseline!r}: a group of one has no '
                       'baseline; allowed: at least 2')
+  if o.baseline == 'leave_one_out' and c.data.samples_per_prompt < 2:
+    raise ConfigError(f'data.samples_per_prompt={c.data.samples_per_prompt} with objective.'
+                      "baseline='leave_one_out': there is no other sample; allowed: at least 2")
   if not 0 < c.sample.temperature < math.inf:
     raise ConfigError(f'sample.temperature={c.sample.temperature}; allowed: above 0, and finite '
                       '(greedy accuracy is always evaluated too)')

@@ -69,7 +69,7 @@ def compare(params: Params, teacher_params: Params | None, rollout: Rollout, *, 
       other = score.log_softmax(theirs, teacher_head, teacher_temperature)
       out |= {'teacher_logprobs': score.pick(other, targets),
               'teacher_entropy': score.entropy_of(other),
-              'kl': divergences.reverse_kl(*score.same_width(own, other))}
+              'kl': jnp.sum(divergences.reverse_kl(*score.same_width(own, other)), axis=-1)}
     return out
 
   out = score.map_token_chunks(chunk, chunk_tokens, *arrays)

@@ -101,7 +101,8 @@ def join_rows(tree: Any) -> Any:
 
 
 def teacher_logprob_fn(params: Params, rollout: Rollout, *, model: Model, temperature: float,
-                       want_hidden: bool, chunk_tokens: int, microbatch_rows: int) -> Scores:
+                       want_hidden: bool, chunk_tokens: int, microbatch_rows: int,
+                       want_logprobs: bool | None = None) -> Scores:
   """Grades a rollout with one forward pass of a model that did not (need to) write it.
 
   The same function, and so the same compiled program, scores the student when a policy-gradient
@@ -113,16 +114,20 @@ def teacher_logprob_fn(params: Params, rollout: Rollout, *, model: Model, temper
     rollout: B rows.
     model: static.
     temperature: of the scored distribution.
-    want_hidden: return the hidden states [B, C, D] for a full-vocabulary divergence and leave the
-      head to the update, instead of the log-probs of the sampled tokens.
+    want_hidden: return the hidden states [B, C, D] for a divergence over the vocabulary, and leave
+      the head to the update.
     chunk_tokens: tokens whose vocabulary rows exist at a time.
     microbatch_rows: rows per forward pass, 0 for all.
+    want_logprobs: return the log-probs of the sampled tokens and the entropy; by default, unless
+      hidden states are wanted.
   """
+  want_logprobs = not want_hidden if want_logprobs is None else want_logprobs
 
   def score(rows: Rollout) -> Scores:
     hidden = completion_hidden(model, params, rows)
-    if want_hidden:
-      return Scores(logprobs=None, entropy=None, hidden=hidden)
+    kept = hidden if want_hidden else None
+    if not want_logprobs:
+      return Scores(logprobs=None, entropy=None, hidden=kept)
     head = model.head(params)
 
     def chunk(hidden, targets):
@@ -131,6 +136,6 @@ def teacher_logprob_fn(params: Params, rollout: Rollout, *, model: Model, temper
 
     out = map_token_chunks(chunk, chunk_tokens, hidden, rows.completion_targets)
     return Scores(logprobs=to_rows(out['logprobs'], rows), entropy=to_rows(out['entropy'], rows),
-                  hidden=None)
+                  hidden=kept)
 
   return join_rows(jax.lax.map(score, split_rows(rollout, microbatch_rows)))

@@ -204,7 +204,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
           teacher_scores = wait(programs.score_teacher(teacher_params, rollout))
         if s.objective.needs_student_scores:
           student_scores = wait(programs.score_student(student, rollout))
-        if s.objective.reward_coef:
+        if s.objective.needs_rewards:
           graded, _ = data.grade(s.task, [s.examples.rows[i] for i in indices], rollout,
                                  s.student.tokenizer)
           rewards = sharding.put(graded, rows_sharding)
@@ -272,7 +272,9 @@ def compile_step(c: ConfigDict, s: Setup) -> tuple[Programs, TrainState]:
   def scorer(m: Model, temperature: float):
     return jax.jit(functools.partial(
         score.teacher_logprob_fn, model=m, temperature=temperature,
-        want_hidden=s.objective.needs_hidden, **batching), out_shardings=rows)
+        want_hidden=s.objective.needs_hidden, want_logprobs=(
+            s.objective.needs_teacher_logprobs or s.objective.needs_student_scores),
+        **batching), out_shardings=rows)
 
   score_student = score_teacher = scorer(model, s.objective.temperature)
   if s.teacher is not None:

@@ -3,10 +3,11 @@
 One per-token loss covers on-policy distillation, reinforcement learning and supervised learning.
 With w_t the reduction weights (they sum to 1), rho_t the importance ratio, A_t a detached weight:
 
-  loss = sum_t w_t ( distill_coef * D(p_S, p_T)_t        direct route, full vocabulary
+  loss = sum_t w_t ( distill_coef * D(p_S, p_T)_t        direct route, over a support
                      - rho_t A_t )                       policy-gradient route
 
-  A_t = distill_coef * (log p_T - log p_S)(y_t)          on-policy distillation, discounted
+  A_t = distill_coef * w(p_T / p_S)(y_t)                 on-policy distillation, discounted; for the
+                                                         reverse KL, w is log p_T - log p_S
       + reward_coef * (group-normalized verifier reward) GRPO
       + likelihood_coef                                  SFT: every given token is worth 1
 
@@ -16,8 +17,6 @@ per token.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -25,224 +24,38 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import optax
 
-from opd_jax import divergences, lora
+from opd_jax import credit, estimators, lora
 from opd_jax import score as score_lib
+from opd_jax.objective import Objective
 from opd_jax.types import Head, Model, Params, Rollout, Scores, TrainState
-
-ROUTES = ('policy_gradient', 'direct')
-SUPPORTS = ('sampled', 'full')
-BASELINES = ('none', 'group_mean', 'group_mean_std')
-IMPORTANCE = ('none', 'ratio', 'ppo_clip')
-REDUCTIONS = ('token_mean', 'sequence_mean')
-STUDENT_LOGPROBS = ('rescored', 'sampler')
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-  """What the student is trained towards. `check_objective` refuses what makes no sense.
-
-  Attributes:
-    route: 'policy_gradient' (score function, detached advantage) or 'direct' (differentiate the
-      divergence through the student's log-probs); of the distillation term.
-    divergence: name of a function in `divergences.py`.
-    support: 'sampled' (the token the student drew) or 'full' (exact, the whole vocabulary).
-    distill_coef, reward_coef, likelihood_coef: the three weights in the module docstring.
-    discount: gamma of the return of per-token distillation rewards. 0 is the paper's choice: each
-      token answers for itself only; 1 is the gradient of the sequence-level KL.
-    reward_baseline: subtracted from a row's reward: nothing, the mean of its group, or the mean
-      and then a division by the group's standard deviation (GRPO, Shao et al. 2024); 'none' without
-      a reward.
-    importance: rho = 1 with log p in its place ('none'), p_S / p_sampler ('ratio'), or PPO's
-      pessimistic clip ('ppo_clip', against the sampler's policy before top-p and top-k).
-    clip_epsilon: of 'ppo_clip'; 0 without it.
-    reduction: 'token_mean' over the global batch, or 'sequence_mean' (rows weigh the same).
-    student_logprobs: where log p_S in the advantage comes from: 'rescored' by the program that
-      scored the teacher (self-distillation is then an exact fixed point; one more forward pass),
-      or the 'sampler' (free; off by its rounding).
-    temperature: of the student's distribution; the loop sets it to the sampler's.
-    teacher_temperature: of the teacher's distribution (for a teacher equal to the student to be a
-      fixed point, the two must be equal).
-  """
-
-  route: str = 'policy_gradient'
-  divergence: str = 'reverse_kl'
-  support: str = 'sampled'
-  distill_coef: float = 1.0
-  reward_coef: float = 0.0
-  likelihood_coef: float = 0.0
-  discount: float = 0.0
-  reward_baseline: str = 'none'
-  importance: str = 'ratio'
-  clip_epsilon: float = 0.0
-  reduction: str = 'token_mean'
-  student_logprobs: str = 'rescored'
-  temperature: float = 1.0
-  teacher_temperature: float = 1.0
-
-  @property
-  def needs_teacher(self) -> bool:
-    return self.distill_coef != 0.0
-
-  @property
-  def needs_hidden(self) -> bool:
-    return self.needs_teacher and self.support == 'full'
-
-  @property
-  def has_policy_gradient(self) -> bool:
-    """Whether any term of the loss goes through A_t."""
-    distil = self.needs_teacher and self.route == 'policy_gradient'
-    return distil or self.reward_coef != 0.0 or self.likelihood_coef != 0.0
-
-  @property
-  def needs_student_scores(self) -> bool:
-    return (self.needs_teacher and self.route == 'policy_gradient'
-            and self.student_logprobs == 'rescored')
-
-
-def names_of_divergences() -> list[str]:
-  """What `objective.divergence` may be."""
-  return sorted(name for name, f in vars(divergences).items()
-                if getattr(f, '__module__', '') == divergences.__name__ and name[0] != '_')
-
-
-def check_objective(o: Objective) -> None:
-  """Refuses unknown names and combinations that cannot mean what they say.
-
-  Raises:
-    ValueError: names the field, the value, what is allowed, and why.
-  """
-  for name, allowed in (('route', ROUTES), ('support', SUPPORTS), ('importance', IMPORTANCE),
-                        ('reward_baseline', BASELINES), ('reduction', REDUCTIONS),
-                        ('student_logprobs', STUDENT_LOGPROBS),
-                        ('divergence', names_of_divergences())):
-    if getattr(o, name) not in allowed:
-      raise ValueError(f'objective.{name}={getattr(o, name)!r}; allowed: {list(allowed)}')
-  if not 0.0 <= o.discount <= 1.0:
-    raise ValueError(f'objective.discount={o.discount}; allowed: 0 to 1')
-  for name in ('temperature', 'teacher_temperature'):
-    if not 0.0 < getattr(o, name) < math.inf:  # NaN is neither
-      raise ValueError(f'objective.{name}={getattr(o, name)}; allowed: above 0 (at 0 the '
-                       'distribution is a point mass and has no KL divergence), and finite')
-  if not 0.0 <= o.clip_epsilon < math.inf or (o.clip_epsilon > 0.0) != (o.importance == 'ppo_clip'):
-    raise ValueError(f'objective.clip_epsilon={o.clip_epsilon} with objective.importance='
-                     f"{o.importance!r}; allowed: above 0 with 'ppo_clip', 0 without")
-  for name in ('distill_coef', 'reward_coef', 'likelihood_coef'):
-    if not 0.0 <= getattr(o, name) < math.inf:
-      raise ValueError(f'objective.{name}={getattr(o, name)}; allowed: at least 0, and finite')
-  if not (o.distill_coef or o.reward_coef or o.likelihood_coef):
-    raise ValueError('objective.distill_coef, reward_coef and likelihood_coef are all 0: there is '
-                     'nothing to train towards; allowed: at least one other than 0')
-  if o.reward_baseline != 'none' and not o.reward_coef:
-    raise ValueError(f'objective.reward_baseline={o.reward_baseline!r} has no effect with '
-                     "objective.reward_coef=0; allowed: 'none'")
-  if o.needs_teacher:
-    _check_distillation(o)
-    return
-  for name in ('route', 'divergence', 'support', 'discount', 'teacher_temperature'):
-    value, default = getattr(o, name), getattr(Objective, name)
-    if value != default:
-      raise ValueError(f'objective.{name}={value!r} has no effect with objective.distill_coef=0; '
-                       f'allowed: {default!r}')
-
-
-def _check_distillation(o: Objective) -> None:
-  if o.route == 'direct' and o.support == 'sampled':
-    raise ValueError(
-        "objective.route='direct' with objective.support='sampled': differentiating "
-        'log p_S - log p_T at the sampled token has expectation zero, so nothing would be learned; '
-        "allowed: route='policy_gradient', or support='full'")
-  if o.route == 'policy_gradient' and o.support == 'full':
-    raise ValueError(
-        "objective.route='policy_gradient' with objective.support='full': a full-vocabulary "
-        'divergence used as a scalar advantage names no direction to move in; '
-        "allowed: route='direct', or support='sampled'")
-  if o.route == 'policy_gradient' and o.divergence != 'reverse_kl':
-    raise ValueError(
-        f'objective.divergence={o.divergence!r} with route=\'policy_gradient\': only reverse_kl '
-        "has log p_T - log p_S as its score-function weight; allowed: 'reverse_kl', or "
-        "route='direct' with support='full'")
-  if o.route == 'direct' and o.discount:
-    raise ValueError(
-        f"objective.discount={o.discount} has no effect with route='direct', which has no "
-        "return; allowed: 0, or route='policy_gradient'")
-  if o.importance != 'none' and not o.has_policy_gradient:
-    raise ValueError(f'objective.importance={o.importance!r} has no effect: no term of the loss is '
-                     "a policy gradient; allowed: 'none'")
-
-
-def reduction_weights(mask: Float[Array, 'B t'], reduction: str) -> Float[Array, 'B t']:
-  """w_t: the mask, scaled so that it sums to 1 over the global batch; 0 for an empty mask."""
-  if reduction == 'token_mean':
-    return mask / jnp.maximum(jnp.sum(mask), 1.0)
-  per_row = mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1.0)
-  return per_row / jnp.maximum(jnp.sum(jnp.any(mask > 0, axis=1)), 1.0)
-
-
-def discounted_return(rewards: Float[Array, 'B t'], discount: float) -> Float[Array, 'B t']:
-  """G_t = sum_{k >= t} discount^(k - t) r_k along a row. Discount 0 returns `rewards` itself."""
-  if discount == 0.0:
-    return rewards
-
-  def backwards(later, reward):
-    total = reward + discount * later
-    return total, total
-
-  _, returns = jax.lax.scan(backwards, jnp.zeros_like(rewards[:, 0]), rewards.T, reverse=True)
-  return returns.T
-
-
-def group_advantage(rewards: Float[Array, 'B'], group_size: int, baseline: str
-                    ) -> Float[Array, 'B']:
-  """Rewards relative to the other samples of the same prompt (rows b // group_size).
-
-  'group_mean_std' is GRPO's (r - mean) / (std + 1e-4) (Shao et al. 2024, arXiv 2402.03300, eq. 3,
-  outcome supervision); 'group_mean' leaves out the division (Liu et al. 2025, Dr. GRPO).
-  """
-  groups = rewards.reshape(-1, group_size)
-  if baseline != 'none':
-    groups = groups - jnp.mean(groups, axis=1, keepdims=True)
-  if baseline == 'group_mean_std':
-    groups = groups / (jnp.std(groups, axis=1, keepdims=True) + 1e-4)
-  return groups.reshape(-1)
-
-
-def token_weights(o: Objective, rollout: Rollout, teacher: Scores | None, student: Scores | None,
-                  rewards: Float[Array, 'B'] | None, group_size: int) -> Float[Array, 'B t']:
-  """A_t of the module docstring: detached, and zero where the mask is."""
-  mask = rollout.mask
-  total = o.likelihood_coef * mask
-  if o.needs_teacher and o.route == 'policy_gradient':
-    if student is not None:
-      own = student.logprobs
-    else:
-      own = rollout.sampler_logprobs + rollout.kept_logmass
-    reward = (teacher.logprobs - own) * mask
-    total = total + o.distill_coef * discounted_return(reward, o.discount) * mask
-  if o.reward_coef:
-    advantage = group_advantage(rewards, group_size, o.reward_baseline)
-    total = total + o.reward_coef * advantage[:, None] * mask
-  return jax.lax.stop_gradient(total)
 
 
 def loss_fn(params: Params, rollout: Rollout, weights: Float[Array, 'B t'],
-            advantage: Float[Array, 'B t'], teacher_hidden: Float[Array, 'B C E'] | None,
-            teacher_head: Head | None, *, model: Model, objective: Objective,
-            chunk_tokens: int) -> tuple[Array, dict[str, Float[Array, 'B t']]]:
+            advantage: Float[Array, 'B t'], teacher_logprobs: Float[Array, 'B t'] | None,
+            teacher_hidden: Float[Array, 'B C E'] | None,
+            student_hidden: Float[Array, 'B C D'] | None, teacher_head: Head | None, *,
+            model: Model, objective: Objective, chunk_tokens: int
+            ) -> tuple[Array, dict[str, Float[Array, 'B t']]]:
   """The loss of some rows (its sum over microbatches is the loss of the batch), and per-token
-  arrays [B, T-1] for the metrics."""
+  arrays [B, T-1] for the metrics.
+
+  `student_hidden`, from the program that scored the teacher, is for the exact baseline, which is
+  then exactly zero for a teacher equal to the student.
+  """
   o = objective
   hidden = score_lib.completion_hidden(model, params, rollout)
   head = model.head(params)
-  divergence = getattr(divergences, o.divergence)
 
-  def chunk(hidden, targets, teacher_hidden=None):
+  def chunk(hidden, targets, teacher_hidden=None, student_hidden=None):
     logprobs = score_lib.log_softmax(hidden, head, o.temperature)
     out = {'logprobs': score_lib.pick(logprobs, targets),
            'entropy': jax.lax.stop_gradient(score_lib.entropy_of(logprobs))}
     if teacher_hidden is not None:
       teacher = jax.lax.stop_gradient(
           score_lib.log_softmax(teacher_hidden, teacher_head, o.teacher_temperature))
-      out['divergence'] = divergence(*score_lib.same_width(logprobs, teacher))
+      own = logprobs if student_hidden is None else jax.lax.stop_gradient(
+          score_lib.log_softmax(student_hidden, head, o.temperature))
+      out['divergence'] = _divergence(o, *score_lib.same_width(own, teacher))
       out['teacher_logprobs'] = score_lib.pick(teacher, targets)
       out['teacher_entropy'] = score_lib.entropy_of(teacher)
     return out
@@ -250,28 +63,55 @@ def loss_fn(params: Params, rollout: Rollout, weights: Float[Array, 'B t'],
   arrays = [hidden, rollout.completion_targets]
   if o.needs_hidden:
     arrays.append(teacher_hidden)
+    if student_hidden is not None:
+      arrays.append(student_hidden)
   out = score_lib.map_token_chunks(chunk, chunk_tokens, *arrays)
   out = {name: score_lib.to_rows(a, rollout) for name, a in out.items()}
 
-  # `weights` is zero exactly where the mask is, so masked positions cannot reach the loss.
+  # `weights` is zero wherever the mask is, so masked positions cannot reach the loss.
   loss = jnp.zeros((), weights.dtype)
-  if o.needs_hidden:
+  if o.estimator != 'none':
+    log_u = (teacher_logprobs - out['logprobs']) * rollout.mask
+    out['divergence'] = estimators.sampled_loss(o.estimator, log_u)
+  if o.needs_teacher and o.route == 'direct':
     loss = loss + o.distill_coef * jnp.sum(weights * out['divergence'])
+  if o.baseline == 'exact':
+    # The mean of log p_T - log p_S over the student's next token is minus this.
+    advantage = advantage + o.distill_coef * jax.lax.stop_gradient(out['divergence'])
   behaviour = rollout.sampler_logprobs
-  if o.importance == 'ppo_clip':  # how far the policy has moved, not what top-p cut away
+  if o.importance in ('two_sided', 'ppo_clip'):
+    # How far the policy has moved, not what top-p cut away.
     behaviour = behaviour + rollout.kept_logmass
   logratio = (out['logprobs'] - behaviour) * rollout.mask
-  if o.importance == 'none':
-    surrogate = out['logprobs'] * advantage
-  else:
-    ratio = jnp.exp(logratio)
-    surrogate = ratio * advantage
-    if o.importance == 'ppo_clip':
-      clipped = jnp.clip(ratio, 1.0 - o.clip_epsilon, 1.0 + o.clip_epsilon) * advantage
-      surrogate = jnp.minimum(surrogate, clipped)
   if o.has_policy_gradient:
-    loss = loss - jnp.sum(weights * surrogate)
+    loss = loss - jnp.sum(weights * surrogate(o, out['logprobs'], logratio, advantage))
   return loss, {**jax.lax.stop_gradient(out), 'logratio': jax.lax.stop_gradient(logratio)}
+
+
+def surrogate(o: Objective, logprobs: Float[Array, 'B t'], logratio: Float[Array, 'B t'],
+              advantage: Float[Array, 'B t']) -> Float[Array, 'B t']:
+  """What is differentiated for the policy gradient: its gradient is rho A grad log p_S."""
+  if o.importance == 'none':
+    return logprobs * advantage
+  ratio = jnp.exp(logratio)
+  if o.importance == 'truncated':
+    return jax.lax.stop_gradient(jnp.minimum(ratio, o.ratio_high)) * logprobs * advantage
+  if o.importance == 'two_sided':
+    inside = (ratio >= o.ratio_low) & (ratio <= o.ratio_high)
+    # The ratio is replaced, not the product: the gradient of an infinite one would be NaN.
+    return jax.lax.stop_gradient(jnp.where(inside, ratio, 0.0)) * logprobs * advantage
+  if o.importance == 'ppo_clip':
+    clipped = jnp.clip(ratio, 1.0 - o.clip_epsilon, 1.0 + o.clip_epsilon) * advantage
+    return jnp.minimum(ratio * advantage, clipped)
+  return ratio * advantage
+
+
+def _divergence(o: Objective, student: Float[Array, 'n V'], teacher: Float[Array, 'n V']
+                ) -> Float[Array, 'n']:
+  if not o.support.endswith('top_k'):  # full, or the mean of the sampled signal
+    return estimators.full(o.term, student, teacher)
+  return estimators.on_support(o.term, student, teacher, support=o.support, top_k=o.top_k,
+                               tail=o.tail)
 
 
 def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, student: Scores | None,
@@ -285,10 +125,11 @@ def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, stude
   Args:
     state: donated by the caller's jit.
     rollout: B rows; rows of one prompt are neighbours (`group_size` of them).
-    teacher: logprobs for support 'sampled', hidden states for 'full'; None without a teacher.
-    student: log p_S by the teacher's own scoring program; None unless
-      `objective.needs_student_scores`.
-    rewards: verifier rewards; None unless `objective.reward_coef`.
+    teacher: log-probs if `objective.needs_teacher_logprobs`, hidden states if
+      `objective.needs_hidden`; None without a teacher.
+    student: log p_S by the teacher's own scoring program, and the hidden states with
+      `objective.baseline='exact'`; None unless `objective.needs_student_scores`.
+    rewards: verifier rewards; None unless `objective.needs_rewards`.
     teacher_head: with the hidden states.
     frozen: what `state.params` are adapters on; None where the state holds the whole model. Not
       donated.
@@ -303,9 +144,13 @@ def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, stude
   Returns:
     The next state and scalar metrics (see `batch_metrics`) with 'lengths', int32 [B], beside them.
   """
-  weights = reduction_weights(rollout.mask, objective.reduction)
-  advantage = token_weights(objective, rollout, teacher, student, rewards, group_size)
+  counted = credit.gate(objective, rollout, teacher, student, rewards)
+  weights = credit.reduction_weights(counted, objective.reduction)
+  advantage = credit.token_weights(objective, rollout, teacher, student, rewards, group_size)
   hidden = teacher.hidden if objective.needs_hidden else None
+  exact = objective.baseline == 'exact' and objective.student_logprobs == 'rescored'
+  own_hidden = student.hidden if exact else None
+  theirs = teacher.logprobs if objective.estimator != 'none' else None
 
   def loss(trained, *rows):
     return loss_fn(lora.join(frozen, trained), *rows, model=model, objective=objective,
@@ -317,7 +162,8 @@ def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, stude
     (value, aux), grads = grad_fn(state.params, *rows, teacher_head)
     return jax.tree.map(jnp.add, carry, (value, grads)), aux
 
-  split = score_lib.split_rows((rollout, weights, advantage, hidden), microbatch_rows)
+  split = score_lib.split_rows((rollout, weights, advantage, theirs, hidden, own_hidden),
+                               microbatch_rows)
   zeros = (jnp.zeros((), weights.dtype), jax.tree.map(jnp.zeros_like, state.params))
   (total, grads), aux = jax.lax.scan(accumulate, zeros, split)
   aux = score_lib.join_rows(aux)
@@ -325,6 +171,8 @@ def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, stude
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics = batch_metrics(objective, on_policy, rollout, teacher, aux)
+  if objective.gated:
+    metrics['counted_rate'] = jnp.sum(counted) / jnp.maximum(jnp.sum(rollout.mask), 1.0)
   metrics |= {'loss': total, 'grad_norm': optax.tree.norm(grads),
               'update_norm': optax.tree.norm(updates)}
   if rewards is not None:
@@ -352,9 +200,10 @@ def batch_metrics(o: Objective, on_policy: bool, rollout: Rollout, teacher: Scor
                   aux: dict[str, Float[Array, 'B t']]) -> dict[str, Array]:
   """Token means over the mask (nats a token where it is a KL or an entropy).
 
-  `divergence` is exact, over the full vocabulary. On the student's own samples only: `reverse_kl`,
-  the sample estimate log p_S - log p_T; `gap_*`, how far sampler and scorer are apart; `ratio_*`,
-  the importance ratio. `lengths` and `prompt_lengths` are int32 [B].
+  `divergence` is the one of the loss, over its support (with the exact baseline: over the full
+  vocabulary). Tokens that a gate leaves out are in. On the student's own samples only:
+  `reverse_kl`, the sample estimate log p_S - log p_T; `gap_*`, how far sampler and scorer are
+  apart; `ratio_*`, the importance ratio. `lengths` and `prompt_lengths` are int32 [B].
   """
   mask = rollout.mask
   count = jnp.maximum(jnp.sum(mask), 1.0)

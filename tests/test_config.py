@@ -15,15 +15,17 @@ import tiny
 from opd_jax import (
   build,
   config,
+  credit,
   data,
+  estimators,
   models,
   pipeline,
   tasks,
   teachers,
   tokenizer,
   train,
-  update,
 )
+from opd_jax import objective as objective_lib
 
 EXPERIMENTS = sorted(p for p in (tiny.ROOT / 'experiments').glob('*.py') if p.stem[0] != '_')
 
@@ -168,13 +170,13 @@ class TestFields:
   @pytest.mark.parametrize(('field', 'value', 'names'), [
       ('task__name', 'algebra', tasks.names()),
       ('teacher__kind', 'oracle', teachers.names()),
-      ('objective__divergence', 'jeffreys', update.names_of_divergences()),
-      ('objective__route', 'straight', update.ROUTES),
-      ('objective__support', 'half', update.SUPPORTS),
-      ('objective__importance', 'weights', update.IMPORTANCE),
-      ('objective__reduction', 'mean', update.REDUCTIONS),
-      ('objective__reward_baseline', 'critic', update.BASELINES),
-      ('objective__student_logprobs', 'cached', update.STUDENT_LOGPROBS),
+      ('objective__divergence', 'jeffreys', estimators.names()),
+      ('objective__route', 'straight', objective_lib.ROUTES),
+      ('objective__support', 'half', estimators.SUPPORTS),
+      ('objective__importance', 'weights', objective_lib.IMPORTANCE),
+      ('objective__reduction', 'mean', objective_lib.REDUCTIONS),
+      ('objective__reward_baseline', 'critic', objective_lib.REWARD_BASELINES),
+      ('objective__student_logprobs', 'cached', objective_lib.STUDENT_LOGPROBS),
       ('data__source', 'web', config.SOURCES),
       ('data__overlong', 'skip', data.OVERLONG),
       ('prompt__template', 'chatml', tokenizer.TEMPLATES),
@@ -247,7 +249,7 @@ class TestBatch:
   def test_a_group_that_does_not_divide_the_rows_cannot_be_reshaped(self):
     import jax.numpy as jnp
     with pytest.raises(TypeError, match='reshape'):
-      update.group_advantage(jnp.zeros(10), 4, 'group_mean')
+      credit.group_advantage(jnp.zeros(10), 4, 'group_mean')
 
 
 class TestRoles:
@@ -268,9 +270,21 @@ class TestRoles:
        ("objective.route='direct'", "objective.support='sampled'")),
       ('opd_sampled', dict(objective__support='full'),
        ("objective.route='policy_gradient'", "objective.support='full'")),
-      ('opd_sampled', dict(objective__divergence='forward_kl'),
-       ("objective.divergence='forward_kl'", "'reverse_kl'")),
+      ('opd_sampled', dict(objective__divergence='skew_kl'),
+       ('objective.divergence_alpha=0.0', "divergence='skew_kl'")),
+      ('sft_teacher', dict(objective__distill_coef=1.0, objective__importance='none'),
+       ("data.source='teacher'", "support='sampled'")),
       ('opd_exact', dict(objective__discount=0.5), ('objective.discount=0.5', 'no effect')),
+      ('opd_sampled', dict(objective__divergence='forward_kl', objective__discount=0.5),
+       ('objective.discount=0.5', "divergence='forward_kl'", 'no reward')),
+      # The ratio of the reward's term does not correct k2.
+      ('opd_sampled', dict(objective__route='direct', objective__estimator='k2',
+                           objective__reward_coef=1.0, sample__top_p=0.9),
+       ("estimator='k2'", 'sample.top_p=0.9')),
+      ('opd_sampled', dict(objective__window_tokens=99),
+       ('objective.window_start=0, window_tokens=99', 'data.max_new_tokens=')),
+      ('opd_sampled', dict(objective__window_start=99, objective__window_tokens=1),
+       ('objective.window_start=99', 'data.max_new_tokens=')),
       ('sft', dict(objective__likelihood_coef=0.0), ('likelihood_coef', 'all 0')),
       # A setting away from its default that nothing reads is a misunderstanding.
       ('opd_exact', dict(objective__importance='ratio'), ("objective.importance='ratio'",)),

@@ -211,7 +211,7 @@ def _trained(model, params, objective, teacher=None, steps=8):
 def test_exact_distillation_from_a_qwen3_teacher(tiny_model):
   model, params = KINDS['linen']()
   assert tiny_model[0].config.vocab_size == VOCAB
-  objective = update.Objective(route='direct', support='full', importance='none')
+  objective = objective_lib.Objective(route='direct', support='full', importance='none')
   losses, after, rollout = _trained(model, params, objective, tiny_model)
   assert losses[-1] < 0.8 * losses[0]
   # The first loss is the reverse KL, here from whole rows of logits.
@@ -230,7 +230,7 @@ def test_exact_distillation_from_a_qwen3_teacher(tiny_model):
 
 def test_a_foreign_teacher_of_a_qwen3_student(tiny_model):
   model, params = tiny_model
-  objective = update.Objective(route='direct', support='full', importance='none')
+  objective = objective_lib.Objective(route='direct', support='full', importance='none')
   losses, _, _ = _trained(model, params, objective, KINDS['nnx_logits']())
   assert losses[-1] < 0.9 * losses[0]
 

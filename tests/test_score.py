@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from opd_jax import models, score, update
+from opd_jax import objective as objective_lib
 from opd_jax import params as params_lib
 from opd_jax.types import Head
 
@@ -162,7 +163,9 @@ def _temporary_bytes(jitted, *args):
 
 
 @pytest.mark.parametrize('objective', [
-    update.Objective(route='direct', support='full'), update.Objective()], ids=['full', 'sampled'])
+    objective_lib.Objective(route='direct', support='full'), objective_lib.Objective(),
+    objective_lib.Objective(route='direct', support='union_top_k', top_k=8, tail='bucket')],
+    ids=['full', 'sampled', 'top_k'])
 def test_the_loss_never_holds_the_logits_of_the_batch(wide, objective):
   model, params, rollout = wide
   teacher = (None, None)
@@ -172,7 +175,7 @@ def test_the_loss_never_holds_the_logits_of_the_batch(wide, objective):
   def used(chunk_tokens):
     grad = jax.jit(jax.grad(functools.partial(
         update.loss_fn, model=model, objective=objective, chunk_tokens=chunk_tokens), has_aux=True))
-    return _temporary_bytes(grad, params, rollout, rollout.mask, rollout.mask, *teacher)
+    return _temporary_bytes(grad, params, rollout, rollout.mask, rollout.mask, None, *teacher)
 
   # 16 of 256 tokens at a time: a handful of chunk-sized arrays (0.5 MiB each), and the gradients of
   # the embedding and the head (0.5 MiB each).

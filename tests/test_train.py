@@ -478,3 +478,24 @@ class TestAdapters:
     assert not (tmp_path / 'export').exists()
     with pytest.raises(config.ConfigError, match="checkpoint.export='adapter'.*no adapter"):
       train.train(tiny.config('sft', checkpoint__export='adapter'), tmp_path / 'other')
+
+
+@pytest.mark.parametrize('fields', [
+    dict(route='direct', support='union_top_k', top_k=4, tail='bucket', importance='none',
+         divergence='jensen_shannon', divergence_alpha=0.5),
+    dict(route='direct', estimator='k2', importance='none'),
+    dict(baseline='exact', token_gate='soft_or', token_keep=0.5),
+    dict(shaping='power', shaping_scale=1.0, baseline='leave_one_out', importance='truncated',
+         ratio_high=2.0),
+    dict(route='direct', support='full', importance='none', divergence='forward_kl',
+         row_gate='wrong', window_tokens=3),
+], ids=['top_k', 'k2', 'exact_baseline', 'power', 'gates'])
+def test_other_objectives_lower_the_reverse_kl(tmp_path, fields):
+  c = tiny.with_models('opd_sampled', steps=30, data__samples_per_prompt=2,
+                       data__prompts_per_step=16, optimizer__learning_rate=3e-3,
+                       **{f'objective__{name}': value for name, value in fields.items()})
+  result = train.train(c, tmp_path)
+  assert result['after']['reverse_kl'] < 0.8 * result['before']['reverse_kl']
+  rows = tiny.rows(tmp_path, 'train')
+  assert ('counted_rate' in rows[0]) == any('gate' in f or 'window' in f for f in fields)
+  assert all(0 < r.get('counted_rate', 1) <= 1 for r in rows)

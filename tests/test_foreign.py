@@ -32,6 +32,7 @@ from opd_jax import (
 )
 from opd_jax import config as config_lib
 from opd_jax import export as export_lib
+from opd_jax import objective as objective_lib
 from opd_jax import params as params_lib
 from opd_jax.types import Model, Params, TrainState
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+import optax
 
 from opd_jax import estimators
+from opd_jax import score as score_lib
 from opd_jax.objective import Objective
-from opd_jax.types import Rollout, Scores
+from opd_jax.types import Batch, Head
 
 
 def reduction_weights(mask: Float[Array, 'B t'], reduction: str) -> Float[Array, 'B t']:
@@ -30,6 +32,19 @@ def discounted_return(rewards: Float[Array, 'B t'], discount: float) -> Float[Ar
 
   _, returns = jax.lax.scan(backwards, jnp.zeros_like(rewards[:, 0]), rewards.T, reverse=True)
   return returns.T
+
+
+def credited(rewards: Float[Array, 'B t'], mask: Float[Array, 'B t'], discount: float, returns: str
+             ) -> Float[Array, 'B t']:
+  """The return of each token by `objective.returns`, of rewards that are zero where the mask is."""
+  total = discounted_return(rewards, discount)
+  if returns == 'inclusive':
+    return total
+  total = total - rewards
+  if returns == 'later_mean':
+    later = jnp.sum(mask, axis=1, keepdims=True) - jnp.cumsum(mask, axis=1)
+    total = total / jnp.maximum(later, 1.0)
+  return total
 
 
 def group_advantage(rewards: Float[Array, 'B'], group_size: int, baseline: str
@@ -80,28 +95,46 @@ def subtract_baseline(values: Float[Array, 'B t'], mask: Float[Array, 'B t'], ba
   return values
 
 
-def token_weights(o: Objective, rollout: Rollout, teacher: Scores | None, student: Scores | None,
-                  rewards: Float[Array, 'B'] | None, group_size: int) -> Float[Array, 'B t']:
-  """A_t of `update.py`: detached, and zero where the mask is."""
-  mask = rollout.mask
+def distill_coef(o: Objective, step: Array) -> Array | float:
+  """The weight of distillation at a gradient step, annealed if `o` says so."""
+  if not o.anneal_steps:
+    return o.distill_coef
+  return optax.linear_schedule(o.distill_coef, o.final_distill_coef, o.anneal_steps)(step)
+
+
+def raw_signal(o: Objective, batch: Batch) -> Float[Array, 'B t']:
+  """`signal` of a batch, zero where the mask is."""
+  if o.student_logprobs == 'rescored':
+    own = batch.student.logprobs
+  else:
+    own = batch.rollout.sampler_logprobs + batch.rollout.policy_offset
+  theirs = batch.teacher.logprobs
+  if o.extrapolation != 1.0:
+    theirs = o.extrapolation * theirs + (1.0 - o.extrapolation) * batch.reference.logprobs
+  return signal(o, own, theirs) * batch.rollout.mask
+
+
+def distillation_advantage(o: Objective, batch: Batch, group_size: int) -> Float[Array, 'B t']:
+  """What the teacher's signals are worth to each token: detached, and zero where the mask is."""
+  mask = batch.rollout.mask
+  returns = credited(raw_signal(o, batch), mask, o.discount, o.returns)
+  return jax.lax.stop_gradient(subtract_baseline(returns, mask, o.baseline, group_size) * mask)
+
+
+def outcome_advantage(o: Objective, batch: Batch, group_size: int) -> Float[Array, 'B t']:
+  """The part of A_t that is the same for every token of a row: verifier and likelihood."""
+  mask = batch.rollout.mask
   total = o.likelihood_coef * mask
-  if o.needs_teacher and o.route == 'policy_gradient':
-    if o.student_logprobs == 'rescored':
-      own = student.logprobs
-    else:
-      own = rollout.sampler_logprobs + rollout.kept_logmass
-    returns = discounted_return(signal(o, own, teacher.logprobs) * mask, o.discount)
-    total += o.distill_coef * subtract_baseline(returns, mask, o.baseline, group_size) * mask
   if o.reward_coef:
-    advantage = group_advantage(rewards, group_size, o.reward_baseline)
+    advantage = group_advantage(batch.rewards, group_size, o.reward_baseline)
     total += o.reward_coef * advantage[:, None] * mask
   return jax.lax.stop_gradient(total)
 
 
-def gate(o: Objective, rollout: Rollout, teacher: Scores | None, student: Scores | None,
-         rewards: Float[Array, 'B'] | None) -> Float[Array, 'B t']:
+def gate(o: Objective, batch: Batch, teachability: Float[Array, 'B t'] | None = None
+         ) -> Float[Array, 'B t']:
   """The mask of the tokens that count: those the student chose, less what the gates leave out."""
-  mask = rollout.mask
+  mask, rewards = batch.rollout.mask, batch.rewards
   if o.window_tokens:
     place = jnp.cumsum(mask, axis=1) - 1.0
     inside = (place >= o.window_start) & (place < o.window_start + o.window_tokens)
@@ -110,16 +143,22 @@ def gate(o: Objective, rollout: Rollout, teacher: Scores | None, student: Scores
     mask = mask * (rewards >= 1.0)[:, None]
   elif o.row_gate == 'wrong':
     mask = mask * (rewards < 1.0)[:, None]
+  elif o.row_gate == 'reward_agrees':
+    lead = jnp.sum((batch.teacher.logprobs - batch.student.logprobs) * mask, axis=1)
+    mask = mask * jnp.where(rewards >= 1.0, lead > 0.0, lead < 0.0)[:, None]
   elif o.row_gate == 'teacher_likelihood':
     count = jnp.sum(mask, axis=1)
-    likelihood = jnp.sum(teacher.logprobs * mask, axis=1) / jnp.maximum(count, 1.0)
+    likelihood = jnp.sum(batch.teacher.logprobs * mask, axis=1) / jnp.maximum(count, 1.0)
     mask = mask * keep_highest(likelihood, count > 0, o.row_keep)[:, None]
   if o.token_gate != 'none':
-    mask = mask * keep_highest(_gate_score(o, mask, teacher, student), mask > 0, o.token_keep)
+    score = _gate_score(o, mask, batch) if teachability is None else teachability
+    mask = mask * keep_highest(score, mask > 0, o.token_keep)
   return jax.lax.stop_gradient(mask)
 
 
-def _gate_score(o, mask, teacher, student):
+def _gate_score(o, mask, batch):
+  teacher, student = batch.teacher, batch.student
+
   def unit(x):  # to 0..1 over the tokens that count
     return x / jnp.maximum(jnp.max(x * mask), jnp.finfo(x.dtype).tiny)
 
@@ -131,6 +170,37 @@ def _gate_score(o, mask, teacher, student):
   if o.token_gate == 'divergence':
     return difference
   return 1.0 - (1.0 - unit(student.entropy)) * (1.0 - unit(difference))
+
+
+def teachability(o: Objective, batch: Batch, student_head: Head, teacher_head: Head,
+                 chunk_tokens: int) -> Float[Array, 'B t']:
+  """KL(p_S || p_T) times p_T's mass on the top k of p_S: where the two disagree and the student
+  could follow. From the hidden states, in chunks."""
+  def chunk(mine, theirs):
+    own, other = score_lib.same_width(
+        score_lib.log_softmax(mine, student_head, o.temperature),
+        score_lib.log_softmax(theirs, teacher_head, o.teacher_temperature))
+    top = jax.lax.top_k(own, o.token_top_k)[1]
+    reachable = jnp.sum(jnp.exp(jnp.take_along_axis(other, top, axis=1)), axis=1)
+    return {'score': jnp.sum(jnp.exp(own) * (own - other), axis=1) * reachable}
+
+  out = score_lib.map_token_chunks(chunk, chunk_tokens, batch.student.hidden, batch.teacher.hidden)
+  return score_lib.to_rows(out['score'], batch.rollout)
+
+
+def local_gate(o: Objective, batch: Batch, advantage: Float[Array, 'B t'] | None,
+               noise: Float[Array, 'B t'] | None) -> Float[Array, 'B t']:
+  """1 where `objective.local` is, among the tokens of the mask; `noise` is uniform in 0..1."""
+  mask, which = batch.rollout.mask, o.local.gate
+  if which == 'teacher_entropy':
+    mask = mask * (batch.teacher.entropy > o.local.entropy)
+  elif which == 'untrusted':  # the signal as it is, whatever is done to it afterwards
+    own = batch.student.logprobs if o.student_logprobs == 'rescored' else (
+        batch.rollout.sampler_logprobs + batch.rollout.policy_offset)
+    mask = mask * (noise >= jnp.exp(jnp.minimum(batch.teacher.logprobs - own, 0.0)))
+  elif which == 'negative':
+    mask = mask * (advantage <= 0.0)
+  return jax.lax.stop_gradient(mask)
 
 
 def keep_highest(score: Float[Array, '...'], among: Array, share: float) -> Float[Array, '...']:

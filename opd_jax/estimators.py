@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,28 @@ def sampled_loss(estimator: str, log_u: Float[Array, '...']) -> Float[Array, '..
   if estimator == 'k2':
     return 0.5 * jnp.square(log_u)
   return jnp.expm1(log_u) - log_u
+
+
+def extrapolate(teacher: Float[Array, 'n V'], reference: Float[Array, 'n W'] | None, scale: float
+                ) -> Float[Array, 'n V']:
+  """log of p_T^scale p_ref^(1 - scale), normalized: what ExOPD (2026, arXiv 2602.12125) distils.
+
+  At scale 1 it is the teacher, at 0 the reference; above 1 it goes on in the same direction.
+  """
+  if scale == 1.0:
+    return teacher
+  width = min(teacher.shape[1], reference.shape[1])  # see score.same_width
+  teacher, reference = teacher[:, :width], reference[:, :width]
+  # Padding of the vocabulary is -1e30 on both sides: the difference is 0, not the sum of both.
+  return jax.nn.log_softmax(teacher + (scale - 1.0) * (teacher - reference), axis=-1)
+
+
+def over_support(o: Any, student: Float[Array, 'n V'], teacher: Float[Array, 'n V']
+                 ) -> Float[Array, 'n']:
+  """The divergence that `o` (an Objective or its Local) names, over the support that it names."""
+  if not o.support.endswith('top_k'):  # full, or the mean of a sampled signal
+    return full(o.term, student, teacher)
+  return on_support(o.term, student, teacher, support=o.support, top_k=o.top_k, tail=o.tail)
 
 
 def choose(support: str, top_k: int, student: Float[Array, 'n V'], teacher: Float[Array, 'n V']

@@ -23,14 +23,13 @@ def log_softmax(hidden: Float[Array, 'n D'], head: Head, temperature: float
   return jax.nn.log_softmax(head.logits(hidden) / temperature, axis=-1)
 
 
-def same_width(a: Float[Array, 'n V'], b: Float[Array, 'n W']
-               ) -> tuple[Float[Array, 'n U'], Float[Array, 'n U']]:
-  """Log-probs of two models over one vocabulary that is padded to different widths.
+def same_width(*logprobs: Float[Array, 'n _']) -> tuple[Float[Array, 'n _'], ...]:
+  """Log-probs of several models over one vocabulary that is padded to different widths.
 
-  The narrower has every token; what the wider has beyond it has probability zero (`Head`).
+  The narrowest has every token; what the others have beyond it has probability zero (`Head`).
   """
-  width = min(a.shape[1], b.shape[1])
-  return a[:, :width], b[:, :width]
+  width = min(x.shape[1] for x in logprobs)
+  return tuple(x[:, :width] for x in logprobs)
 
 
 def entropy_of(logprobs: Float[Array, 'n V']) -> Float[Array, 'n']:
@@ -64,6 +63,23 @@ def map_token_chunks(fn: Callable[..., dict[str, Array]], chunk_tokens: int, *ar
   return {name: a.reshape(-1)[:total].reshape(batch, length) for name, a in out.items()}
 
 
+def sum_over_chunks(fn: Callable[..., tuple[Array, dict[str, Array]]], chunk_tokens: int,
+                    head: Head, constants: Any, hidden: Float[Array, 'B C D'],
+                    arrays: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+  """Sums fn(head, constants, hidden [n, D], arrays [n, ...]) -> (scalar, {name: [n]}) over chunks.
+
+  Differentiable in head and hidden; the per-token outputs come back as [B, C].
+  """
+  names = sorted(arrays)
+
+  def chunk(hidden, *flat):
+    total, out = fn(head, constants, hidden, dict(zip(names, flat, strict=True)))
+    return {**out, '': jnp.zeros(hidden.shape[:1], total.dtype).at[0].set(total)}
+
+  out = map_token_chunks(chunk, chunk_tokens, hidden, *(arrays[n] for n in names))
+  return jnp.sum(out.pop('')), out
+
+
 def completion_hidden(model: Model, params: Params, rollout: Rollout) -> Float[Array, 'B C D']:
   """The final hidden states that predict the completion, teacher-forced on the rollout."""
   # The last token predicts nothing that is scored, and the prompt's predictions are not either.
@@ -76,6 +92,11 @@ def to_rows(completion: Float[Array, 'B C'], rollout: Rollout) -> Float[Array, '
   """[B, C] to the [B, T-1] convention, zero where the mask is."""
   padded = jnp.pad(completion, ((0, 0), (rollout.prompt_length - 1, 0)))
   return jnp.where(rollout.mask > 0, padded, 0.0)
+
+
+def to_completion(per_token: Float[Array, 'B t'], rollout: Rollout) -> Float[Array, 'B C']:
+  """The inverse of `to_rows`: the [B, T-1] entries that belong to the completion."""
+  return per_token[:, rollout.prompt_length - 1:]
 
 
 def split_rows(tree: Any, microbatch_rows: int) -> Any:

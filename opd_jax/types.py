@@ -47,7 +47,7 @@ class Rollout:
   valid: jax.Array  # bool [B, T], True on prompt and completion (EOS included)
   mask: jax.Array  # float32 [B, T-1], 1 where tokens[:, t+1] was chosen by the policy
   sampler_logprobs: jax.Array  # float32 [B, T-1], of the distribution truly sampled from
-  kept_logmass: jax.Array  # float32 [B, T-1], log of the mass that top-p/top-k kept (0 without)
+  policy_offset: jax.Array  # float32 [B, T-1], log of the mass that top-p/top-k kept (0 without)
   ended: jax.Array  # bool [B], True if a stop token was produced within the room C
   prompt_length: int = struct.field(pytree_node=False)  # P
 
@@ -64,6 +64,36 @@ class Scores:
   logprobs: jax.Array | None  # float32 [B, T-1], log-probability of tokens[:, t+1]
   entropy: jax.Array | None  # float32 [B, T-1], in nats
   hidden: jax.Array | None  # [B, C, D], the final hidden states that predict the completion
+
+
+@struct.dataclass
+class Batch:
+  """A rollout and what is known about it. What an objective does not ask for is None."""
+
+  rollout: Rollout
+  teacher: Scores | None = None
+  student: Scores | None = None  # by the very program that scored the teacher
+  reference: Scores | None = None
+  rewards: jax.Array | None = None  # float32 [B], of the verifier
+
+
+@struct.dataclass
+class Weighted:
+  """Rows with what the loss takes for each token; what an objective does not ask for is None.
+
+  The hidden states of the student are those of the program that scored the teacher, for the exact
+  baseline, which is then exactly zero for a teacher equal to the student.
+  """
+
+  rollout: Rollout
+  weights: jax.Array  # float32 [B, T-1], zero wherever the mask is
+  advantage: jax.Array  # float32 [B, T-1]
+  local_weights: jax.Array | None = None  # float32 [B, T-1]
+  teacher_logprobs: jax.Array | None = None  # float32 [B, T-1]
+  reference_logprobs: jax.Array | None = None  # float32 [B, T-1]
+  teacher_hidden: jax.Array | None = None  # [B, C, D]
+  student_hidden: jax.Array | None = None
+  reference_hidden: jax.Array | None = None
 
 
 @struct.dataclass
@@ -100,6 +130,14 @@ class Head:
       token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
       logits = jnp.where(token < self.vocab_in_use, logits, UNUSED_LOGIT)
     return logits
+
+
+@struct.dataclass
+class Heads:
+  """The heads of the models whose hidden states a loss takes; None where it takes none."""
+
+  teacher: Head | None = None
+  reference: Head | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -3,8 +3,10 @@
 One per-token loss covers on-policy distillation, reinforcement learning and supervised learning.
 With w_t the reduction weights (they sum to 1), rho_t the importance ratio, A_t a detached weight:
 
-  loss = sum_t w_t ( distill_coef * D(p_S, p_T)_t        direct route, over a support
-                     - rho_t A_t )                       policy-gradient route
+  loss = sum_t w_t ( distill_coef * D(p_S, p_T)_t               direct route, over a support
+                     + distill_coef * local.coef * g_t D'_t     the local term, where its gate is 1
+                     + reference_coef * KL(p_S || p_ref)_t
+                     - rho_t A_t )                              policy-gradient route
 
   A_t = distill_coef * w(p_T / p_S)(y_t)                 on-policy distillation, discounted; for the
                                                          reverse KL, w is log p_T - log p_S
@@ -12,84 +14,119 @@ With w_t the reduction weights (they sum to 1), rho_t the importance ratio, A_t 
       + likelihood_coef                                  SFT: every given token is worth 1
 
 So the four methods of the paper are one function with another source of tokens and another weight
-per token.
+per token. Rows that somebody else wrote may come beside the student's, with an objective of their
+own: the two losses are added.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 import optax
 
 from opd_jax import credit, estimators, lora
 from opd_jax import score as score_lib
 from opd_jax.objective import Objective
-from opd_jax.types import Head, Model, Params, Rollout, Scores, TrainState
+from opd_jax.types import (
+  Batch,
+  Head,
+  Heads,
+  Model,
+  Params,
+  Rollout,
+  Scores,
+  TrainState,
+  Weighted,
+)
+
+LOG_RATIO_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def loss_fn(params: Params, rollout: Rollout, weights: Float[Array, 'B t'],
-            advantage: Float[Array, 'B t'], teacher_logprobs: Float[Array, 'B t'] | None,
-            teacher_hidden: Float[Array, 'B C E'] | None,
-            student_hidden: Float[Array, 'B C D'] | None, teacher_head: Head | None, *,
-            model: Model, objective: Objective, chunk_tokens: int
+def loss_fn(params: Params, rows: Weighted, coef: Array | float, heads: Heads, *, model: Model,
+            objective: Objective, chunk_tokens: int
             ) -> tuple[Array, dict[str, Float[Array, 'B t']]]:
   """The loss of some rows (its sum over microbatches is the loss of the batch), and per-token
-  arrays [B, T-1] for the metrics.
+  arrays [B, T-1] for the metrics. `coef` is the present distill_coef."""
+  rollout = rows.rollout
+  behaviour = rollout.sampler_logprobs
+  if objective.importance in ('two_sided', 'ppo_clip'):
+    # How far the policy has moved, not what top-p cut away.
+    behaviour = behaviour + rollout.policy_offset
+  per_token = {'mask': rollout.mask, 'behaviour': behaviour, 'weights': rows.weights,
+               'advantage': rows.advantage, 'local_weights': rows.local_weights,
+               'teacher_logprobs': rows.teacher_logprobs,
+               'reference_logprobs': rows.reference_logprobs}
+  arrays = {name: score_lib.to_completion(x, rollout) for name, x in per_token.items()
+            if x is not None}
+  arrays |= {name: x for name in ('teacher_hidden', 'student_hidden', 'reference_hidden')
+             if (x := getattr(rows, name)) is not None}
+  arrays['targets'] = rollout.completion_targets
+  loss, out = score_lib.sum_over_chunks(
+      functools.partial(_chunk_loss, objective), chunk_tokens, model.head(params), (coef, heads),
+      score_lib.completion_hidden(model, params, rollout), arrays)
+  return loss, {name: score_lib.to_rows(x, rollout) for name, x in out.items()}
 
-  `student_hidden`, from the program that scored the teacher, is for the exact baseline, which is
-  then exactly zero for a teacher equal to the student.
-  """
-  o = objective
-  hidden = score_lib.completion_hidden(model, params, rollout)
-  head = model.head(params)
 
-  def chunk(hidden, targets, teacher_hidden=None, student_hidden=None):
-    logprobs = score_lib.log_softmax(hidden, head, o.temperature)
-    out = {'logprobs': score_lib.pick(logprobs, targets),
-           'entropy': jax.lax.stop_gradient(score_lib.entropy_of(logprobs))}
-    if teacher_hidden is not None:
-      teacher = jax.lax.stop_gradient(
-          score_lib.log_softmax(teacher_hidden, teacher_head, o.teacher_temperature))
-      own = logprobs if student_hidden is None else jax.lax.stop_gradient(
-          score_lib.log_softmax(student_hidden, head, o.temperature))
-      out['divergence'] = _divergence(o, *score_lib.same_width(own, teacher))
-      out['teacher_logprobs'] = score_lib.pick(teacher, targets)
-      out['teacher_entropy'] = score_lib.entropy_of(teacher)
-    return out
+def _chunk_loss(o, head, constants, hidden, a):
+  """The loss of n tokens, and what the metrics want of each."""
+  coef, heads = constants
+  own = score_lib.log_softmax(hidden, head, o.temperature)
+  chosen, terms = a['mask'] > 0, []
 
-  arrays = [hidden, rollout.completion_targets]
-  if o.needs_hidden:
-    arrays.append(teacher_hidden)
-    if student_hidden is not None:
-      arrays.append(student_hidden)
-  out = score_lib.map_token_chunks(chunk, chunk_tokens, *arrays)
-  out = {name: score_lib.to_rows(a, rollout) for name, a in out.items()}
+  def at_chosen(x):  # nothing of what stands elsewhere may reach the loss, be it infinite
+    return jnp.where(chosen, x, 0.0)
 
-  # `weights` is zero wherever the mask is, so masked positions cannot reach the loss.
-  loss = jnp.zeros((), weights.dtype)
+  logprobs = at_chosen(score_lib.pick(own, a['targets']))
+  out = {'logprobs': logprobs, 'entropy': score_lib.entropy_of(own),
+         'logratio': logprobs - at_chosen(a['behaviour'])}
+  reference = None
+  if 'reference_hidden' in a:
+    reference = score_lib.log_softmax(a['reference_hidden'], heads.reference, o.temperature)
+  if 'teacher_hidden' in a:
+    theirs = score_lib.log_softmax(a['teacher_hidden'], heads.teacher, o.teacher_temperature)
+    out['teacher_logprobs'] = score_lib.pick(theirs, a['targets'])
+    out['teacher_entropy'] = score_lib.entropy_of(theirs)
+    teacher = estimators.extrapolate(theirs, reference, o.extrapolation)
+    mine = own
+    if 'student_hidden' in a:
+      mine = score_lib.log_softmax(a['student_hidden'], jax.lax.stop_gradient(head), o.temperature)
+    if o.support != 'sampled' or o.baseline == 'exact':
+      out['divergence'] = estimators.over_support(o, *score_lib.same_width(mine, teacher))
+    if o.local.coef:
+      out['local'] = estimators.over_support(o.local, *score_lib.same_width(own, teacher))
+      terms.append(a['local_weights'] * coef * o.local.coef * out['local'])
   if o.estimator != 'none':
-    log_u = (teacher_logprobs - out['logprobs']) * rollout.mask
+    log_u = at_chosen(a['teacher_logprobs'] - logprobs)
     out['divergence'] = estimators.sampled_loss(o.estimator, log_u)
   if o.needs_teacher and o.route == 'direct':
-    loss = loss + o.distill_coef * jnp.sum(weights * out['divergence'])
+    terms.append(a['weights'] * coef * out['divergence'])
+  if o.reference_coef:
+    out['reference_kl'] = _reference_kl(o, own, reference, logprobs, a, at_chosen)
+    terms.append(a['weights'] * o.reference_coef * out['reference_kl'])
+  advantage = a['advantage']
   if o.baseline == 'exact':
     # The mean of log p_T - log p_S over the student's next token is minus this.
-    advantage = advantage + o.distill_coef * jax.lax.stop_gradient(out['divergence'])
-  behaviour = rollout.sampler_logprobs
-  if o.importance in ('two_sided', 'ppo_clip'):
-    # How far the policy has moved, not what top-p cut away.
-    behaviour = behaviour + rollout.kept_logmass
-  logratio = (out['logprobs'] - behaviour) * rollout.mask
+    advantage = advantage + coef * jax.lax.stop_gradient(out['divergence'])
   if o.has_policy_gradient:
-    loss = loss - jnp.sum(weights * surrogate(o, out['logprobs'], logratio, advantage))
-  return loss, {**jax.lax.stop_gradient(out), 'logratio': jax.lax.stop_gradient(logratio)}
+    terms.append(-a['weights'] * surrogate(o, logprobs, out['logratio'], advantage))
+  return sum(jnp.sum(at_chosen(x)) for x in terms), jax.lax.stop_gradient(out)
 
 
-def surrogate(o: Objective, logprobs: Float[Array, 'B t'], logratio: Float[Array, 'B t'],
-              advantage: Float[Array, 'B t']) -> Float[Array, 'B t']:
+def _reference_kl(o, own, reference, logprobs, a, at_chosen):
+  if o.reference_estimator == 'full':
+    return estimators.full(estimators.term('reverse_kl', 0.0),
+                           *score_lib.same_width(own, reference))
+  return estimators.sampled_loss(
+      o.reference_estimator, at_chosen(a['reference_logprobs'] - logprobs))
+
+
+def surrogate(o: Objective, logprobs: Float[Array, '...'], logratio: Float[Array, '...'],
+              advantage: Float[Array, '...']) -> Float[Array, '...']:
   """What is differentiated for the policy gradient: its gradient is rho A grad log p_S."""
   if o.importance == 'none':
     return logprobs * advantage
@@ -106,77 +143,139 @@ def surrogate(o: Objective, logprobs: Float[Array, 'B t'], logratio: Float[Array
   return ratio * advantage
 
 
-def _divergence(o: Objective, student: Float[Array, 'n V'], teacher: Float[Array, 'n V']
-                ) -> Float[Array, 'n']:
-  if not o.support.endswith('top_k'):  # full, or the mean of the sampled signal
-    return estimators.full(o.term, student, teacher)
-  return estimators.on_support(o.term, student, teacher, support=o.support, top_k=o.top_k,
-                               tail=o.tail)
-
-
-def update_fn(state: TrainState, rollout: Rollout, teacher: Scores | None, student: Scores | None,
-              rewards: Float[Array, 'B'] | None, teacher_head: Head | None,
-              frozen: lora.Frozen | None = None, *, model: Model,
-              optimizer: optax.GradientTransformation, objective: Objective, group_size: int,
-              on_policy: bool, chunk_tokens: int, microbatch_rows: int
-              ) -> tuple[TrainState, dict[str, Array]]:
-  """One gradient step on `objective`, accumulated over microbatches.
+def weigh(o: Objective, batch: Batch, coef: Array | float, student_head: Head | None,
+          heads: Heads, key: PRNGKeyArray | None, *, group_size: int, chunk_tokens: int
+          ) -> tuple[Weighted, dict[str, Array]]:
+  """What each token of a batch is worth, and the metrics of that. Everything is normalized over the
+  global batch here, so that microbatches of the result add up to the whole.
 
   Args:
-    state: donated by the caller's jit.
-    rollout: B rows; rows of one prompt are neighbours (`group_size` of them).
-    teacher: log-probs if `objective.needs_teacher_logprobs`, hidden states if
-      `objective.needs_hidden`; None without a teacher.
-    student: log p_S by the teacher's own scoring program, and the hidden states with
-      `objective.baseline='exact'`; None unless `objective.needs_student_scores`.
-    rewards: verifier rewards; None unless `objective.needs_rewards`.
-    teacher_head: with the hidden states.
-    frozen: what `state.params` are adapters on; None where the state holds the whole model. Not
-      donated.
-    model, optimizer, objective: static.
+    o: the objective.
+    batch: with what `o` asks for.
+    coef: the present distill_coef.
+    student_head: for token_gate='teachability'.
+    heads: of teacher and reference.
+    key: for the draws of the local gate 'untrusted'.
     group_size: samples per prompt.
-    on_policy: the student itself wrote the rows, so that comparing it with the sampler means
-      something.
     chunk_tokens: tokens whose vocabulary rows exist at a time.
-    microbatch_rows: rows per forward and backward pass, 0 for all. The gradient is the full
-      batch's whatever it is: weights are normalized over the global batch before the split.
-
-  Returns:
-    The next state and scalar metrics (see `batch_metrics`) with 'lengths', int32 [B], beside them.
   """
-  counted = credit.gate(objective, rollout, teacher, student, rewards)
-  weights = credit.reduction_weights(counted, objective.reduction)
-  advantage = credit.token_weights(objective, rollout, teacher, student, rewards, group_size)
-  hidden = teacher.hidden if objective.needs_hidden else None
-  exact = objective.baseline == 'exact' and objective.student_logprobs == 'rescored'
-  own_hidden = student.hidden if exact else None
-  theirs = teacher.logprobs if objective.estimator != 'none' else None
+  mask = batch.rollout.mask
+  teachable = None
+  if o.token_gate == 'teachability':
+    teachable = credit.teachability(o, batch, student_head, heads.teacher, chunk_tokens)
+  counted = credit.gate(o, batch, teachable)
+  weights = credit.reduction_weights(counted, o.reduction)
+  metrics, distil, local = {}, None, None
+  advantage = credit.outcome_advantage(o, batch, group_size)
+  if o.needs_teacher and o.route == 'policy_gradient':
+    distil = credit.distillation_advantage(o, batch, group_size)
+    if o.shaping == 'clip':
+      hit = jnp.abs(credit.raw_signal(o, batch)) >= o.shaping_scale
+      metrics['shaped_rate'] = jnp.sum(hit * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+  if o.local.coef:
+    noise = None
+    if o.local.gate == 'untrusted':
+      noise = jax.random.uniform(key, mask.shape, mask.dtype)
+    local = credit.local_gate(o, batch, distil, noise)
+    if o.local.gate != 'none':
+      metrics['local_rate'] = jnp.sum(local * counted) / jnp.maximum(jnp.sum(counted), 1.0)
+    if o.local.instead:
+      distil = distil * (1.0 - local)
+  if distil is not None:
+    advantage = advantage + coef * distil
+  if o.gated:
+    metrics['counted_rate'] = jnp.sum(counted) / jnp.maximum(jnp.sum(mask), 1.0)
 
-  def loss(trained, *rows):
-    return loss_fn(lora.join(frozen, trained), *rows, model=model, objective=objective,
+  def take(scores, name, wanted):
+    return getattr(scores, name) if wanted else None
+
+  return Weighted(
+      rollout=batch.rollout, weights=weights, advantage=advantage,
+      local_weights=None if local is None else local * weights,
+      teacher_logprobs=take(batch.teacher, 'logprobs', o.estimator != 'none'),
+      reference_logprobs=take(batch.reference, 'logprobs', o.reference_estimator in ('k2', 'k3')),
+      teacher_hidden=take(batch.teacher, 'hidden', o.needs_hidden_in_loss),
+      student_hidden=take(batch.student, 'hidden',
+                          o.baseline == 'exact' and o.student_logprobs == 'rescored'),
+      reference_hidden=take(batch.reference, 'hidden', o.needs_reference_hidden)), metrics
+
+
+def gradient(params: Params, batch: Batch, heads: Heads, step: Array, key: PRNGKeyArray | None,
+             frozen: lora.Frozen | None = None, *, model: Model, objective: Objective,
+             group_size: int, on_policy: bool, chunk_tokens: int, microbatch_rows: int
+             ) -> tuple[Array, Params, dict[str, Array]]:
+  """Loss, gradient and metrics of a batch, accumulated over microbatches; see `update_fn`."""
+  o = objective
+  coef = credit.distill_coef(o, step)
+  rows, metrics = weigh(o, batch, coef, model.head(lora.join(frozen, params)), heads, key,
+                        group_size=group_size, chunk_tokens=chunk_tokens)
+
+  def loss(trained, rows):
+    return loss_fn(lora.join(frozen, trained), rows, coef, heads, model=model, objective=o,
                    chunk_tokens=chunk_tokens)
 
   grad_fn = jax.value_and_grad(loss, has_aux=True)
 
   def accumulate(carry, rows):
-    (value, aux), grads = grad_fn(state.params, *rows, teacher_head)
+    (value, aux), grads = grad_fn(params, rows)
     return jax.tree.map(jnp.add, carry, (value, grads)), aux
 
-  split = score_lib.split_rows((rollout, weights, advantage, theirs, hidden, own_hidden),
-                               microbatch_rows)
-  zeros = (jnp.zeros((), weights.dtype), jax.tree.map(jnp.zeros_like, state.params))
-  (total, grads), aux = jax.lax.scan(accumulate, zeros, split)
-  aux = score_lib.join_rows(aux)
+  zeros = (jnp.zeros((), rows.weights.dtype), jax.tree.map(jnp.zeros_like, params))
+  (total, grads), aux = jax.lax.scan(accumulate, zeros,
+                                     score_lib.split_rows(rows, microbatch_rows))
+  metrics |= batch_metrics(o, on_policy, batch, score_lib.join_rows(aux))
+  if o.anneal_steps:
+    metrics['distill_coef'] = coef
+  return total, grads, metrics
 
+
+def update_fn(state: TrainState, batch: Batch, heads: Heads, frozen: lora.Frozen | None = None,
+              given: Batch | None = None, key: PRNGKeyArray | None = None, *, model: Model,
+              optimizer: optax.GradientTransformation, objective: Objective, group_size: int,
+              on_policy: bool, chunk_tokens: int, microbatch_rows: int,
+              given_objective: Objective | None = None
+              ) -> tuple[TrainState, dict[str, Array]]:
+  """One gradient step on `objective`, accumulated over microbatches.
+
+  Args:
+    state: donated by the caller's jit.
+    batch: B rows, those of one prompt neighbours (`group_size` of them), with log-probs of the
+      teacher if `objective.needs_teacher_logprobs`, its hidden states if `objective.needs_hidden`,
+      and so on for the student's own scores, the reference and the rewards: what is not needed may
+      be None.
+    heads: of the models whose hidden states are there.
+    frozen: what `state.params` are adapters on; None where the state holds the whole model. Not
+      donated.
+    given: rows that somebody else wrote, for `given_objective`; its loss is added.
+    key: for the draws of objective.local.gate='untrusted'.
+    model, optimizer, objective, given_objective: static.
+    group_size: samples per prompt.
+    on_policy: the student itself wrote the rows, so that comparing it with the sampler means
+      something.
+    chunk_tokens: tokens whose vocabulary rows exist at a time.
+    microbatch_rows: rows per forward and backward pass, 0 for all (of given rows, all). The
+      gradient is the full batch's whatever it is: weights are normalized over the global batch
+      before the split.
+
+  Returns:
+    The next state and scalar metrics (see `batch_metrics`) with 'lengths', int32 [B], beside them.
+  """
+  total, grads, metrics = gradient(
+      state.params, batch, heads, state.step, key, frozen, model=model, objective=objective,
+      group_size=group_size, on_policy=on_policy, chunk_tokens=chunk_tokens,
+      microbatch_rows=microbatch_rows)
+  if given is not None:
+    extra, more, theirs = gradient(
+        state.params, given, heads, state.step, None, frozen, model=model,
+        objective=given_objective, group_size=1, on_policy=False, chunk_tokens=chunk_tokens,
+        microbatch_rows=math.gcd(microbatch_rows, given.rollout.tokens.shape[0]))
+    total, grads = total + extra, jax.tree.map(jnp.add, grads, more)
+    metrics |= {'given_loss': extra} | {f'given_{name}': theirs[name] for name in (
+        'lengths', 'prompt_lengths', 'logprob')}
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  metrics = batch_metrics(objective, on_policy, rollout, teacher, aux)
-  if objective.gated:
-    metrics['counted_rate'] = jnp.sum(counted) / jnp.maximum(jnp.sum(rollout.mask), 1.0)
   metrics |= {'loss': total, 'grad_norm': optax.tree.norm(grads),
               'update_norm': optax.tree.norm(updates)}
-  if rewards is not None:
-    metrics['reward'] = jnp.mean(rewards)
   return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
@@ -192,20 +291,22 @@ def reverse_kl_update(state: TrainState, rollout: Rollout, teacher: Scores, stud
   """
   objective = (Objective(route='direct', support='full', importance='none') if exact
                else Objective())
-  return update_fn(state, rollout, teacher, student, None, teacher_head, objective=objective,
-                   group_size=1, on_policy=True, **settings)
+  return update_fn(state, Batch(rollout, teacher, student), Heads(teacher_head),
+                   objective=objective, group_size=1, on_policy=True, **settings)
 
 
-def batch_metrics(o: Objective, on_policy: bool, rollout: Rollout, teacher: Scores | None,
-                  aux: dict[str, Float[Array, 'B t']]) -> dict[str, Array]:
+def batch_metrics(o: Objective, on_policy: bool, batch: Batch, aux: dict[str, Float[Array, 'B t']]
+                  ) -> dict[str, Array]:
   """Token means over the mask (nats a token where it is a KL or an entropy).
 
   `divergence` is the one of the loss, over its support (with the exact baseline: over the full
   vocabulary). Tokens that a gate leaves out are in. On the student's own samples only:
-  `reverse_kl`, the sample estimate log p_S - log p_T; `gap_*`, how far sampler and scorer are
-  apart; `ratio_*`, the importance ratio. `lengths` and `prompt_lengths` are int32 [B].
+  `reverse_kl`, the sample estimate log p_S - log p_T; `log_ratio_*`, quantiles of log p_T - log p_S
+  and its means over correct and over wrong rows (NaN where there are none); `gap_*`, how far
+  sampler and scorer are apart; `ratio_*`, the importance ratio; `clip_rate`, how often it was
+  bounded. `lengths` and `prompt_lengths` are int32 [B].
   """
-  mask = rollout.mask
+  rollout, mask = batch.rollout, batch.rollout.mask
   count = jnp.maximum(jnp.sum(mask), 1.0)
 
   def mean(x):
@@ -218,22 +319,44 @@ def batch_metrics(o: Objective, on_policy: bool, rollout: Rollout, teacher: Scor
       'lengths': jnp.sum(mask, axis=1).astype(jnp.int32),
       'prompt_lengths': jnp.sum(rollout.valid[:, :rollout.prompt_length], axis=1),
   }
+  out |= {name: mean(aux[name]) for name in ('divergence', 'local', 'reference_kl') if name in aux}
+  if batch.rewards is not None:
+    out['reward'] = jnp.mean(batch.rewards)
   if o.needs_teacher:
-    exact = o.needs_hidden
-    out['entropy_teacher'] = mean(aux['teacher_entropy'] if exact else teacher.entropy)
-    if exact:
-      out['divergence'] = mean(aux['divergence'])
+    hidden = 'teacher_logprobs' in aux
+    out['entropy_teacher'] = mean(aux['teacher_entropy'] if hidden else batch.teacher.entropy)
     if on_policy:
-      theirs = aux['teacher_logprobs'] if exact else teacher.logprobs
+      theirs = aux['teacher_logprobs'] if hidden else batch.teacher.logprobs
       out['reverse_kl'] = mean(aux['logprobs'] - theirs)
-  if not on_policy:
-    return out
-  gap = jnp.abs(aux['logprobs'] - (rollout.sampler_logprobs + rollout.kept_logmass)) * mask
-  ratio, chosen = jnp.exp(aux['logratio']), mask > 0
+      out |= _log_ratio_metrics(theirs - aux['logprobs'], mask, batch.rewards)
+  if on_policy:
+    out |= _ratio_metrics(o, rollout, aux, mean)
+  return out
+
+
+def _log_ratio_metrics(logratio, mask, rewards):
+  values = jnp.nanquantile(jnp.where(mask > 0, logratio, jnp.nan),
+                           jnp.array(LOG_RATIO_QUANTILES, logratio.dtype))
+  out = {f'log_ratio_p{round(100 * q):02d}': v
+         for q, v in zip(LOG_RATIO_QUANTILES, values, strict=True)}
+  if rewards is not None:
+    for name, rows in (('correct', rewards >= 1.0), ('wrong', rewards < 1.0)):
+      among = mask * rows[:, None]
+      out[f'log_ratio_{name}'] = jnp.sum(logratio * among) / jnp.sum(among)  # 0 / 0 is NaN
+  return out
+
+
+def _ratio_metrics(o, rollout, aux, mean):
+  mask = rollout.mask
+  gap = jnp.abs(aux['logprobs'] - (rollout.sampler_logprobs + rollout.policy_offset)) * mask
+  ratio, chosen = jnp.exp(aux['logratio'] * mask), mask > 0
   # The smallest of no ratios at all would be infinite, which JSON cannot say: then it is 1.
   lowest = jnp.where(jnp.any(chosen), jnp.min(jnp.where(chosen, ratio, jnp.inf)), 1.0)
-  out |= {'gap_mean': mean(gap), 'gap_max': jnp.max(gap), 'ratio_mean': mean(ratio),
-          'ratio_max': jnp.max(jnp.where(chosen, ratio, 0.0)), 'ratio_min': lowest}
-  if o.importance == 'ppo_clip':
-    out['clip_rate'] = mean((jnp.abs(ratio - 1.0) > o.clip_epsilon).astype(jnp.float32))
+  out = {'gap_mean': mean(gap), 'gap_max': jnp.max(gap), 'ratio_mean': mean(ratio),
+         'ratio_max': jnp.max(jnp.where(chosen, ratio, 0.0)), 'ratio_min': lowest}
+  low, high = {'ppo_clip': (1.0 - o.clip_epsilon, 1.0 + o.clip_epsilon),
+               'two_sided': (o.ratio_low, o.ratio_high),
+               'truncated': (0.0, o.ratio_high)}.get(o.importance, (None, None))
+  if high is not None:
+    out['clip_rate'] = mean(((ratio < low) | (ratio > high)).astype(jnp.float32))
   return out

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import credit
+from opd_jax import credit, update
 from opd_jax.objective import Objective
-from opd_jax.types import Scores
+from opd_jax.types import Batch, Heads, Scores
 
 PROMPTS = [[5, 9], [5, 9], [7], [7]]
 COMPLETIONS = [[3, 1, 4, 1, 0], [9, 0], [6, 5, 3], [8]]
@@ -30,16 +30,19 @@ def _scores(logprobs, entropy):
   return Scores(logprobs=jnp.asarray(logprobs), entropy=jnp.asarray(entropy), hidden=None)
 
 
-def _weights(o, batch, rewards=None, group_size=1):
+def _graded(batch, rewards=None):
   rollout, own, theirs, *entropies = batch
-  return np.asarray(credit.token_weights(
-      o, rollout, _scores(theirs, entropies[1]), _scores(own, entropies[0]), rewards, group_size))
+  return Batch(rollout, _scores(theirs, entropies[1]), _scores(own, entropies[0]), rewards=rewards)
+
+
+def _weights(o, batch, rewards=None, group_size=1):
+  rows, _ = update.weigh(o, _graded(batch, rewards), o.distill_coef, None, Heads(), None,
+                         group_size=group_size, chunk_tokens=50)
+  return np.asarray(rows.advantage)
 
 
 def _gate(o, batch, rewards=None):
-  rollout, own, theirs, *entropies = batch
-  return np.asarray(credit.gate(
-      o, rollout, _scores(theirs, entropies[1]), _scores(own, entropies[0]), rewards))
+  return np.asarray(credit.gate(o, _graded(batch, rewards)))
 
 
 @pytest.mark.parametrize(('fields', 'by_hand'), [
@@ -111,8 +114,9 @@ class TestBaselines:
   def test_a_row_of_an_empty_group_keeps_its_value(self, x64):
     rollout = make_rollout([[5], [5]], [[1, 2], []], prompt_width=1, room=2, dtype=jnp.float64)
     own, theirs = jnp.full((2, 2), -1.0), jnp.full((2, 2), -0.5)
-    got = credit.token_weights(Objective(baseline='leave_one_out'), rollout, _scores(theirs, own),
-                               _scores(own, own), None, 2)
+    got = credit.distillation_advantage(
+        Objective(baseline='leave_one_out'),
+        Batch(rollout, _scores(theirs, own), _scores(own, own)), 2)
     np.testing.assert_array_equal(got, [[0.5, 0.5], [0.0, 0.0]])
 
 
@@ -168,8 +172,8 @@ class TestGates:
     rollout = make_rollout([[5]] * 4, [[1], [1, 2], [], []], prompt_width=1, room=2,
                            dtype=jnp.float64)
     theirs = rollout.mask * jnp.array([[-1.0], [-2.0], [0.0], [0.0]])
-    got = credit.gate(Objective(row_gate='teacher_likelihood', row_keep=0.5), rollout,
-                      _scores(theirs, theirs), None, None)
+    got = credit.gate(Objective(row_gate='teacher_likelihood', row_keep=0.5),
+                      Batch(rollout, _scores(theirs, theirs)))
     np.testing.assert_array_equal(got, [[1, 0], [0, 0], [0, 0], [0, 0]])
 
   def test_soft_or_is_relative_to_the_tokens_that_are_left(self, x64):
@@ -179,8 +183,8 @@ class TestGates:
     entropy = jnp.array([[1.0, 100.0], [0.1, 100.0]])
     theirs = jnp.array([[-1.0, 0.0], [-1.8, 0.0]])
     own = jnp.array([[-1.0, -2.0], [-1.0, -2.0]])
-    got = credit.gate(Objective(token_gate='soft_or', token_keep=0.5, window_tokens=1), rollout,
-                      _scores(theirs, entropy), _scores(own, entropy), None)
+    got = credit.gate(Objective(token_gate='soft_or', token_keep=0.5, window_tokens=1),
+                      Batch(rollout, _scores(theirs, entropy), _scores(own, entropy)))
     np.testing.assert_array_equal(got, [[1, 0], [1, 0]])
 
   def test_none_is_the_mask_itself(self, batch):
@@ -189,8 +193,8 @@ class TestGates:
   def test_nothing_to_choose_from(self, x64):
     rollout = make_rollout([[5]], [[]], prompt_width=1, room=2, dtype=jnp.float64)
     zeros = jnp.zeros((1, 2))
-    got = credit.gate(Objective(token_gate='student_entropy', token_keep=0.5), rollout, None,
-                      _scores(zeros, zeros), None)
+    got = credit.gate(Objective(token_gate='student_entropy', token_keep=0.5),
+                      Batch(rollout, student=_scores(zeros, zeros)))
     np.testing.assert_array_equal(got, zeros)
 
 
@@ -203,12 +207,11 @@ def test_everything_is_detached(batch):
   rollout, own, theirs, *entropies = batch
 
   def total(x):
-    scores = _scores(x, entropies[0])
+    graded = Batch(rollout, _scores(theirs, entropies[1]), _scores(x, entropies[0]))
     o = Objective(shaping='log', baseline='batch_mean')
-    weights = credit.token_weights(o, rollout, _scores(theirs, entropies[1]), scores, None, 1)
+    weights = credit.distillation_advantage(o, graded, 1)
     # Of any one token: the sum of all is zero with this baseline, and so has no gradient anyway.
     return weights[0, 1] + jnp.sum(credit.gate(
-        Objective(token_gate='divergence', token_keep=0.5), rollout, _scores(theirs, entropies[1]),
-        scores, None))
+        Objective(token_gate='divergence', token_keep=0.5), graded))
 
   assert not np.asarray(jax.grad(total)(jnp.asarray(own))).any()

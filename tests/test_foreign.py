@@ -34,7 +34,7 @@ from opd_jax import config as config_lib
 from opd_jax import export as export_lib
 from opd_jax import objective as objective_lib
 from opd_jax import params as params_lib
-from opd_jax.types import Model, Params, TrainState
+from opd_jax.types import Batch, Heads, Model, Params, TrainState
 
 VOCAB, LENGTH = 48, 32
 CONFIG = foreign.Config(vocab_size=VOCAB, max_position_embeddings=LENGTH)
@@ -204,7 +204,7 @@ def _trained(model, params, objective, teacher=None, steps=8):
   state = TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
   losses = []
   for _ in range(steps):
-    state, metrics = step(state, rollout, scores, None, None, head)
+    state, metrics = step(state, Batch(rollout, scores), Heads(head))
     losses.append(float(metrics['loss']))
   return losses, state.params, rollout
 

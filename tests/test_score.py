@@ -20,7 +20,7 @@ import pytest
 from opd_jax import models, score, update
 from opd_jax import objective as objective_lib
 from opd_jax import params as params_lib
-from opd_jax.types import Head
+from opd_jax.types import Head, Heads, Weighted
 
 # A shift by one, wrong padding or another position would show at every length used here.
 PROMPTS = [[5, 9, 11, 2], [7], [3, 3, 8], [1, 2, 30, 41], [17, 9], [20]]
@@ -175,8 +175,8 @@ def test_the_loss_never_holds_the_logits_of_the_batch(wide, objective):
   def used(chunk_tokens):
     grad = jax.jit(jax.grad(functools.partial(
         update.loss_fn, model=model, objective=objective, chunk_tokens=chunk_tokens), has_aux=True))
-    return _temporary_bytes(grad, params, rollout, rollout.mask, rollout.mask, None, hidden, None,
-                            head)
+    rows = Weighted(rollout, rollout.mask, rollout.mask, teacher_hidden=hidden)
+    return _temporary_bytes(grad, params, rows, 1.0, Heads(head))
 
   # 16 of 256 tokens at a time: a handful of chunk-sized arrays (0.5 MiB each), and the gradients of
   # the embedding and the head (0.5 MiB each).

@@ -27,7 +27,7 @@ from opd_jax import credit, estimators, models, optim, sample, score, update
 from opd_jax import objective as objective_lib
 from opd_jax import params as params_lib
 from opd_jax.objective import Objective
-from opd_jax.types import Head, Model, Rollout, Scores, TrainState
+from opd_jax.types import Batch, Head, Heads, Model, Rollout, Scores, TrainState
 
 SGD = optax.sgd(1.0)  # the step it takes is the gradient
 EXACT = Objective(route='direct', support='full', importance='none')
@@ -151,13 +151,14 @@ class Enumeration:
     student = None
     if objective.needs_student_scores:
       student = _scorer(self.student, TEMPERATURE, hidden, True)(self.params, rollout)
-    advantage = credit.token_weights(objective, rollout, teacher, student, None, 1)
-    head = self.teacher.head(self.teacher_params) if hidden else None
-    own_hidden = student.hidden if objective.baseline == 'exact' else None
+    heads = Heads(self.teacher.head(self.teacher_params) if hidden else None)
+    rows, _ = update.weigh(objective, Batch(rollout, teacher, student), objective.distill_coef,
+                           self.student.head(self.params), heads, None, group_size=1,
+                           chunk_tokens=50)
     grad = quick_jit(jax.grad(functools.partial(
         update.loss_fn, model=self.student, objective=objective, chunk_tokens=50), has_aux=True))
-    return lambda weights: grad(self.params, rollout, weights, advantage, teacher.logprobs,
-                                teacher.hidden, own_hidden, head)[0]
+    return lambda weights: grad(self.params, rows.replace(weights=weights),
+                                objective.distill_coef, heads)[0]
 
   def token_level_gradient(self, sampler_params, divergence=None):
     """Of the sum over prefixes of p(prefix), held fixed, times D(p_S, p_T)(prefix), by default
@@ -491,7 +492,7 @@ REWARDS = np.array([1.0, 0.0, 0.25, 1.0, 0.0, 0.0])
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class Case:
   """A ragged batch with everything that any objective asks for."""
 
   student: Model
@@ -514,11 +515,11 @@ def _batch(dtype):
     # that what the sampler reports is larger.
     older = chosen[b, t, tokens[b, t + 1]] + 0.25 * rng.standard_normal()
     behaviour[b, t] = older - mass[b, t]
-  return Batch(student, params, teacher, teacher_params, rollout.replace(
-      sampler_logprobs=jnp.asarray(behaviour, dtype), kept_logmass=jnp.asarray(mass, dtype)))
+  return Case(student, params, teacher, teacher_params, rollout.replace(
+      sampler_logprobs=jnp.asarray(behaviour, dtype), policy_offset=jnp.asarray(mass, dtype)))
 
 
-def _numpy_loss(o: Objective, batch: Batch, params, own_params) -> float:
+def _numpy_loss(o: Objective, batch: Case, params, own_params) -> float:
   """The loss of update.py's docstring, token by token. `own_params` are those that the detached
   advantage was computed at."""
   r = jax.tree.map(np.asarray, batch.rollout)
@@ -538,7 +539,7 @@ def _numpy_loss(o: Objective, batch: Batch, params, own_params) -> float:
       token = r.tokens[b, t + 1]
       mine = own[b, t, token]
       if o.student_logprobs == 'sampler':
-        mine = r.sampler_logprobs[b, t] + r.kept_logmass[b, t]
+        mine = r.sampler_logprobs[b, t] + r.policy_offset[b, t]
       return theirs[b, t, token] - mine
 
     for t in places:
@@ -550,7 +551,7 @@ def _numpy_loss(o: Objective, batch: Batch, params, own_params) -> float:
       logprob = rows[b, t, r.tokens[b, t + 1]]
       behaviour = r.sampler_logprobs[b, t]
       if o.importance == 'ppo_clip':  # of the sampler's policy before truncation
-        behaviour += r.kept_logmass[b, t]
+        behaviour += r.policy_offset[b, t]
       ratio = np.exp(logprob - behaviour)
       surrogate = {'none': logprob * advantage, 'ratio': ratio * advantage,
                    'ppo_clip': min(ratio * advantage, advantage * min(
@@ -563,7 +564,7 @@ def _numpy_loss(o: Objective, batch: Batch, params, own_params) -> float:
   return loss
 
 
-def _inputs(o: Objective, batch: Batch) -> tuple:
+def _inputs(o: Objective, batch: Case) -> tuple[Batch, Heads]:
   """The arguments of `update_fn` after the state."""
   teacher = student = head = None
   if o.needs_teacher:
@@ -575,7 +576,7 @@ def _inputs(o: Objective, batch: Batch) -> tuple:
     student = _scorer(batch.student, o.temperature, o.needs_hidden, True)(
         batch.params, batch.rollout)
   rewards = jnp.asarray(REWARDS, batch.rollout.mask.dtype) if o.needs_rewards else None
-  return batch.rollout, teacher, student, rewards, head
+  return Batch(batch.rollout, teacher, student, rewards=rewards), Heads(head)
 
 
 OBJECTIVES = {
@@ -627,13 +628,13 @@ def test_metrics_against_numpy(x64, name):
   r = jax.tree.map(np.asarray, batch.rollout.replace(
       ended=jnp.array([True, True, False, True, True, False])))
   inputs = _inputs(o, batch)
-  _, got = _step(batch.student, o, group_size=2)(
-      _state(batch.params), batch.rollout.replace(ended=jnp.asarray(r.ended)), *inputs[1:])
+  graded = inputs[0].replace(rollout=batch.rollout.replace(ended=jnp.asarray(r.ended)))
+  _, got = _step(batch.student, o, group_size=2)(_state(batch.params), graded, inputs[1])
   mine = numpy_rows(batch.student, batch.params, r, o.temperature)
   theirs = numpy_rows(batch.teacher, batch.teacher_params, r, o.teacher_temperature)
   places = [tuple(x) for x in np.argwhere(r.mask)]
   chosen = np.array([mine[b, t, r.tokens[b, t + 1]] for b, t in places])
-  behaviour, mass = (np.array([x[p] for p in places]) for x in (r.sampler_logprobs, r.kept_logmass))
+  behaviour, mass = (np.array([x[p] for p in places]) for x in (r.sampler_logprobs, r.policy_offset))
 
   def entropy(rows):
     return np.mean([-np.exp(rows[p]) @ rows[p] for p in places])
@@ -646,6 +647,7 @@ def test_metrics_against_numpy(x64, name):
   if o.needs_teacher:
     graded = np.array([theirs[b, t, r.tokens[b, t + 1]] for b, t in places])
     want |= {'entropy_teacher': entropy(theirs), 'reverse_kl': (chosen - graded).mean()}
+    want |= {f'log_ratio_p{q:02d}': np.percentile(graded - chosen, q) for q in (5, 25, 50, 75, 95)}
   if o.needs_hidden:
     want['divergence'] = np.mean([np.exp(mine[p]) @ (mine[p] - theirs[p]) for p in places])
   if o.importance == 'ppo_clip':
@@ -679,7 +681,9 @@ def test_token_weights_are_detached_and_zero_where_the_mask_is():
   def weights(teacher_logprobs, own_logprobs, rewards):
     scores = [Scores(logprobs=x, entropy=zeros, hidden=None)
               for x in (teacher_logprobs, own_logprobs)]
-    return credit.token_weights(o, batch.rollout, *scores, rewards, 2)
+    rows, _ = update.weigh(o, Batch(batch.rollout, *scores, rewards=rewards), 1.0, None, Heads(),
+                           None, group_size=2, chunk_tokens=50)
+    return rows.advantage
 
   inputs = (zeros - 1.0, zeros - 2.0, jnp.asarray(REWARDS, jnp.float32))
   np.testing.assert_array_equal(weights(*inputs) != 0, batch.rollout.mask > 0)
@@ -708,11 +712,11 @@ def test_ppo_clip_is_pessimistic(x64, ratio, reward, value, active):
   batch = _batch(jnp.float64)
   mask = batch.rollout.mask
   chosen = _scorer(batch.student)(batch.params, batch.rollout).logprobs
-  truncated = chosen - batch.rollout.kept_logmass  # as if top-p had cut: no move of the policy
+  truncated = chosen - batch.rollout.policy_offset  # as if top-p had cut: no move of the policy
   rollout = batch.rollout.replace(sampler_logprobs=(truncated - np.log(ratio)) * mask)
   objective = dataclasses.replace(GRPO, reward_baseline='none')
   state, metrics = _step(batch.student, objective)(
-      _state(batch.params), rollout, None, None, jnp.full(len(ROWS), reward), None)
+      _state(batch.params), Batch(rollout, rewards=jnp.full(len(ROWS), reward)), Heads())
   assert float(metrics['loss']) == pytest.approx(-value, rel=ORACLE)
   assert float(metrics['ratio_mean']) == pytest.approx(ratio, rel=ORACLE)
   assert float(metrics['clip_rate']) == (abs(ratio - 1) > GRPO.clip_epsilon)
@@ -721,7 +725,7 @@ def test_ppo_clip_is_pessimistic(x64, ratio, reward, value, active):
   if not active:
     assert float(metrics['grad_norm']) == 0.0
     return
-  sft, _ = _step(batch.student, SFT)(_state(batch.params), rollout, None, None, None, None)
+  sft, _ = _step(batch.student, SFT)(_state(batch.params), Batch(rollout), Heads())
   want = jax.tree.map(lambda g: ratio * reward * g, _difference(batch.params, sft.params))
   assert _relative_error(_difference(batch.params, state.params), want) < ORACLE
 
@@ -736,10 +740,10 @@ def test_gated_tokens_are_as_if_they_were_masked(x64, fields):
   objective_lib.check_objective(o)
   inputs = _inputs(o, batch)
   gated, metrics = _step(batch.student, o)(_state(batch.params), *inputs)
-  mask = credit.gate(o, *inputs[:4])
+  mask = credit.gate(o, inputs[0])
   plain = dataclasses.replace(o, window_start=0, window_tokens=0, row_gate='none')
   masked, same = _step(batch.student, plain)(
-      _state(batch.params), batch.rollout.replace(mask=mask), *inputs[1:])
+      _state(batch.params), inputs[0].replace(rollout=batch.rollout.replace(mask=mask)), inputs[1])
   assert float(metrics['loss']) == pytest.approx(float(same['loss']), rel=1e-12)
   assert _relative_error(_difference(batch.params, gated.params),
                          _difference(batch.params, masked.params)) < 1e-12
@@ -748,9 +752,9 @@ def test_gated_tokens_are_as_if_they_were_masked(x64, fields):
 
 def test_gates_that_leave_nothing_leave_no_gradient(x64):
   o, batch = dataclasses.replace(EXACT, row_gate='correct'), _batch(jnp.float64)
-  rollout, teacher, student, rewards, head = _inputs(o, batch)
-  _, metrics = _step(batch.student, o)(
-      _state(batch.params), rollout, teacher, student, jnp.zeros_like(rewards), head)
+  graded, heads = _inputs(o, batch)
+  graded = graded.replace(rewards=jnp.zeros_like(graded.rewards))
+  _, metrics = _step(batch.student, o)(_state(batch.params), graded, heads)
   assert float(metrics['loss']) == float(metrics['grad_norm']) == metrics['counted_rate'] == 0.0
 
 
@@ -822,8 +826,8 @@ def test_self_distillation_is_a_fixed_point_bit_for_bit(loop, fields):
   for i in range(3):
     rollout = sampler(state.params, prompts, jax.random.key(i))
     teacher, student = scorer(params, rollout), scorer(state.params, rollout)
-    head = model.head(params) if objective.needs_hidden else None
-    state, metrics = step(state, rollout, teacher, student, None, head)
+    heads = Heads(model.head(params) if objective.needs_hidden else None)
+    state, metrics = step(state, Batch(rollout, teacher, student), heads)
     assert float(metrics['grad_norm']) == 0.0
   same = jax.tree.map(jnp.array_equal, state.params, params)
   assert all(jax.tree.leaves(same)), {k: v for k, v in params_lib.flatten(same).items() if not v}
@@ -837,12 +841,12 @@ def test_self_distillation_with_the_samplers_logprobs_moves_by_no_more_than_roun
   objective, optimizer = dataclasses.replace(SAMPLED, student_logprobs='sampler'), _adam()
   rollout = sampler(params, prompts, jax.random.key(0))
   teacher = scorer(params, rollout)
-  advantage = credit.token_weights(objective, rollout, teacher, None, None, 1)
+  advantage = credit.distillation_advantage(objective, Batch(rollout, teacher), 1)
   gap = float(jnp.max(jnp.abs(teacher.logprobs - rollout.sampler_logprobs)))
   assert 0.0 < gap < 1e-5  # of sampler and scorer, test_sample.py
   assert float(jnp.max(jnp.abs(advantage))) == gap
   state, metrics = _step(model, objective, optimizer=optimizer)(
-      _state(params, optimizer), rollout, teacher, None, None, None)
+      _state(params, optimizer), Batch(rollout, teacher), Heads())
   # The gradient is in proportion to the gap: |grad log p| is of order 10 for this model.
   assert 0.0 < float(metrics['grad_norm']) < 30 * gap
   moved = np.abs(_vector(_difference(params, state.params)))
@@ -861,8 +865,8 @@ def test_a_row_without_tokens_counts_for_nothing(x64, name):
   steps = []
   for rollout, rewards in ((empty, REWARDS), (rest, REWARDS[:4])):
     inputs = _inputs(o, dataclasses.replace(batch, rollout=rollout))
-    inputs = (*inputs[:3], jnp.asarray(rewards) if o.reward_coef else None, inputs[4])
-    state, metrics = _step(batch.student, o)(_state(batch.params), *inputs)
+    graded = inputs[0].replace(rewards=jnp.asarray(rewards) if o.reward_coef else None)
+    state, metrics = _step(batch.student, o)(_state(batch.params), graded, inputs[1])
     steps.append((float(metrics['loss']), _difference(batch.params, state.params)))
   assert steps[0][0] == pytest.approx(steps[1][0], rel=1e-12)
   assert _relative_error(steps[0][1], steps[1][1]) < 1e-12
@@ -880,7 +884,8 @@ def test_an_empty_batch_gives_zeros_and_no_nan(objective):
       _state(batch.params, optimizer), *inputs)
   assert float(metrics['loss']) == 0.0 and float(metrics['grad_norm']) == 0.0
   for name, value in metrics.items():
-    assert np.all(np.isfinite(value)), name
+    # Of no tokens there are no quantiles; the loop writes none then.
+    assert np.all(np.isfinite(value)) or name.startswith('log_ratio'), name
   assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, state.params, batch.params)))
 
 
@@ -1030,7 +1035,8 @@ def masked_step():
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**31 - 1))
 def test_what_stands_in_masked_places_never_reaches_the_step(masked_step, seed):
-  batch, (rollout, teacher, student, rewards, _), step = masked_step
+  batch, (given, heads), step = masked_step
+  rollout, teacher, student = given.rollout, given.teacher, given.student
   rng = np.random.RandomState(seed)
 
   def fill(x, keep):  # other numbers wherever the mask is 0, of a size whose exp is infinite
@@ -1043,11 +1049,11 @@ def test_what_stands_in_masked_places_never_reaches_the_step(masked_step, seed):
   other = rollout.replace(
       tokens=tokens.astype(rollout.tokens.dtype),
       sampler_logprobs=fill(rollout.sampler_logprobs, mask),
-      kept_logmass=fill(rollout.kept_logmass, mask))
+      policy_offset=fill(rollout.policy_offset, mask))
   graded = [Scores(logprobs=fill(s.logprobs, mask), entropy=fill(s.entropy, mask), hidden=None)
             for s in (teacher, student)]
-  want, metrics = step(rollout, teacher, student, rewards, None)
-  got, same = step(other, *graded, rewards, None)
+  want, metrics = step(given, heads)
+  got, same = step(given.replace(rollout=other, teacher=graded[0], student=graded[1]), heads)
   # The same program, and zero times a finite number is zero: not one bit may differ.
   assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, got.params, want.params)))
   for name in metrics:
@@ -1072,7 +1078,7 @@ def context_free_step():
   params = {'hidden': jnp.asarray(rng.standard_normal(4), jnp.float32),
             'head': jnp.asarray(rng.standard_normal((4, 11)), jnp.float32)}
   step = _step(model, SFT)
-  return params, lambda rollout: step(_state(params), rollout, None, None, None, None)
+  return params, lambda rollout: step(_state(params), Batch(rollout), Heads())
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

@@ -14,7 +14,7 @@ import pytest
 
 from opd_jax import divergences, models, sample, score, update
 from opd_jax.params import flatten
-from opd_jax.types import Head, TrainState
+from opd_jax.types import Batch, Head, Heads, TrainState
 
 IN_USE = 11
 PROMPTS = left_padded([[5, 9, 1], [7, 3, 8, 2]], 4)
@@ -82,7 +82,8 @@ def _step(student, params, teacher, teacher_params, rollout, objective):
   after, metrics = quick_jit(functools.partial(
       update.update_fn, model=student, optimizer=optimizer, objective=objective, group_size=1,
       on_policy=True, chunk_tokens=5, microbatch_rows=0))(
-          state, rollout, graded, own, None, teacher.head(teacher_params) if exact else None)
+          state, Batch(rollout, graded, own),
+          Heads(teacher.head(teacher_params) if exact else None))
   grads = jax.tree.map(lambda a, b: np.asarray(a - b), params, after.params)
   return metrics, flatten(grads)
 
@@ -120,4 +121,5 @@ def test_the_exact_divergences_are_those_of_the_renormalised_distributions(x64):
   pair = score.same_width(*(score.log_softmax(jnp.asarray(h), Head(jnp.asarray(m), IN_USE), 1.0)
                             for h, m in zip(hidden, heads, strict=True)))
   for divergence, (p, q) in ((divergences.reverse_kl, rows), (divergences.forward_kl, rows[::-1])):
-    np.testing.assert_allclose(divergence(*pair), np.sum(p * np.log(p / q), axis=-1), rtol=1e-12)
+    np.testing.assert_allclose(jnp.sum(divergence(*pair), axis=-1),
+                               np.sum(p * np.log(p / q), axis=-1), rtol=1e-12)

@@ -89,7 +89,7 @@ def token_weights(o: Objective, rollout: Rollout, teacher: Scores | None, studen
     if o.student_logprobs == 'rescored':
       own = student.logprobs
     else:
-      own = rollout.sampler_logprobs + rollout.kept_logmass
+      own = rollout.sampler_logprobs + rollout.policy_offset
     returns = discounted_return(signal(o, own, teacher.logprobs) * mask, o.discount)
     total += o.distill_coef * subtract_baseline(returns, mask, o.baseline, group_size) * mask
   if o.reward_coef:

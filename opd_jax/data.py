@@ -174,7 +174,7 @@ class Examples:
     mask = np.pad(alive.astype(np.float32), ((0, 0), (self._prompt_room - 1, 0)))
     return Rollout(tokens=np.concatenate([prompts.tokens, tokens], 1),
                    valid=np.concatenate([prompts.valid, alive], 1), mask=mask,
-                   sampler_logprobs=np.zeros_like(mask), kept_logmass=np.zeros_like(mask),
+                   sampler_logprobs=np.zeros_like(mask), policy_offset=np.zeros_like(mask),
                    ended=self._ended[np.asarray(indices)], prompt_length=self._prompt_room)
 
 

@@ -284,7 +284,7 @@ def take_probe(c: ConfigDict, s: build.Setup, student: Params, teacher: Params |
   own = scores['logprobs']
   return Probe(
       mask=np.asarray(rollout.mask, np.float64),
-      gap=np.asarray(rollout.sampler_logprobs + rollout.kept_logmass, np.float64) - own,
+      gap=np.asarray(rollout.sampler_logprobs + rollout.policy_offset, np.float64) - own,
       logratio=scores['teacher_logprobs'] - own if teacher is not None else None,
       teacher_entropy=scores.get('teacher_entropy'), ended=np.asarray(rollout.ended),
       tokens=np.asarray(rollout.tokens), room=room)

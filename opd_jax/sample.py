@@ -160,5 +160,5 @@ def _as_rollout(prompts: Prompts, out: dict[str, Array], done: Array) -> Rollout
       valid=jnp.concatenate([prompts.valid, out['alive']], axis=1),
       mask=per_token(out['alive'].astype(jnp.float32)),
       sampler_logprobs=per_token(out['logprobs']),
-      kept_logmass=per_token(out['mass']),
+      policy_offset=per_token(out['mass']),
       ended=done, prompt_length=prompt_length)

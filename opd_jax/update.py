@@ -81,7 +81,7 @@ def loss_fn(params: Params, rollout: Rollout, weights: Float[Array, 'B t'],
   behaviour = rollout.sampler_logprobs
   if o.importance in ('two_sided', 'ppo_clip'):
     # How far the policy has moved, not what top-p cut away.
-    behaviour = behaviour + rollout.kept_logmass
+    behaviour = behaviour + rollout.policy_offset
   logratio = (out['logprobs'] - behaviour) * rollout.mask
   if o.has_policy_gradient:
     loss = loss - jnp.sum(weights * surrogate(o, out['logprobs'], logratio, advantage))
@@ -228,7 +228,7 @@ def batch_metrics(o: Objective, on_policy: bool, rollout: Rollout, teacher: Scor
       out['reverse_kl'] = mean(aux['logprobs'] - theirs)
   if not on_policy:
     return out
-  gap = jnp.abs(aux['logprobs'] - (rollout.sampler_logprobs + rollout.kept_logmass)) * mask
+  gap = jnp.abs(aux['logprobs'] - (rollout.sampler_logprobs + rollout.policy_offset)) * mask
   ratio, chosen = jnp.exp(aux['logratio']), mask > 0
   # The smallest of no ratios at all would be infinite, which JSON cannot say: then it is 1.
   lowest = jnp.where(jnp.any(chosen), jnp.min(jnp.where(chosen, ratio, jnp.inf)), 1.0)

@@ -163,7 +163,7 @@ def make_rollout(prompts: list[list[int]], completions: list[list[int]], *, prom
   zeros = jnp.zeros((batch, total - 1), dtype)
   return Rollout(
       tokens=jnp.asarray(tokens), valid=jnp.asarray(valid), mask=jnp.asarray(mask, dtype),
-      sampler_logprobs=zeros, kept_logmass=zeros, ended=jnp.ones(batch, bool),
+      sampler_logprobs=zeros, policy_offset=zeros, ended=jnp.ones(batch, bool),
       prompt_length=prompt_width)
 
 

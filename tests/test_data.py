@@ -97,7 +97,7 @@ class TestGiven:
       assert set(np.unique(rollout.mask[b])) == {0.0, 1.0}
       assert (rollout.tokens[b][~rollout.valid[b]] == PAD).all()
     assert rollout.ended.all()
-    assert not rollout.sampler_logprobs.any() and not rollout.kept_logmass.any()
+    assert not rollout.sampler_logprobs.any() and not rollout.policy_offset.any()
 
   def test_knows_whether_there_are_completions(self):
     assert make().has_completions and not make(completions=False).has_completions

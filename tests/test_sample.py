@@ -234,7 +234,8 @@ def _check_bookkeeping(rollout, prompts):
   tokens, mask = r.tokens, r.mask
   total = WIDTH + ROOM
   assert r.prompt_length == WIDTH and tokens.shape == (len(prompts), total)
-  assert mask.shape == r.sampler_logprobs.shape == r.kept_logmass.shape == (len(prompts), total - 1)
+  assert mask.shape == (len(prompts), total - 1)
+  assert r.sampler_logprobs.shape == r.policy_offset.shape == mask.shape
   for b, prompt in enumerate(prompts):
     assert tokens[b, :WIDTH].tolist() == [SCRIPT_PAD] * (WIDTH - len(prompt)) + prompt
     completion = tokens[b, WIDTH:].tolist()
@@ -249,7 +250,7 @@ def _check_bookkeeping(rollout, prompts):
       chosen = WIDTH <= t + 1 < WIDTH + length  # entry t belongs to tokens[t + 1]
       assert mask[b, t] == float(chosen)
       if not chosen:
-        assert r.sampler_logprobs[b, t] == 0 and r.kept_logmass[b, t] == 0
+        assert r.sampler_logprobs[b, t] == 0 and r.policy_offset[b, t] == 0
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -369,14 +370,14 @@ def test_truncated_logprob_and_kept_mass_give_back_the_models_logprob(tiny_model
   rollout = _real(model, temperature=0.6, **knobs)(params, left_padded(PROMPTS, 6),
                                                    jax.random.key(1))
   scores = _scores(model, 0.6)(params, rollout)
-  whole = rollout.sampler_logprobs + rollout.kept_logmass
+  whole = rollout.sampler_logprobs + rollout.policy_offset
   np.testing.assert_allclose(whole, scores.logprobs, atol=1e-5)  # the sampler/scorer bound again
-  assert float(jnp.min(jnp.where(rollout.mask > 0, -rollout.kept_logmass, 1.0))) > 0.01
+  assert float(jnp.min(jnp.where(rollout.mask > 0, -rollout.policy_offset, 1.0))) > 0.01
   # The mass is that of the truncation: from the model's exact distribution, by hand.
   exact = numpy_rows(model, params, rollout, temperature=1.0)
   for b, t in np.argwhere(np.asarray(rollout.mask)):
     p, mass = _truncated(exact[b, t], 0.6, knobs.get('top_k', 0), knobs.get('top_p', 1.0))
-    assert rollout.kept_logmass[b, t] == pytest.approx(np.log(mass), abs=1e-5)
+    assert rollout.policy_offset[b, t] == pytest.approx(np.log(mass), abs=1e-5)
     assert rollout.sampler_logprobs[b, t] == pytest.approx(
         np.log(p[rollout.tokens[b, t + 1]]), abs=1e-5)
 

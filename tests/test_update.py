@@ -515,7 +515,7 @@ def _batch(dtype):
     older = chosen[b, t, tokens[b, t + 1]] + 0.25 * rng.standard_normal()
     behaviour[b, t] = older - mass[b, t]
   return Batch(student, params, teacher, teacher_params, rollout.replace(
-      sampler_logprobs=jnp.asarray(behaviour, dtype), kept_logmass=jnp.asarray(mass, dtype)))
+      sampler_logprobs=jnp.asarray(behaviour, dtype), policy_offset=jnp.asarray(mass, dtype)))
 
 
 def _numpy_loss(o: Objective, batch: Batch, params, own_params) -> float:
@@ -538,7 +538,7 @@ def _numpy_loss(o: Objective, batch: Batch, params, own_params) -> float:
       token = r.tokens[b, t + 1]
       mine = own[b, t, token]
       if o.student_logprobs == 'sampler':
-        mine = r.sampler_logprobs[b, t] + r.kept_logmass[b, t]
+        mine = r.sampler_logprobs[b, t] + r.policy_offset[b, t]
       return theirs[b, t, token] - mine
 
     for t in places:
@@ -550,7 +550,7 @@ def _numpy_loss(o: Objective, batch: Batch, params, own_params) -> float:
       logprob = rows[b, t, r.tokens[b, t + 1]]
       behaviour = r.sampler_logprobs[b, t]
       if o.importance == 'ppo_clip':  # of the sampler's policy before truncation
-        behaviour += r.kept_logmass[b, t]
+        behaviour += r.policy_offset[b, t]
       ratio = np.exp(logprob - behaviour)
       surrogate = {'none': logprob * advantage, 'ratio': ratio * advantage,
                    'ppo_clip': min(ratio * advantage, advantage * min(
@@ -633,13 +633,14 @@ def test_metrics_against_numpy(x64, name):
   theirs = numpy_rows(batch.teacher, batch.teacher_params, r, o.teacher_temperature)
   places = [tuple(x) for x in np.argwhere(r.mask)]
   chosen = np.array([mine[b, t, r.tokens[b, t + 1]] for b, t in places])
-  behaviour, mass = (np.array([x[p] for p in places]) for x in (r.sampler_logprobs, r.kept_logmass))
+  behaviour, offset = (
+      np.array([x[p] for p in places]) for x in (r.sampler_logprobs, r.policy_offset))
 
   def entropy(rows):
     return np.mean([-np.exp(rows[p]) @ rows[p] for p in places])
 
-  gap = np.abs(chosen - behaviour - mass)
-  ratio = np.exp(chosen - behaviour - (mass if o.importance == 'ppo_clip' else 0))
+  gap = np.abs(chosen - behaviour - offset)
+  ratio = np.exp(chosen - behaviour - (offset if o.importance == 'ppo_clip' else 0))
   want = {'entropy_student': entropy(mine), 'logprob': chosen.mean(), 'truncation_rate': 2 / 6,
           'gap_mean': gap.mean(), 'gap_max': gap.max(), 'ratio_mean': ratio.mean(),
           'ratio_max': ratio.max(), 'ratio_min': ratio.min()}
@@ -708,7 +709,7 @@ def test_ppo_clip_is_pessimistic(x64, ratio, reward, value, active):
   batch = _batch(jnp.float64)
   mask = batch.rollout.mask
   chosen = _scorer(batch.student)(batch.params, batch.rollout).logprobs
-  truncated = chosen - batch.rollout.kept_logmass  # as if top-p had cut: no move of the policy
+  truncated = chosen - batch.rollout.policy_offset  # as if top-p had cut: no move of the policy
   rollout = batch.rollout.replace(sampler_logprobs=(truncated - np.log(ratio)) * mask)
   objective = dataclasses.replace(GRPO, reward_baseline='none')
   state, metrics = _step(batch.student, objective)(
@@ -1043,7 +1044,7 @@ def test_what_stands_in_masked_places_never_reaches_the_step(masked_step, seed):
   other = rollout.replace(
       tokens=tokens.astype(rollout.tokens.dtype),
       sampler_logprobs=fill(rollout.sampler_logprobs, mask),
-      kept_logmass=fill(rollout.kept_logmass, mask))
+      policy_offset=fill(rollout.policy_offset, mask))
   graded = [Scores(logprobs=fill(s.logprobs, mask), entropy=fill(s.entropy, mask), hidden=None)
             for s in (teacher, student)]
   want, metrics = step(rollout, teacher, student, rewards, None)

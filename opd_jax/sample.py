@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -83,6 +85,60 @@ def choose(logits: Float[Array, 'B V'], key: PRNGKeyArray, *, temperature: float
   return tokens, chosen - kept_total, mass
 
 
+def choose_mixed(own: Float[Array, 'B V'], others: Float[Array, 'B W'], key: PRNGKeyArray, *,
+                 temperature: float, mix_temperature: float, mix_share: float
+                 ) -> tuple[Int[Array, 'B'], Float[Array, 'B'], Float[Array, 'B']]:
+  """Samples a token a row from p_mix = mix_share p_T + (1 - mix_share) p_S.
+
+  Args:
+    own: logits of the student, p_S = softmax(own / temperature).
+    others: logits of the teacher, p_T = softmax(others / mix_temperature). The narrower vocabulary
+      has every token; what the wider has beyond it has probability zero (`Head`).
+    key: for the draw.
+    temperature, mix_temperature, mix_share: as in `sample_fn`.
+
+  Returns:
+    tokens; log p_mix of them; and log p_S - log p_mix, which is at most -log(1 - mix_share).
+  """
+  width = min(own.shape[1], others.shape[1])
+  student = jax.nn.log_softmax(own / temperature, axis=-1)[:, :width]
+  teacher = jax.nn.log_softmax(others / mix_temperature, axis=-1)[:, :width]
+  mixed = jnp.logaddexp(math.log(mix_share) + teacher, math.log1p(-mix_share) + student)
+  tokens = draw(mixed, key)
+  chosen, chosen_own = (jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+                        for logprobs in (mixed, student))
+  return tokens, chosen, chosen_own - chosen
+
+
+def check_mixing(model: Model, mix_params: Params | None, mix_model: Model | None, *,
+                 mix_share: float, mix_temperature: float, temperature: float, top_p: float,
+                 top_k: int) -> None:
+  """Refuses what cannot be mixed; the arguments are those of `sample_fn`.
+
+  Raises:
+    ValueError: with the argument, its value and what is allowed.
+  """
+  if not 0.0 <= mix_share < 1.0:
+    raise ValueError(f'mix_share={mix_share}; allowed: from 0, no teacher, to below 1')
+  if mix_share == 0.0:
+    return
+  given = f'mix_share={mix_share} with '
+  if mix_params is None or mix_model is None:
+    missing = 'mix_params' if mix_params is None else 'mix_model'
+    raise ValueError(f'{given}{missing}=None; allowed: the parameters and the model of a teacher')
+  if not 0.0 < mix_temperature < math.inf:
+    raise ValueError(f'{given}mix_temperature={mix_temperature}; allowed: above 0, and finite')
+  if temperature == 0.0:
+    raise ValueError(f'{given}temperature={temperature}: greedy choice leaves no distribution to '
+                     'mix; allowed: above 0')
+  if top_k or top_p < 1.0:
+    raise ValueError(f'{given}top_p={top_p} and top_k={top_k}: whole distributions are mixed; '
+                     'allowed: top_p=1.0 and top_k=0')
+  if mix_model.vocab_in_use != model.vocab_in_use:
+    raise ValueError(f'{given}a mix_model of {mix_model.vocab_in_use} tokens; allowed: the '
+                     f'{model.vocab_in_use} of the model')
+
+
 def positions_of(valid: Bool[Array, 'B S']) -> Int[Array, 'B S']:
   """Positions that count from 0 at the first real token; the left padding shares position 0."""
   return jnp.maximum(jnp.cumsum(valid.astype(jnp.int32), axis=-1) - 1, 0)
@@ -90,7 +146,9 @@ def positions_of(valid: Bool[Array, 'B S']) -> Int[Array, 'B S']:
 
 def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Model,
               max_new_tokens: int, temperature: float, top_p: float, top_k: int,
-              stop_tokens: tuple[int, ...], pad_token: int) -> Rollout:
+              stop_tokens: tuple[int, ...], pad_token: int, mix_params: Params | None = None,
+              mix_model: Model | None = None, mix_share: float = 0.0,
+              mix_temperature: float = 1.0) -> Rollout:
   """Samples one completion a row: a prefill, then a decode loop that stops when all rows ended.
 
   Args:
@@ -103,48 +161,71 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
     temperature, top_p, top_k: of the sampling distribution; 1.0, 1.0, 0 is the model itself.
     stop_tokens: ids that end a row; the stop token belongs to the completion and to the mask.
     pad_token: what fills a row after its end.
+    mix_params, mix_model: a teacher that reads along, with a cache of its own; the model static.
+    mix_share: static. Every token is drawn from mix_share p_T + (1 - mix_share) p_S (Gu et al.
+      2023, MiniLLM, arXiv 2306.08543, section 2.2); with 0 the teacher is not run, and the other
+      `mix` arguments are not read.
+    mix_temperature: of p_T; `temperature` is that of p_S.
 
   Returns:
     A `Rollout` with T = P + C.
+
+  Raises:
+    ValueError: see `check_mixing`.
   """
+  check_mixing(model, mix_params, mix_model, mix_share=mix_share, mix_temperature=mix_temperature,
+               temperature=temperature, top_p=top_p, top_k=top_k)
   (batch, prompt_length), room = prompts.tokens.shape, max_new_tokens
-  knobs = dict(temperature=temperature, top_p=top_p, top_k=top_k)
-  head = model.head(params)
+  writers = [(model, params)] + [(mix_model, mix_params)] * bool(mix_share)
+  heads = [m.head(p) for m, p in writers]
+
+  def forward(weights, tokens, positions, valid, caches):
+    outs = [m.forward(w, tokens, positions, valid, cache)
+            for (m, _), w, cache in zip(writers, weights, caches, strict=True)]
+    logits = [head.logits(hidden[:, -1]) for head, (hidden, _) in zip(heads, outs, strict=True)]
+    return logits, [cache for _, cache in outs]
+
+  def choose_at(step, logits):
+    step_key = jax.random.fold_in(key, step)
+    if mix_share:
+      return choose_mixed(*logits, step_key, temperature=temperature, mix_share=mix_share,
+                          mix_temperature=mix_temperature)
+    return choose(*logits, step_key, temperature=temperature, top_p=top_p, top_k=top_k)
 
   def is_stop(tokens):
     return jnp.isin(tokens, jnp.array(stop_tokens, jnp.int32))
 
   prompt_sizes = jnp.sum(prompts.valid.astype(jnp.int32), axis=-1)
-  hidden, cache = model.forward(
-      params, prompts.tokens, positions_of(prompts.valid), prompts.valid,
-      model.init_cache(batch, prompt_length + room))
-  token, logprob, mass = choose(head.logits(hidden[:, -1]), jax.random.fold_in(key, 0), **knobs)
+  logits, caches = forward(
+      [p for _, p in writers], prompts.tokens, positions_of(prompts.valid), prompts.valid,
+      [m.init_cache(batch, prompt_length + room) for m, _ in writers])
+  token, logprob, offset = choose_at(0, logits)
 
   def fill(first, value):
     return jnp.full((batch, room), value, first.dtype).at[:, 0].set(first)
 
   out = dict(tokens=fill(token, pad_token), alive=fill(jnp.ones(batch, bool), False),
-             logprobs=fill(logprob, 0), mass=fill(mass, 0))
+             logprobs=fill(logprob, 0), offset=fill(offset, 0))
   # Unrolled layers: a scan would copy the whole cache in and out at every token.
-  decode_params = model.unstack(params)
+  decode_weights = [m.unstack(p) for m, p in writers]
 
   def body(carry):
-    step, token, done, cache, out = carry
-    hidden, cache = model.forward(decode_params, token[:, None], (prompt_sizes + step - 1)[:, None],
-                                  ~done[:, None], cache)
-    token, logprob, mass = choose(head.logits(hidden[:, 0]), jax.random.fold_in(key, step), **knobs)
+    step, token, done, caches, out = carry
+    logits, caches = forward(decode_weights, token[:, None], (prompt_sizes + step - 1)[:, None],
+                             ~done[:, None], caches)
+    token, logprob, offset = choose_at(step, logits)
     token = jnp.where(done, pad_token, token)
     new = dict(tokens=token, alive=~done, logprobs=jnp.where(done, 0, logprob),
-               mass=jnp.where(done, 0, mass))
+               offset=jnp.where(done, 0, offset))
     out = {name: jax.lax.dynamic_update_slice_in_dim(out[name], new[name][:, None], step, axis=1)
            for name in out}
-    return step + 1, token, done | is_stop(token), cache, out
+    return step + 1, token, done | is_stop(token), caches, out
 
   def running(carry):
     return (carry[0] < room) & ~jnp.all(carry[2])  # step, done
 
   _, _, done, _, out = jax.lax.while_loop(
-      running, body, (jnp.int32(1), token, is_stop(token), cache, out))
+      running, body, (jnp.int32(1), token, is_stop(token), caches, out))
 
   return _as_rollout(prompts, out, done)
 
@@ -160,5 +241,5 @@ def _as_rollout(prompts: Prompts, out: dict[str, Array], done: Array) -> Rollout
       valid=jnp.concatenate([prompts.valid, out['alive']], axis=1),
       mask=per_token(out['alive'].astype(jnp.float32)),
       sampler_logprobs=per_token(out['logprobs']),
-      policy_offset=per_token(out['mass']),
+      policy_offset=per_token(out['offset']),
       ended=done, prompt_length=prompt_length)

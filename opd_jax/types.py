@@ -47,7 +47,10 @@ class Rollout:
   valid: jax.Array  # bool [B, T], True on prompt and completion (EOS included)
   mask: jax.Array  # float32 [B, T-1], 1 where tokens[:, t+1] was chosen by the policy
   sampler_logprobs: jax.Array  # float32 [B, T-1], of the distribution truly sampled from
-  policy_offset: jax.Array  # float32 [B, T-1], log of the mass that top-p/top-k kept (0 without)
+  # float32 [B, T-1], log p of the model that wrote, untruncated and unmixed, less sampler_logprobs:
+  # the log of the mass that top-p/top-k kept, and log p_S - log p_mix with a mixed-in teacher; 0
+  # without either. So sampler_logprobs + policy_offset is always the writer's own log-probability.
+  policy_offset: jax.Array
   ended: jax.Array  # bool [B], True if a stop token was produced within the room C
   prompt_length: int = struct.field(pytree_node=False)  # P
 

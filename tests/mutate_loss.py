@@ -89,7 +89,8 @@ MUTATIONS = (  # file, text, what takes its place, tests
     ('credit', 'jnp.max(x * mask)', 'jnp.max(x)', (CREDIT,)),
     ('credit', 'jnp.ceil(share', 'jnp.floor(share', (CREDIT,)),
     ('credit', 'wanted - 1, 0', 'wanted, 0', (CREDIT,)),
-    ('credit', 'rollout.sampler_logprobs + rollout.policy_offset', 'rollout.sampler_logprobs', LOSS),
+    ('credit', 'rollout.sampler_logprobs + rollout.policy_offset', 'rollout.sampler_logprobs',
+     LOSS),
 )
 
 

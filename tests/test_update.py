@@ -634,13 +634,14 @@ def test_metrics_against_numpy(x64, name):
   theirs = numpy_rows(batch.teacher, batch.teacher_params, r, o.teacher_temperature)
   places = [tuple(x) for x in np.argwhere(r.mask)]
   chosen = np.array([mine[b, t, r.tokens[b, t + 1]] for b, t in places])
-  behaviour, mass = (np.array([x[p] for p in places]) for x in (r.sampler_logprobs, r.policy_offset))
+  behaviour, offset = (
+      np.array([x[p] for p in places]) for x in (r.sampler_logprobs, r.policy_offset))
 
   def entropy(rows):
     return np.mean([-np.exp(rows[p]) @ rows[p] for p in places])
 
-  gap = np.abs(chosen - behaviour - mass)
-  ratio = np.exp(chosen - behaviour - (mass if o.importance == 'ppo_clip' else 0))
+  gap = np.abs(chosen - behaviour - offset)
+  ratio = np.exp(chosen - behaviour - (offset if o.importance == 'ppo_clip' else 0))
   want = {'entropy_student': entropy(mine), 'logprob': chosen.mean(), 'truncation_rate': 2 / 6,
           'gap_mean': gap.mean(), 'gap_max': gap.max(), 'ratio_mean': ratio.mean(),
           'ratio_max': ratio.max(), 'ratio_min': ratio.min()}

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import optax
 
-from opd_jax import config as config_lib
 from opd_jax import (
+  checks,
   data,
   evaluate,
   foreign,
@@ -34,10 +34,11 @@ from opd_jax import (
   teachers,
   tokenizer,
 )
+from opd_jax import config as config_lib
 from opd_jax.objective import Objective
 from opd_jax.types import Model, Params
 
-INIT, SAMPLE, EVAL = range(3)  # what a random key is for
+INIT, SAMPLE, EVAL, GIVEN, GATE = range(5)  # what a random key is for
 CONFIG = 'config.json'
 
 
@@ -63,11 +64,15 @@ class Setup:
   student: hf.LoadedModel  # before training
   adapter: Adapter | None  # what is trained; None for the whole student
   teacher: hf.LoadedModel | None  # `student` itself, if it teaches itself
+  reference: hf.LoadedModel | None  # as with the teacher
   frozen_dtype: jnp.dtype  # of the teacher, and of the base under adapters
   task: Any
   objective: Objective
+  off_objective: Objective | None  # of the batches that the student does not write
+  given_objective: Objective | None  # of the rows beside
   mesh: jax.sharding.Mesh
   examples: data.Examples
+  given: data.Examples | None  # of the rows beside
   evaluator: evaluate.Evaluator
   teacher_evaluator: evaluate.Evaluator | None
   optimizer: optax.GradientTransformation
@@ -85,10 +90,14 @@ class Setup:
   def same_programs(self) -> bool:
     """Whether the teacher's parameters have the very form of the student's, so that the same
     compiled programs serve both: only then is log p_T - log p_S exactly zero for equal models."""
-    if self.teacher is None or self.teacher is self.student:
-      return self.teacher is not None
+    return self.runs_students_programs(self.teacher)
+
+  def runs_students_programs(self, other: hf.LoadedModel | None) -> bool:
+    """`same_programs` of any other model."""
+    if other is None or other is self.student:
+      return other is not None
     return (self.adapter is None and self.frozen_dtype == jnp.float32
-            and same_shape(self.teacher.model, self.student.model))
+            and same_shape(other.model, self.student.model))
 
 
 def same_shape(a: Model, b: Model) -> bool:
@@ -123,15 +132,16 @@ def read(field: str, source: hf.LoadedModel | Adapter, dtype: Any, shardings: An
     raise config_lib.ConfigError(f'{field}: {e}') from e
 
 
-def read_teacher(s: Setup, frozen: lora.Frozen | None) -> Params | None:
-  """The teacher's parameters on their devices. A student with adapters that teaches itself shares
-  its base with its teacher: there is no second copy."""
-  if s.teacher is None:
+def read_teacher(s: Setup, frozen: lora.Frozen | None, part: str = 'teacher') -> Params | None:
+  """The parameters of the 'teacher' or the 'reference' on their devices. A student with adapters
+  that teaches itself shares its base with its teacher: there is no second copy."""
+  model = getattr(s, part)
+  if model is None:
     return None
-  if s.teacher is s.student:
+  if model is s.student:
     return lora.join(frozen, read_trained(s))
-  weights = sharding.param_shardings(s.teacher.model.specs, s.mesh)
-  return read('teacher.path', s.teacher, s.frozen_dtype, weights)
+  weights = sharding.param_shardings(model.model.specs, s.mesh)
+  return read(f'{part}.path', model, s.frozen_dtype, weights)
 
 
 def fold_in(key: jax.Array, purpose: int, step: int) -> jax.Array:
@@ -199,33 +209,46 @@ def build(c: ConfigDict) -> Setup:
                        'prompts_per_step x samples_per_prompt)')
     student = load_student(c)
     adapter = make_adapter(c, student)
-    teacher = get_teacher(c, student)
+    teacher, reference = get_teacher(c, student), get_reference(c, student)
     if c.sample.top_k > student.model.vocab_in_use:
       raise ValueError(f'sample.top_k={c.sample.top_k}; allowed: at most the vocabulary of '
                        f'{student.model.vocab_in_use}')
-    if c.objective.top_k > student.model.vocab_in_use:
-      raise ValueError(f'objective.top_k={c.objective.top_k}; allowed: at most the vocabulary of '
-                       f'{student.model.vocab_in_use}')
+    for field, k in (('objective.top_k', c.objective.top_k), ('given.top_k', c.given.top_k),
+                     ('objective.local.top_k', c.objective.local.top_k),
+                     ('objective.token_top_k', c.objective.token_top_k)):
+      if k > student.model.vocab_in_use:
+        raise ValueError(f'{field}={k}; allowed: at most the vocabulary of '
+                         f'{student.model.vocab_in_use}')
     if adapter is not None:
       sharding.param_shardings(adapter.specs, mesh)
-    for loaded in filter(None, (student, teacher)):
+    for loaded in filter(None, (student, teacher, reference)):
       sharding.param_shardings(loaded.model.specs, mesh)  # raises where the mesh does not fit
       longest = loaded.model.config.max_position_embeddings
       if c.data.max_prompt_tokens + c.data.max_new_tokens > longest:
         raise ValueError(
             f'data.max_prompt_tokens={c.data.max_prompt_tokens} + data.max_new_tokens='
             f'{c.data.max_new_tokens}; allowed: together at most {longest}, the '
-            'max_position_embeddings of student and teacher')
+            'max_position_embeddings of student, teacher and reference')
     task = tasks.get(c.task.name)
     stop_tokens = choose_stop_tokens(c, student, teacher)
     style = prompt_style(c, student.tokenizer, teacher and teacher.tokenizer, stop_tokens)
-    examples = load_examples(c, c.data.split, c.data.limit, student.tokenizer, style)
+    examples = load_examples(c, c.data.split, c.data.limit, student.tokenizer, style,
+                             'dataset' in (c.data.source, c.data.off_policy_source))
     held_out = load_examples(c, 'eval', c.eval.problems, student.tokenizer, style)
+    given = None
+    if c.given.source != 'none':
+      given = load_examples(c, c.given.split, 0, student.tokenizer, style,
+                            c.given.source == 'dataset')
     check_verifier(c, examples, held_out)
-    if c.data.source == 'dataset' and not examples.has_completions:
-      raise ValueError(f"data.split={c.data.split!r}: data.source='dataset' needs a split with "
-                       f'completions; allowed: one with a column \'completion\', and not only '
-                       f'{sorted(examples.rows[0])}')
+    for field, source, rows in (('data.split', c.data.source, examples),
+                                ('data.split', c.data.off_policy_source, examples),
+                                ('given.split', c.given.source, given)):
+      if source == 'dataset' and not rows.has_completions:
+        raise ValueError(f"{field}: the source 'dataset' needs a split with completions; allowed: "
+                         f"one with a column 'completion', and not only {sorted(rows.rows[0])}")
+    if c.given.prompts_per_step % sharding.row_shards(mesh):
+      raise ValueError(f'compute.mesh splits rows {sharding.row_shards(mesh)} ways, which does not '
+                       f'divide given.prompts_per_step={c.given.prompts_per_step}')
     if len(held_out) % sharding.row_shards(mesh):
       raise ValueError(f'compute.mesh splits rows {sharding.row_shards(mesh)} ways, which does not '
                        f'divide eval.problems={len(held_out)}')
@@ -234,11 +257,15 @@ def build(c: ConfigDict) -> Setup:
   except (ValueError, FileNotFoundError, FileExistsError) as e:
     raise config_lib.ConfigError(str(e)) from e
   evaluator = make_evaluator(c, student, teacher and teacher.model, held_out, mesh, stop_tokens)
-  s = Setup(student=student, adapter=adapter, teacher=teacher, frozen_dtype=frozen_dtype(c),
-            task=task, objective=config_lib.make_objective(c), mesh=mesh, examples=examples,
-            evaluator=evaluator, teacher_evaluator=None, optimizer=make_optimizer(c),
+  off = c.data.off_policy_source
+  report = {'train': examples.report, 'eval': held_out.report}
+  s = Setup(student=student, adapter=adapter, teacher=teacher, reference=reference,
+            frozen_dtype=frozen_dtype(c), task=task, objective=config_lib.make_objective(c),
+            off_objective=None if off == 'none' else config_lib.make_objective(c, off),
+            given_objective=config_lib.make_given_objective(c), mesh=mesh, examples=examples,
+            given=given, evaluator=evaluator, teacher_evaluator=None, optimizer=make_optimizer(c),
             style=style, stop_tokens=stop_tokens, pad_token=tokenizer.pad_id(student.tokenizer),
-            data_report={'train': examples.report, 'eval': held_out.report})
+            data_report=report | ({'given': given.report} if given else {}))
   if teacher is None:
     return s
   # A teacher of the student's form is evaluated by the same programs.
@@ -290,18 +317,17 @@ def prompt_style(c: ConfigDict, student: Any, teacher: Any, stop_tokens: tuple[i
   return style
 
 
-def load_examples(c: ConfigDict, split: str, limit: int, tokens: Any, style: tokenizer.Style
-                  ) -> data.Examples:
+def load_examples(c: ConfigDict, split: str, limit: int, tokens: Any, style: tokenizer.Style,
+                  with_completions: bool = False) -> data.Examples:
   """The first `limit` examples of a split (0 for all) of those that fit, encoded."""
   task = tasks.get(c.task.name)
   rows = task.load(split, tasks.options(task, c.task.options.to_dict()))
-  given = c.data.source == 'dataset' and split != 'eval'
   if c.data.overlong != 'drop' and 0 < limit < len(rows):
     rows = rows.select(range(limit))  # none of the others can be needed
   examples = data.Examples(
       task, rows, tokens, max_prompt_tokens=c.data.max_prompt_tokens,
       max_new_tokens=c.data.max_new_tokens, seed=c.seed, style=style, overlong=c.data.overlong,
-      with_completions=given)
+      with_completions=with_completions)
   if limit > len(examples):
     field = 'eval.problems' if split == 'eval' else 'data.limit'
     raise ValueError(f'{field}={limit}; allowed: at most {len(examples)}, the examples of the '
@@ -449,6 +475,27 @@ def get_teacher(c: ConfigDict, student: hf.LoadedModel) -> hf.LoadedModel | None
                      'directory') from e
 
 
+def get_reference(c: ConfigDict, student: hf.LoadedModel) -> hf.LoadedModel | None:
+  """The reference model, if there is one: any kind of teacher, of the student's vocabulary.
+
+  Raises:
+    ValueError: it cannot be opened, or has other tokens.
+  """
+  if c.reference.kind == teachers.NONE:
+    return None
+  where = f'reference.path={c.reference.path!r}'
+  try:
+    loaded = teachers.load(c.reference.kind, c.reference.path, student, compute_options(c),
+                           c.reference.revision)
+  except (ValueError, FileNotFoundError) as e:
+    raise ValueError(f'{where}: {e}; allowed: a Hugging Face checkpoint directory') from e
+  if not tokenizer.same_vocabulary(student.tokenizer, loaded.tokenizer):
+    raise ValueError(f'{where} has {len(loaded.tokenizer)} tokens, not those of the student '
+                     f'({len(student.tokenizer)}); allowed: a model that maps the same strings to '
+                     'the same token ids')
+  return loaded
+
+
 def open_directory(c: ConfigDict, part: str, path: str) -> hf.LoadedModel:
   """A directory in place of a run's student or teacher; `c` says how to make it if it is Flax."""
   if c[part].factory and hf.read_config(path).get('model_type') == foreign.FAMILY:
@@ -473,7 +520,7 @@ def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any
   for name, value in (('model', path), ('teacher', teacher_path)):
     if (value or name == 'model') and not (value and pathlib.Path(value).is_dir()):
       raise config_lib.ConfigError(f'{name}={value!r}; allowed: a Hugging Face directory')
-  config_lib.validate(c)
+  checks.validate(c)
   mesh = sharding.make_mesh(c.compute.mesh.to_dict())
   try:
     student = open_directory(c, 'student', path)

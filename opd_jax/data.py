@@ -26,6 +26,13 @@ def _order(seed: int, epoch: int, size: int) -> np.ndarray:
   return np.random.default_rng((seed, epoch)).permutation(size)
 
 
+def is_on_policy(seed: int, step: int, fraction: float) -> bool:
+  """Whether the student writes the batch of a step, for a given share of them: the same answer on
+  every host and after every restart."""
+  # Four numbers where the order of an epoch is seeded with two: never the same stream.
+  return bool(np.random.default_rng((seed, step, 0, 1)).random() < fraction)
+
+
 class Examples:
   """The examples of a split, encoded: prompts, and completions where the split has them.
 

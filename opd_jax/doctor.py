@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from opd_jax import build, evaluate, lora, params, sharding, tokenizer
+from opd_jax import build, checks, evaluate, lora, params, sharding, tokenizer
 from opd_jax import config as config_lib
 from opd_jax.types import Params
 
@@ -195,7 +195,7 @@ def check_memory(c: ConfigDict, s: build.Setup) -> Finding:
 
 def check_unused_options(c: ConfigDict, s: build.Setup) -> Finding:
   """Options that were set and that nothing reads."""
-  unused = config_lib.unused_options(c)
+  unused = checks.unused_options(c)
   if c.compute.mesh.expert > 1 and not any(
       'experts' in spec.axes for m in filter(None, (s.student, s.teacher))
       for spec in params.flatten(m.model.specs).values()):
@@ -227,6 +227,9 @@ def memory_estimate(c: ConfigDict, s: build.Setup) -> dict[str, float]:
   if s.teacher is not None and not shares_base:
     size = 4 if s.teacher is s.student else s.frozen_dtype.itemsize
     out['teacher'] = weights(s.teacher.model.specs, size)
+  if s.reference is not None and not (s.reference is s.student and s.adapter is not None):
+    size = 4 if s.reference is s.student else s.frozen_dtype.itemsize
+    out['reference'] = weights(s.reference.model.specs, size)
   shards = sharding.row_shards(s.mesh)
   rows = c.data.prompts_per_step * c.data.samples_per_prompt
   length = c.data.max_prompt_tokens + c.data.max_new_tokens
@@ -238,7 +241,8 @@ def memory_estimate(c: ConfigDict, s: build.Setup) -> dict[str, float]:
 
   # Never at the same time: the run's rows, and those of an evaluation.
   out['cache'] = max(cache(s.student.model, c.eval.problems * c.eval.samples_per_problem),
-                     cache(author.model, rows) if c.data.source != 'dataset' else 0.0)
+                     (cache(author.model, rows) if c.data.source != 'dataset' else 0.0)
+                     + (cache(s.teacher.model, rows) if c.sample.teacher_mix else 0.0))
   width = 4 * s.student.model.config.vocab_size / s.mesh.shape['tensor']
   out['logits'] = 4 * min(c.compute.chunk_tokens, rows * length) * width
   a_pass = (c.compute.microbatch_rows or rows) * length / shards
@@ -377,9 +381,9 @@ def _reason(c: ConfigDict, name: str) -> str:
   return '' if c.doctor[name] == 'on' else c.doctor[name].partition(':')[2].strip()
 
 
-def _run(c: ConfigDict, checks: dict[str, Callable[..., Finding]], *args: Any) -> list[Finding]:
+def _run(c: ConfigDict, which: dict[str, Callable[..., Finding]], *args: Any) -> list[Finding]:
   return [Finding(name, OFF, reason, f'doctor.{name}') if (reason := _reason(c, name))
-          else check(*args) for name, check in checks.items()]
+          else check(*args) for name, check in which.items()]
 
 
 def settle(c: ConfigDict, findings: list[Finding], workdir: pathlib.Path,
@@ -433,7 +437,7 @@ def diagnose(c: ConfigDict, name: str, console: Console) -> bool:
   Raises:
     ConfigError: the config cannot be built at all.
   """
-  config_lib.validate(c)
+  checks.validate(c)
   s = build.build(c)
   findings = examine(c, s)
   frozen = build.read_frozen(s)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from opd_jax import build, checkpoint, hf, lora, sharding, train
+from opd_jax import build, checkpoint, checks, hf, lora, sharding, train
 from opd_jax import config as config_lib
 
 FORMATS = ('full', 'adapter')
@@ -122,5 +122,5 @@ def read_config(workdir: pathlib.Path) -> config_lib.ConfigDict:
     raise config_lib.ConfigError(
         f'workdir={str(workdir)!r} holds no run ({e}); allowed: the work directory of one run, in '
         'a pipeline WORKDIR/seed_S/STAGE') from e
-  config_lib.validate(c)
+  checks.validate(c)
   return c

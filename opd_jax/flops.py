@@ -32,8 +32,9 @@ def forward_flops(model: Model, lengths: np.ndarray) -> float:
 
 
 def step_flops(student: Model, teacher: Model | None, lengths: np.ndarray, *, source: str,
-               teacher_scores: bool, student_rescores: bool, updates: int,
-               adapter_specs: dict[str, Any] | None = None) -> dict[str, float]:
+               teacher_scores: bool, student_rescores: int, updates: int,
+               adapter_specs: dict[str, Any] | None = None, reference: Model | None = None,
+               teacher_mixed: bool = False) -> dict[str, float]:
   """The operations of one step, by who spends them.
 
   Args:
@@ -41,12 +42,15 @@ def step_flops(student: Model, teacher: Model | None, lengths: np.ndarray, *, so
     lengths: prompt plus completion tokens of each row.
     source: who wrote the rows: 'student', 'teacher' or 'dataset'.
     teacher_scores: the teacher graded the rows.
-    student_rescores: the student graded its own rows for the advantage.
+    student_rescores: how often the student graded its own rows for the advantage.
     updates: gradient steps on the rows.
     adapter_specs: of the adapters that are trained instead of the student.
+    reference: a model that graded the rows too; None without.
+    teacher_mixed: the teacher's distribution was mixed into the sampler's.
 
   Returns:
-    'student' (training and rescoring), 'sampling', 'teacher' (grading). A gradient step is a
+    'student' (training and rescoring), 'sampling', 'teacher' (grading, by the reference too). A
+    gradient step is a
     forward pass, the gradient of the activations, which costs as much, and that of the trained
     weights, which costs as much as their share of the forward pass: 3 forwards for a whole model,
     2 and three times the adapters for adapters.
@@ -59,6 +63,8 @@ def step_flops(student: Model, teacher: Model | None, lengths: np.ndarray, *, so
   theirs = forward_flops(teacher, lengths) if teacher is not None else 0.0
   return {
       'student': update * updates + own * student_rescores,
-      'sampling': {'student': own, 'teacher': theirs, 'dataset': 0.0}[source],
-      'teacher': theirs if teacher_scores else 0.0,
+      'sampling': {'student': own, 'teacher': theirs, 'dataset': 0.0}[source]
+                  + theirs * teacher_mixed,
+      'teacher': (theirs * teacher_scores
+                  + (forward_flops(reference, lengths) if reference is not None else 0.0)),
   }

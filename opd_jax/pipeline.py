@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from opd_jax import build, doctor, hf, report, tokenizer, train
+from opd_jax import build, checks, doctor, hf, report, tokenizer, train
 from opd_jax import config as config_lib
 
 
@@ -25,7 +25,7 @@ def run(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     ConfigError: before the first stage starts, whichever stage is wrong.
   """
   workdir = pathlib.Path(workdir).resolve()  # stages refer to each other by absolute paths
-  config_lib.validate_pipeline(c)
+  checks.validate_pipeline(c)
   check_data(c)
   for seed in c.seeds:
     for name in c.order:
@@ -52,13 +52,13 @@ def diagnose(c: ConfigDict, only: str | None, workdir: str | pathlib.Path) -> bo
   if not config_lib.is_pipeline(c):
     pick_stage(c, only)
     return doctor.diagnose(c, c.name, console)
-  config_lib.validate_pipeline(c)
+  checks.validate_pipeline(c)
   if only is not None:
     pick_stage(c, only)
   workdir, fine = pathlib.Path(workdir).resolve(), True
   for name in [only] if only else c.order:
     stage = stage_config(c, name, c.seeds[0], workdir)
-    missing = [part for part in ('student', 'teacher')
+    missing = [part for part in ('student', 'teacher', 'reference')
                if c.stages[name][part].path.startswith(config_lib.STAGE)
                and not pathlib.Path(stage[part].path).exists()]
     if missing:
@@ -124,7 +124,7 @@ def stage_config(c: ConfigDict, name: str, seed: int, workdir: pathlib.Path) -> 
   """The stage's config as it runs: its name, its seed, and 'stage:X' paths resolved."""
   stage = copy.deepcopy(c.stages[name])
   stage.name, stage.seed = name, seed
-  for part in ('student', 'teacher'):
+  for part in ('student', 'teacher', 'reference'):
     stage[part].path = resolve(stage[part].path, seed, workdir)
   return stage
 

@@ -63,23 +63,6 @@ def map_token_chunks(fn: Callable[..., dict[str, Array]], chunk_tokens: int, *ar
   return {name: a.reshape(-1)[:total].reshape(batch, length) for name, a in out.items()}
 
 
-def sum_over_chunks(fn: Callable[..., tuple[Array, dict[str, Array]]], chunk_tokens: int,
-                    head: Head, constants: Any, hidden: Float[Array, 'B C D'],
-                    arrays: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-  """Sums fn(head, constants, hidden [n, D], arrays [n, ...]) -> (scalar, {name: [n]}) over chunks.
-
-  Differentiable in head and hidden; the per-token outputs come back as [B, C].
-  """
-  names = sorted(arrays)
-
-  def chunk(hidden, *flat):
-    total, out = fn(head, constants, hidden, dict(zip(names, flat, strict=True)))
-    return {**out, '': jnp.zeros(hidden.shape[:1], total.dtype).at[0].set(total)}
-
-  out = map_token_chunks(chunk, chunk_tokens, hidden, *(arrays[n] for n in names))
-  return jnp.sum(out.pop('')), out
-
-
 def completion_hidden(model: Model, params: Params, rollout: Rollout) -> Float[Array, 'B C D']:
   """The final hidden states that predict the completion, teacher-forced on the rollout."""
   # The last token predicts nothing that is scored, and the prompt's predictions are not either.

@@ -4,7 +4,8 @@
             -> update_fn (the student moves towards the teacher) -> metrics
 
 Supervised learning takes its rows from a data set or from the teacher, reinforcement learning takes
-its weights from a verifier; they are the same loop. What is not here: a replay buffer, a value
+its weights from a verifier; they are the same loop. Some batches, or some rows of each, may come
+from elsewhere than the student. What is not here: a replay buffer, a value
 network, a rollout server. The student that samples is the student that is updated, one step later.
 
 With low-rank adapters, the train state holds the adapters and `frozen` the base beneath them; the
@@ -28,11 +29,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+import numpy as np
 import optax
 
 from opd_jax import build as build_lib
 from opd_jax import (
   checkpoint,
+  checks,
   data,
   doctor,
   flops,
@@ -47,7 +50,8 @@ from opd_jax import (
 )
 from opd_jax import config as config_lib
 from opd_jax.build import Setup
-from opd_jax.types import Model, TrainState
+from opd_jax.objective import Objective
+from opd_jax.types import Batch, Heads, Model, Params, Rollout, TrainState
 
 RESULT, EXPORT, ADAPTER = 'result.json', 'export', 'adapter'
 
@@ -61,19 +65,50 @@ class PreemptedError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Programs:
-  """The compiled functions of the loop."""
+class RowPrograms:
+  """The compiled functions of one kind of rows: who writes them, who grades them."""
 
-  sample: Callable[..., Any]
-  score_teacher: Callable[..., Any]
+  source: str  # 'student', 'teacher' or 'dataset'
+  teacher_mixed: bool  # the student's samples come from a mixture with the teacher
+  objective: Objective
+  sample: Callable[..., Any] | None
+  score_teacher: Callable[..., Any] | None
   score_student: Callable[..., Any]
-  update: Callable[..., Any]
+  score_reference: Callable[..., Any] | None
+  update: Callable[..., Any] | None  # None for rows beside others
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """The compiled functions of the loop.
+
+  Attributes:
+    own: for the batches of data.source.
+    off: for those that the student does not write; None without.
+    given: for the rows beside; None without.
+    init: makes the train state.
+  """
+
+  own: RowPrograms
+  off: RowPrograms | None
+  given: RowPrograms | None
   init: Callable[..., Any]
 
   def compile_count(self) -> int:
     """How many programs are compiled; one a function that is in use, or something retraces."""
-    loop = {self.sample, self.score_teacher, self.score_student, self.update}
+    loop = {f for rows in (self.own, self.off, self.given) if rows is not None
+            for f in (rows.sample, rows.score_teacher, rows.score_student, rows.score_reference,
+                      rows.update) if f is not None}
     return sum(f._cache_size() for f in loop)
+
+
+@dataclasses.dataclass
+class Weights:
+  """The parameters that a step looks at; the student's are those of the step."""
+
+  student: Params
+  teacher: Params | None
+  reference: Params | None
 
 
 def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -93,7 +128,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   """
   workdir = pathlib.Path(workdir)
   # --- Check, and return at once if there is nothing to do ---
-  config_lib.validate(c)
+  checks.validate(c)
   build_lib.check_workdir(c, workdir)
   if (workdir / RESULT).exists():
     return json.loads((workdir / RESULT).read_text())
@@ -109,7 +144,8 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
       checksums=jax.jit(checkpoint.checksums))
   frozen = build_lib.read_frozen(s)
   teacher_params = build_lib.read_teacher(s, frozen)
-  teacher_head = s.teacher.model.head(teacher_params) if s.objective.needs_hidden else None
+  reference_params = build_lib.read_teacher(s, frozen, 'reference')
+  heads = loss_heads(s, teacher_params, reference_params)
   restored = store.restore_latest(state_shape)
   if restored is None:
     state = programs.init(build_lib.read_trained(s))
@@ -129,6 +165,11 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   wait = jax.block_until_ready if blocking else lambda x: x
   clock = metrics.Clock()
 
+  def rows_of(step: int) -> RowPrograms:
+    """Of the batch whose update produced `step`: whether the student writes it."""
+    mine = data.is_on_policy(c.seed, step - 1, c.data.on_policy_fraction)
+    return programs.own if mine else programs.off
+
   def evaluation(step: int, title: str | None) -> dict[str, Any]:
     began = time.perf_counter()
     values, shown = s.evaluator(lora.join(frozen, state.params), teacher_params,
@@ -144,16 +185,17 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   def process(step: int, values: dict[str, Any]) -> None:
     """The metrics of the update that produced `step`: checked, counted, written, shown."""
     values = jax.device_get(values)
-    lengths, prompt_lengths = values.pop('lengths'), values.pop('prompt_lengths')
+    lengths, row = values.pop('lengths'), {}
+    for rows, lengths_of in ((rows_of(step), lengths + values.pop('prompt_lengths')),
+                             (programs.given, values.pop('given_lengths', 0)
+                              + values.pop('given_prompt_lengths', 0))):
+      if rows is not None:
+        for name, amount in count_flops(c, s, rows, lengths_of).items():
+          host['flops'][name] += amount
     row = {name: float(v) for name, v in values.items()}
+    # Of no tokens there is no quantile.
+    row = {n: v for n, v in row.items() if not (n.startswith('log_ratio') and math.isnan(v))}
     check_finite(row, step, c.log.max_sampler_gap)
-    spent = flops.step_flops(
-        s.student.model, s.teacher.model if s.teacher else None, lengths + prompt_lengths,
-        source=c.data.source, teacher_scores=s.objective.needs_teacher,
-        student_rescores=s.objective.needs_student_scores, updates=c.optimizer.updates_per_batch,
-        adapter_specs=s.adapter and s.adapter.specs)
-    for name, amount in spent.items():
-      host['flops'][name] += amount
     row |= {'length': float(lengths.mean()), 'flops': dict(host['flops']),
             'compiles': programs.compile_count(), 'perf': clock.read(1, int(lengths.sum()))}
     if step % c.log.every_steps == 0:
@@ -186,33 +228,30 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
         evaluation(0, 'before training:')
       step, pending, reached = start, None, host.get('stopped_at') is not None
       while step < c.steps and not reached:
+        weights = Weights(lora.join(frozen, state.params), teacher_params, reference_params)
+        rows = rows_of(step + 1)
+        # The rows: written by the student, by the teacher, or given.
         indices = s.examples.indices(step, c.data.prompts_per_step).repeat(
             c.data.samples_per_prompt)
-        student = lora.join(frozen, state.params)
-        # The rows: written by the student, by the teacher, or given.
-        rows_sharding = sharding.by_rows(s.mesh)
-        if c.data.source == 'dataset':
-          rollout = sharding.put(s.examples.given(indices), rows_sharding)
-        else:
-          prompts = sharding.put(s.examples.prompts(indices), rows_sharding)
-          author = student if c.data.source == 'student' else teacher_params
-          step_key = build_lib.fold_in(key, build_lib.SAMPLE, step)
-          rollout = wait(programs.sample(author, prompts, step_key))
+        step_key = build_lib.fold_in(key, build_lib.SAMPLE, step)
+        rollout = wait(write(rows, s, s.examples, indices, weights, step_key))
         # The grades: of every token by the teacher, or of the whole answer by the verifier.
-        teacher_scores = student_scores = rewards = None
-        if s.objective.needs_teacher:
-          teacher_scores = wait(programs.score_teacher(teacher_params, rollout))
-        if s.objective.needs_student_scores:
-          student_scores = wait(programs.score_student(student, rollout))
-        if s.objective.needs_rewards:
-          graded, _ = data.grade(s.task, [s.examples.rows[i] for i in indices], rollout,
-                                 s.student.tokenizer)
-          rewards = sharding.put(graded, rows_sharding)
+        batch = wait(grade(rows, s, s.examples, indices, weights, rollout))
+        beside = None
+        if programs.given is not None:
+          indices = s.given.indices(step, c.given.prompts_per_step)
+          step_key = build_lib.fold_in(key, build_lib.GIVEN, step)
+          beside = wait(write(programs.given, s, s.given, indices, weights, step_key))
+          beside = wait(grade(programs.given, s, s.given, indices, weights, beside))
         # The step.
         first = {}
-        for _ in range(c.optimizer.updates_per_batch):
-          state, values = wait(programs.update(
-              state, rollout, teacher_scores, student_scores, rewards, teacher_head, frozen))
+        for update_number in range(c.optimizer.updates_per_batch):
+          if update_number and rows.objective.advantages == 'recomputed':
+            student = lora.join(frozen, state.params)
+            batch = batch.replace(student=wait(rows.score_student(student, rollout)))
+          gate_key = build_lib.fold_in(
+              key, build_lib.GATE, step * c.optimizer.updates_per_batch + update_number)
+          state, values = wait(rows.update(state, batch, heads, frozen, beside, gate_key))
           first = first or {name: v for name, v in values.items() if name.startswith('gap')}
         values |= first  # later updates move away from the sampler on purpose
         step += 1
@@ -252,45 +291,129 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   return result
 
 
+def write(rows: RowPrograms, s: Setup, examples: data.Examples, indices: np.ndarray,
+          weights: Weights, key: jax.Array) -> Rollout:
+  """The rollouts of some examples, by whoever writes this kind of rows."""
+  rows_sharding = sharding.by_rows(s.mesh)
+  if rows.source == 'dataset':
+    return sharding.put(examples.given(indices), rows_sharding)
+  prompts = sharding.put(examples.prompts(indices), rows_sharding)
+  if rows.source == 'teacher':
+    return rows.sample(weights.teacher, prompts, key)
+  if rows.teacher_mixed:
+    return rows.sample(weights.student, prompts, key, mix_params=weights.teacher)
+  return rows.sample(weights.student, prompts, key)
+
+
+def grade(rows: RowPrograms, s: Setup, examples: data.Examples, indices: np.ndarray,
+          weights: Weights, rollout: Rollout) -> Batch:
+  """What the objective of this kind of rows asks for: grades of every token by the teacher, the
+  student itself and the reference, or of the whole answer by the verifier."""
+  o = rows.objective
+  teacher = student = reference = rewards = None
+  if o.needs_teacher:
+    teacher = rows.score_teacher(weights.teacher, rollout)
+  if o.needs_student_scores:
+    student = rows.score_student(weights.student, rollout)
+  if o.needs_reference:
+    reference = rows.score_reference(weights.reference, rollout)
+  if o.needs_rewards:
+    graded, _ = data.grade(s.task, [examples.rows[i] for i in indices], rollout,
+                           s.student.tokenizer)
+    rewards = sharding.put(graded, sharding.by_rows(s.mesh))
+  return Batch(rollout, teacher, student, reference, rewards)
+
+
+def loss_heads(s: Setup, teacher: Params | None, reference: Params | None) -> Heads:
+  """The heads of the models whose hidden states the loss takes."""
+  objectives = [o for o in (s.objective, s.off_objective, s.given_objective) if o is not None]
+  theirs = any(o.needs_hidden for o in objectives)
+  third = any(o.needs_reference_hidden for o in objectives)
+  return Heads(teacher=s.teacher.model.head(teacher) if theirs else None,
+               reference=s.reference.model.head(reference) if third else None)
+
+
 def compile_step(c: ConfigDict, s: Setup) -> tuple[Programs, TrainState]:
   """The jitted functions of the loop, and the abstract train state with its shardings.
 
   Output shardings are pinned: left to the compiler they may differ from the inputs', and the second
   step would compile everything again.
   """
-  rows, scalar = sharding.by_rows(s.mesh), sharding.replicated(s.mesh)
-  model = s.student.model
+  scalar = sharding.replicated(s.mesh)
   abstract = abstract_state(s.trained_specs, s.optimizer, s.mesh)
   state = jax.tree.map(lambda x: x.sharding, abstract)
-  sampler = s.teacher.model if c.data.source == 'teacher' else model
-  sample_fn = jax.jit(functools.partial(
-      sample.sample_fn, model=sampler, max_new_tokens=c.data.max_new_tokens,
-      temperature=c.sample.temperature, top_p=c.sample.top_p, top_k=c.sample.top_k,
-      stop_tokens=s.stop_tokens, pad_token=s.pad_token), out_shardings=rows)
   batching = dict(chunk_tokens=c.compute.chunk_tokens, microbatch_rows=c.compute.microbatch_rows)
+
+  def update_of(objective: Objective, source: str):
+    return jax.jit(
+        functools.partial(update.update_fn, model=s.student.model, optimizer=s.optimizer,
+                          objective=objective, group_size=c.data.samples_per_prompt,
+                          on_policy=source == 'student', given_objective=s.given_objective,
+                          **batching),
+        donate_argnums=0, out_shardings=(state, scalar))
+
+  def rows_of(source: str, objective: Objective | None, microbatch_rows: int, beside: bool = False):
+    if objective is None:
+      return None
+    return compile_rows(c, s, source, objective, microbatch_rows,
+                        None if beside else update_of(objective, source))
+
+  init_fn = jax.jit(functools.partial(init_state, s.optimizer), donate_argnums=0,
+                    out_shardings=state)
+  microbatch = c.compute.microbatch_rows
+  return Programs(own=rows_of(c.data.source, s.objective, microbatch),
+                  off=rows_of(c.data.off_policy_source, s.off_objective, microbatch),
+                  given=rows_of(c.given.source, s.given_objective,
+                                math.gcd(microbatch, c.given.prompts_per_step), beside=True),
+                  init=init_fn), abstract
+
+
+def compile_rows(c: ConfigDict, s: Setup, source: str, o: Objective, microbatch_rows: int,
+                 update_fn: Callable[..., Any] | None) -> RowPrograms:
+  """Sampler and scorers of one kind of rows."""
+  rows, student = sharding.by_rows(s.mesh), s.student.model
+  mixed = c.sample.teacher_mix if source == 'student' else 0.0
 
   def scorer(m: Model, temperature: float):
     return jax.jit(functools.partial(
-        score.teacher_logprob_fn, model=m, temperature=temperature,
-        want_hidden=s.objective.needs_hidden, want_logprobs=(
-            s.objective.needs_teacher_logprobs or s.objective.needs_student_scores),
-        **batching), out_shardings=rows)
+        score.teacher_logprob_fn, model=m, temperature=temperature, want_hidden=(
+            o.needs_hidden or o.needs_student_hidden or o.needs_reference_hidden),
+        want_logprobs=(o.needs_teacher_logprobs or o.needs_student_scores
+                       or o.needs_reference_logprobs),
+        chunk_tokens=c.compute.chunk_tokens, microbatch_rows=microbatch_rows), out_shardings=rows)
 
-  score_student = score_teacher = scorer(model, s.objective.temperature)
+  sampler = score_teacher = score_reference = None
+  if source != 'dataset':
+    sampler = jax.jit(functools.partial(
+        sample.sample_fn, model=s.teacher.model if source == 'teacher' else student,
+        max_new_tokens=c.data.max_new_tokens, temperature=c.sample.temperature,
+        top_p=c.sample.top_p, top_k=c.sample.top_k, stop_tokens=s.stop_tokens,
+        pad_token=s.pad_token, mix_share=mixed, mix_model=s.teacher.model if mixed else None,
+        mix_temperature=o.teacher_temperature), out_shardings=rows)
+  # A teacher of the student's own form is graded by the very same program: then log p_T - log p_S
+  # is exactly zero for a teacher equal to the student, and so is the policy gradient.
+  score_student = scorer(student, o.temperature)
   if s.teacher is not None:
-    # A teacher of the student's own form is graded by the very same program: then log p_T - log
-    # p_S is exactly zero for a teacher equal to the student, and so is the policy gradient.
-    if not (s.same_programs and s.objective.teacher_temperature == s.objective.temperature):
-      score_teacher = scorer(s.teacher.model, s.objective.teacher_temperature)
-  update_fn = jax.jit(
-      functools.partial(update.update_fn, model=model, optimizer=s.optimizer,
-                        objective=s.objective, group_size=c.data.samples_per_prompt,
-                        on_policy=c.data.source == 'student', **batching),
-      donate_argnums=0, out_shardings=(state, scalar))
-  init_fn = jax.jit(functools.partial(init_state, s.optimizer), donate_argnums=0,
-                    out_shardings=state)
-  return Programs(sample=sample_fn, score_teacher=score_teacher, score_student=score_student,
-                  update=update_fn, init=init_fn), abstract
+    same = s.same_programs and o.teacher_temperature == o.temperature
+    score_teacher = score_student if same else scorer(s.teacher.model, o.teacher_temperature)
+  if s.reference is not None:
+    same = s.runs_students_programs(s.reference)
+    score_reference = score_student if same else scorer(s.reference.model, o.temperature)
+  return RowPrograms(source, mixed > 0.0, o, sampler, score_teacher, score_student, score_reference,
+                     update_fn)
+
+
+def count_flops(c: ConfigDict, s: Setup, rows: RowPrograms, lengths: np.ndarray
+                ) -> dict[str, float]:
+  """The operations of a step on rows of these lengths, by who spends them."""
+  o, updates = rows.objective, c.optimizer.updates_per_batch
+  rescores = o.needs_student_scores * (updates if o.advantages == 'recomputed' else 1)
+  return flops.step_flops(
+      s.student.model, s.teacher.model if s.teacher else None, lengths, source=rows.source,
+      teacher_scores=o.needs_teacher, student_rescores=rescores, updates=updates,
+      adapter_specs=s.adapter and s.adapter.specs,
+      reference=s.reference.model if o.needs_reference else None,
+      teacher_mixed=rows.teacher_mixed)
 
 
 def init_state(optimizer: optax.GradientTransformation, trained: Any) -> TrainState:
@@ -323,7 +446,8 @@ def check_finite(row: dict[str, float], step: int, max_gap: float) -> None:
   if bad:
     raise NonFiniteError(f'step {step}: {bad} is not finite; training stopped, the last good '
                          'checkpoint is kept')
-  if max_gap and not row['gap_max'] <= max_gap:  # a NaN gap stops too
+  # A NaN gap stops too; rows that the student did not write have none.
+  if max_gap and 'gap_max' in row and not row['gap_max'] <= max_gap:
     raise FloatingPointError(
         f"step {step}: sampler and scorer differ by {row['gap_max']:.3g} nats; log.max_sampler_gap"
         f'={max_gap}')

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 import optax
 
-from opd_jax import credit, estimators, lora
+from opd_jax import chunks, credit, estimators, lora
 from opd_jax import score as score_lib
 from opd_jax.objective import Objective
 from opd_jax.types import (
@@ -66,14 +66,15 @@ def loss_fn(params: Params, rows: Weighted, coef: Array | float, heads: Heads, *
   arrays |= {name: x for name in ('teacher_hidden', 'student_hidden', 'reference_hidden')
              if (x := getattr(rows, name)) is not None}
   arrays['targets'] = rollout.completion_targets
-  loss, out = score_lib.sum_over_chunks(
+  loss, out = chunks.sum_over_chunks(
       functools.partial(_chunk_loss, objective), chunk_tokens, model.head(params), (coef, heads),
       score_lib.completion_hidden(model, params, rollout), arrays)
-  return loss, {name: score_lib.to_rows(x, rollout) for name, x in out.items()}
+  out = {name: score_lib.to_rows(x, rollout) for name, x in out.items()}
+  return loss.astype(rows.weights.dtype), out
 
 
 def _chunk_loss(o, head, constants, hidden, a):
-  """The loss of n tokens, and what the metrics want of each."""
+  """The losses of n tokens, and what the metrics want of each."""
   coef, heads = constants
   own = score_lib.log_softmax(hidden, head, o.temperature)
   chosen, terms = a['mask'] > 0, []
@@ -94,7 +95,8 @@ def _chunk_loss(o, head, constants, hidden, a):
     teacher = estimators.extrapolate(theirs, reference, o.extrapolation)
     mine = own
     if 'student_hidden' in a:
-      mine = score_lib.log_softmax(a['student_hidden'], jax.lax.stop_gradient(head), o.temperature)
+      mine = jax.lax.stop_gradient(
+          score_lib.log_softmax(a['student_hidden'], head, o.temperature))
     if o.support != 'sampled' or o.baseline == 'exact':
       out['divergence'] = estimators.over_support(o, *score_lib.same_width(mine, teacher))
     if o.local.coef:
@@ -114,7 +116,7 @@ def _chunk_loss(o, head, constants, hidden, a):
     advantage = advantage + coef * jax.lax.stop_gradient(out['divergence'])
   if o.has_policy_gradient:
     terms.append(-a['weights'] * surrogate(o, logprobs, out['logratio'], advantage))
-  return sum(jnp.sum(at_chosen(x)) for x in terms), jax.lax.stop_gradient(out)
+  return at_chosen(sum(terms)), out
 
 
 def _reference_kl(o, own, reference, logprobs, a, at_chosen):

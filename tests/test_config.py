@@ -14,6 +14,7 @@ import tiny
 
 from opd_jax import (
   build,
+  checks,
   config,
   credit,
   data,
@@ -48,15 +49,15 @@ def named_arguments():
 
 def check(c):
   if config.is_pipeline(c):
-    config.validate_pipeline(c)
+    checks.validate_pipeline(c)
   else:
-    config.validate(c)
+    checks.validate(c)
 
 
 def refused(c, *parts, pipeline=False):
   """The config is refused, by a message with all of these parts and what is allowed."""
   with pytest.raises(config.ConfigError) as e:
-    (config.validate_pipeline if pipeline else config.validate)(c)
+    (checks.validate_pipeline if pipeline else checks.validate)(c)
   for part in (*parts, 'allowed'):
     assert part in str(e.value), f'{part!r} is not in {e.value}'
   return str(e.value)
@@ -147,7 +148,7 @@ class TestFields:
     values = tiny.config('sft').to_dict()
     del values['eval']['pass_k']
     with pytest.raises(config.ConfigError, match=r'eval\.pass_k is missing'):
-      config.validate(ConfigDict(values))
+      checks.validate(ConfigDict(values))
 
   @pytest.mark.parametrize(('field', 'value', 'allowed'), [
       ('steps', 'many', 'int'), ('steps', 2.0, 'int'), ('steps', True, 'int'),
@@ -193,7 +194,7 @@ class TestFields:
     c = tiny.config('sft')
     c.student.fresh.model_type = 'gpt2'
     with pytest.raises(config.ConfigError, match="'gpt2'") as e:
-      config.validate(c)
+      checks.validate(c)
     assert 'model_type' in str(e.value) and str(models.families()) in str(e.value)
 
   def test_unknown_task_option(self):
@@ -229,7 +230,7 @@ class TestFields:
     values = c.to_dict()
     values['task']['options'][field] = value
     with pytest.raises(config.ConfigError, match=f'{field}='):
-      config.validate(ConfigDict(values))
+      checks.validate(ConfigDict(values))
 
 
 class TestBatch:
@@ -339,7 +340,7 @@ class TestRoles:
     if c.teacher.kind == 'checkpoint':
       c.teacher.path = str(tmp_path)
     with pytest.raises(config.ConfigError) as e:
-      config.validate(c)
+      checks.validate(c)
       build.build(c)  # what only the models or the data can tell
     for part in (*parts, 'allowed'):
       assert part in str(e.value), f'{part!r} is not in {e.value}'

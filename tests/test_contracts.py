@@ -50,11 +50,12 @@ each_file = pytest.mark.parametrize('file', FILES, ids=lambda f: str(f.relative_
 
 # A module imports from earlier layers only (and a folder's files from their own folder).
 LAYERS = (
-    ('types',), ('params',), ('lora',), ('nn',), ('models', 'divergences'),
+    ('types',), ('params',), ('lora',), ('nn',), ('models', 'divergences', 'chunks'),
     ('estimators',), ('objective',), ('sample',), ('score',), ('credit',),
     ('update', 'flops'),
     ('sharding', 'optim', 'tokenizer', 'tensors', 'checkpoint', 'metrics'), ('hf',), ('foreign',),
-    ('tasks', 'teachers', 'data'), ('evaluate', 'config'), ('report', 'build'), ('doctor',),
+    ('tasks', 'teachers', 'data'), ('evaluate', 'config'), ('checks', 'presets'), ('report', 'build'),
+    ('doctor',),
     ('train',), ('pipeline', 'export'), ('__main__',))
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PURE = [name for layer in LAYERS[:RANK['update'] + 1] for name in layer]

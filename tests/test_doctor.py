@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from opd_jax import build, config, doctor, hf, lora, models, params, tokenizer, train
+from opd_jax.types import Batch, Heads
 
 GOOD = dict(doctor__rollouts=8, steps=1, eval__problems=4)
 
@@ -56,7 +57,7 @@ def test_a_switch_turns_its_check_off_and_gives_the_reason(name, healthy):
   assert (finding.status, finding.detail) == (doctor.OFF, 'not this one')
   for value in ('no', 'off', 'off: '):
     with pytest.raises(config.ConfigError, match=f"doctor.{name}='{value}'; allowed: 'on'"):
-      config.validate(_pair(**{f'doctor__{name}': value}))
+      checks.validate(_pair(**{f'doctor__{name}': value}))
 
 
 def _teacher(tmp_path, change=None, alphabet=tokenizer.ALPHABET, **shape):
@@ -198,10 +199,10 @@ def test_memory_is_about_what_the_update_takes(remat):
   programs, state = train.compile_step(c, s)
   with jax.set_mesh(s.mesh):
     prompts = jax.eval_shape(lambda: s.examples.prompts(np.arange(32)))
-    rollout = jax.eval_shape(programs.sample, state.params, prompts, jax.random.key(0))
-    scores = jax.eval_shape(programs.score_teacher, state.params, rollout)
+    rollout = jax.eval_shape(programs.own.sample, state.params, prompts, jax.random.key(0))
+    scores = jax.eval_shape(programs.own.score_teacher, state.params, rollout)
     head = jax.eval_shape(s.teacher.model.head, state.params)
-    update = programs.update.lower(state, rollout, scores, None, None, head, None).compile()
+    update = programs.own.update.lower(state, Batch(rollout, scores), Heads(head)).compile()
   taken = update.memory_analysis().temp_size_in_bytes
   parts = doctor.memory_estimate(c, s)
   assert 0.6 < (parts['activations'] + parts['scores'] + parts['logits']) / taken < 1.6

@@ -19,6 +19,7 @@ import tiny
 
 from opd_jax import (
   build,
+  checks,
   flops,
   foreign,
   hf,
@@ -521,11 +522,11 @@ def test_a_stage_takes_a_foreign_stage_by_the_same_factory():
   c.order, c.report.methods, c.report.labels = ('first', 'second'), ('second',), ('second',)
   c.stages.first, c.stages.second = first, second
   with pytest.raises(config_lib.ConfigError) as error:
-    config_lib.validate_pipeline(c)
+    checks.validate_pipeline(c)
   assert "stages.second.teacher.factory=''" in str(error.value)
   assert "allowed: 'test_foreign:make_nnx'" in str(error.value)
   c.stages.second.teacher.factory = 'test_foreign:make_nnx'
-  config_lib.validate_pipeline(c)
+  checks.validate_pipeline(c)
 
 
 def test_models_build_names_the_factory():

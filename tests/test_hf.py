@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import tiny
 
-from opd_jax import build, config, hf, lora, models, params, sample, tensors, tokenizer
+from opd_jax import build, checks, hf, lora, models, params, sample, tensors, tokenizer
 
 CONFIG = qwen3_config(vocab_size=64)
 MODEL = models.build(CONFIG)
@@ -424,7 +424,7 @@ class TestHub:
   def test_student_and_teacher_of_a_config(self, cache):
     c = tiny.config('opd_sampled', student__path='acme/tiny', student__revision=COMMIT,
                     teacher__path='acme/tiny', teacher__revision=COMMIT)
-    config.validate(c)
+    checks.validate(c)
     student = build.load_student(c)
     assert_same(student.read(), PARAMS)
     assert_same(build.get_teacher(c, student).read(), PARAMS)

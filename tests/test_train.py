@@ -29,7 +29,7 @@ from opd_jax.tasks import arithmetic
 EVERYWHERE = {'kind', 'step', 'loss', 'grad_norm', 'update_norm', 'entropy_student', 'logprob',
               'length', 'truncation_rate', 'flops', 'compiles', 'perf'}
 ON_POLICY = {'gap_mean', 'gap_max', 'ratio_mean', 'ratio_min', 'ratio_max'}
-TAUGHT = {'reverse_kl', 'entropy_teacher'}
+TAUGHT = {'reverse_kl', 'entropy_teacher'} | {f'log_ratio_p{q}' for q in ('05', 25, 50, 75, 95)}
 FIELDS = {
     'sft': EVERYWHERE,
     'sft_teacher': EVERYWHERE,

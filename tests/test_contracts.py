@@ -54,8 +54,8 @@ LAYERS = (
     ('estimators',), ('objective',), ('sample',), ('score',), ('credit',),
     ('update', 'flops'),
     ('sharding', 'optim', 'tokenizer', 'tensors', 'checkpoint', 'metrics'), ('hf',), ('foreign',),
-    ('tasks', 'teachers', 'data'), ('evaluate', 'config'), ('checks', 'presets'), ('report', 'build'),
-    ('doctor',),
+    ('tasks', 'teachers', 'data'), ('evaluate', 'config'),
+    ('checks', 'presets'), ('report', 'build'), ('doctor',),
     ('train',), ('pipeline', 'export'), ('__main__',))
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PURE = [name for layer in LAYERS[:RANK['update'] + 1] for name in layer]

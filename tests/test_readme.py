@@ -5,8 +5,11 @@ import re
 
 import numpy as np
 
+from opd_jax import presets
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
+PRESETS = 'docs/presets.md'
 
 
 def _run(heading, monkeypatch, capsys):
@@ -46,3 +49,10 @@ def test_every_file_that_is_named_exists():
   for name in re.findall(r'`((?:opd_jax|experiments|tests)/[\w/.]+)', README):
     if 'NAME' not in name and 'MODEL_TYPE' not in name and 'FILE' not in name:
       assert (ROOT / name).exists(), name
+
+
+def test_the_table_of_presets_is_that_of_the_code():
+  command = 'python -c "from opd_jax import presets; print(presets.table())"'
+  text = (ROOT / PRESETS).read_text()
+  assert presets.table() in text, f'write it again with {command}'
+  assert PRESETS in README

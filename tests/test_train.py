@@ -499,3 +499,111 @@ def test_other_objectives_lower_the_reverse_kl(tmp_path, fields):
   rows = tiny.rows(tmp_path, 'train')
   assert ('counted_rate' in rows[0]) == any('gate' in f or 'window' in f for f in fields)
   assert all(0 < r.get('counted_rate', 1) <= 1 for r in rows)
+
+
+# --- who writes the rows, and what else a step looks at ---
+
+# Both draw in every step: which batches are the student's, and which tokens are trusted.
+MIXED = dict(
+    steps=8, objective__divergence='jensen_shannon', objective__divergence_alpha=0.5,
+    data__on_policy_fraction=0.5, data__off_policy_source='teacher', given__source='dataset',
+    given__split='corpus', given__prompts_per_step=8, given__likelihood_coef=0.1)
+UNTRUSTED = dict(
+    steps=8, reference__kind='initial_student', objective__reference_coef=0.1,
+    objective__reference_estimator='k2', objective__local__coef=1.0, objective__local__top_k=4,
+    objective__local__support='teacher_top_k', objective__local__tail='drop',
+    objective__local__gate='untrusted', objective__local__instead=True)
+
+
+@functools.cache
+def mixed():
+  """(config, work directory) of a run of each."""
+  out = []
+  for kind, fields in (('opd_exact', MIXED), ('opd_sampled', UNTRUSTED)):
+    c = tiny.with_models(kind, checkpoint__every_steps=4, checkpoint__keep_latest=4, **fields)
+    workdir = tiny.folder() / f'mixed_{kind}'
+    with contextlib.redirect_stdout(io.StringIO()):
+      train.train(c, workdir)
+    out.append((c, workdir))
+  return out
+
+
+def test_batches_are_the_students_or_not_as_seed_and_step_say():
+  c, workdir = mixed()[0]
+  rows = tiny.rows(workdir, 'train')
+  mine = [data.is_on_policy(c.seed, step, 0.5) for step in range(c.steps)]
+  assert 2 <= sum(mine) <= 6  # or nothing is tested
+  assert ['gap_max' in r for r in rows] == mine == ['reverse_kl' in r for r in rows]
+  # Sampler and update of both kinds, one scorer each, and nothing compiled twice.
+  assert rows[-1]['compiles'] == 6
+  assert all(r['gap_max'] < 1e-4 for r in rows if 'gap_max' in r)
+  # Rows beside: their likelihood rises, and their tokens cost.
+  assert rows[-1]['given_loss'] < rows[0]['given_loss']
+  assert rows[0]['given_loss'] == pytest.approx(-0.1 * rows[0]['given_logprob'], rel=1e-5)
+  assert 0 < rows[0]['given_loss'] < rows[0]['loss']
+  plain = sum(train.count_flops(c, *_programs(c, 'own'), np.full(32, 8.0)).values())
+  assert sum(train.count_flops(c, *_programs(c, 'given'), np.full(32, 8.0)).values()) < plain
+
+
+def _programs(c, name):
+  s = build.build(c)
+  return s, getattr(train.compile_step(c, s)[0], name)
+
+
+def test_a_reference_and_a_random_gate():
+  c, workdir = mixed()[1]
+  rows = tiny.rows(workdir, 'train')
+  assert rows[0]['reference_kl'] == 0.0  # the student has not moved
+  assert all(r['reference_kl'] > 0.0 for r in rows[1:])
+  rates = [r['local_rate'] for r in rows]
+  assert len(set(rates)) > 4 and all(0.0 < rate < 1.0 for rate in rates)
+  assert rows[-1]['compiles'] == 3  # the reference has the student's programs, and the teacher too
+
+
+@pytest.mark.parametrize('which', [0, 1], ids=['mixed', 'untrusted'])
+def test_mixed_runs_resume_to_the_same_bits(which, tmp_path):
+  c, workdir = mixed()[which]
+  again = tmp_path / 'again'
+  shutil.copytree(workdir, again)
+  for name in (train.RESULT, train.EXPORT, 'checkpoints/8'):
+    path = again / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+  with contextlib.redirect_stdout(io.StringIO()) as out:
+    train.train(c, again)
+  assert 'resumed from the checkpoint of step 4' in out.getvalue()
+  tiny.assert_same_bits(tiny.read_checkpoint(workdir, 8), tiny.read_checkpoint(again, 8))
+  rows = [[{k: v for k, v in r.items() if k != 'compiles'} for r in tiny.rows(w, timing=False)]
+          for w in (workdir, again)]
+  assert rows[0] == rows[1]
+
+
+def test_samples_of_a_mixture_with_the_teacher(tmp_path):
+  c = tiny.with_models('opd_sampled', sample__teacher_mix=0.5, objective__discount=1.0,
+                       objective__returns='later_mean', objective__local__coef=1.0,
+                       objective__local__divergence='reverse_kl')
+  train.train(c, tmp_path)
+  rows = tiny.rows(tmp_path, 'train')
+  # The student's own log-probs of the mixture's tokens are still the scorer's, and p_S / p_mix is
+  # at most 1 / (1 - 0.5).
+  assert all(r['gap_max'] < 1e-4 for r in rows)
+  assert all(0.0 <= r['ratio_min'] < 0.5 and 1.0 < r['ratio_max'] <= 2.0 + 1e-4 for r in rows)
+  plain = tiny.rows(finished('opd_sampled')[1], 'train')
+  # The teacher writes too, which makes the tokens likelier by it, and decodes beside the student.
+  assert rows[0]['reverse_kl'] < plain[0]['reverse_kl']
+  share = [r[0]['flops']['sampling'] / r[0]['flops']['teacher'] for r in (rows, plain)]
+  assert share == pytest.approx([2.0, 1.0])
+
+
+def test_advantages_are_recomputed_and_coefficients_annealed(tmp_path):
+  fields = dict(steps=2, optimizer__updates_per_batch=2, objective__anneal_steps=4,
+                objective__final_distill_coef=0.2)
+  runs = {}
+  for kept in ('kept', 'recomputed'):
+    c = tiny.with_models('opd_sampled', objective__advantages=kept, **fields)
+    train.train(c, tmp_path / kept)
+    runs[kept] = tiny.rows(tmp_path / kept, 'train')
+  # Of the second of two updates, at gradient steps 1 and 3 of 4.
+  assert [r['distill_coef'] for r in runs['kept']] == pytest.approx([0.8, 0.4])
+  student = [r[0]['flops']['student'] for r in runs.values()]
+  assert student[1] / student[0] == pytest.approx(8 / 7)  # two updates of 3, and one or two scores
+  assert runs['kept'][0]['loss'] != runs['recomputed'][0]['loss']

@@ -17,6 +17,7 @@ per token.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import optax
 
-from opd_jax import credit, estimators, lora
+from opd_jax import chunks, credit, estimators, lora
 from opd_jax import score as score_lib
 from opd_jax.objective import Objective
 from opd_jax.types import Head, Model, Params, Rollout, Scores, TrainState
@@ -44,52 +45,52 @@ def loss_fn(params: Params, rollout: Rollout, weights: Float[Array, 'B t'],
   """
   o = objective
   hidden = score_lib.completion_hidden(model, params, rollout)
-  head = model.head(params)
-
-  def chunk(hidden, targets, teacher_hidden=None, student_hidden=None):
-    logprobs = score_lib.log_softmax(hidden, head, o.temperature)
-    out = {'logprobs': score_lib.pick(logprobs, targets),
-           'entropy': jax.lax.stop_gradient(score_lib.entropy_of(logprobs))}
-    if teacher_hidden is not None:
-      teacher = jax.lax.stop_gradient(
-          score_lib.log_softmax(teacher_hidden, teacher_head, o.teacher_temperature))
-      own = logprobs if student_hidden is None else jax.lax.stop_gradient(
-          score_lib.log_softmax(student_hidden, head, o.temperature))
-      out['divergence'] = _divergence(o, *score_lib.same_width(own, teacher))
-      out['teacher_logprobs'] = score_lib.pick(teacher, targets)
-      out['teacher_entropy'] = score_lib.entropy_of(teacher)
-    return out
-
-  arrays = [hidden, rollout.completion_targets]
-  if o.needs_hidden:
-    arrays.append(teacher_hidden)
-    if student_hidden is not None:
-      arrays.append(student_hidden)
-  out = score_lib.map_token_chunks(chunk, chunk_tokens, *arrays)
-  out = {name: score_lib.to_rows(a, rollout) for name, a in out.items()}
-
-  # `weights` is zero wherever the mask is, so masked positions cannot reach the loss.
-  loss = jnp.zeros((), weights.dtype)
-  if o.estimator != 'none':
-    log_u = (teacher_logprobs - out['logprobs']) * rollout.mask
-    out['divergence'] = estimators.sampled_loss(o.estimator, log_u)
-  if o.needs_teacher and o.route == 'direct':
-    loss = loss + o.distill_coef * jnp.sum(weights * out['divergence'])
-  if o.baseline == 'exact':
-    # The mean of log p_T - log p_S over the student's next token is minus this.
-    advantage = advantage + o.distill_coef * jax.lax.stop_gradient(out['divergence'])
   behaviour = rollout.sampler_logprobs
   if o.importance in ('two_sided', 'ppo_clip'):
     # How far the policy has moved, not what top-p cut away.
     behaviour = behaviour + rollout.kept_logmass
-  logratio = (out['logprobs'] - behaviour) * rollout.mask
+  per_token = (rollout.mask, weights, advantage, behaviour, teacher_logprobs)
+  per_token = jax.tree.map(lambda a: a[:, rollout.prompt_length - 1:], per_token)
+  total, out = chunks.sum_over_chunks(
+      functools.partial(_chunk_loss, o), chunk_tokens, model.head(params), teacher_head, hidden,
+      rollout.completion_targets, teacher_hidden if o.needs_hidden else None,
+      student_hidden if o.needs_hidden else None, *per_token)
+  return (total.astype(weights.dtype),
+          {name: score_lib.to_rows(a, rollout) for name, a in out.items()})
+
+
+def _chunk_loss(o, head, teacher_head, hidden, targets, teacher_hidden, student_hidden, mask,
+                weights, advantage, behaviour, teacher_logprobs):
+  """The part of the loss of each of n tokens, and what is reported of them."""
+  stop = jax.lax.stop_gradient
+  logprobs = score_lib.log_softmax(hidden, head, o.temperature)
+  chosen = score_lib.pick(logprobs, targets)
+  out = {'logprobs': chosen, 'entropy': score_lib.entropy_of(stop(logprobs))}
+  if teacher_hidden is not None:
+    teacher = score_lib.log_softmax(teacher_hidden, teacher_head, o.teacher_temperature)
+    own = logprobs if student_hidden is None else stop(
+        score_lib.log_softmax(student_hidden, head, o.temperature))
+    out['divergence'] = _divergence(o, *score_lib.same_width(own, teacher))
+    out['teacher_logprobs'] = score_lib.pick(teacher, targets)
+    out['teacher_entropy'] = score_lib.entropy_of(teacher)
+
+  # `weights` is zero wherever the mask is, so masked positions cannot reach the loss.
+  loss = jnp.zeros_like(weights)
+  if o.estimator != 'none':
+    out['divergence'] = estimators.sampled_loss(o.estimator, (teacher_logprobs - chosen) * mask)
+  if o.needs_teacher and o.route == 'direct':
+    loss = loss + o.distill_coef * weights * out['divergence']
+  if o.baseline == 'exact':
+    # The mean of log p_T - log p_S over the student's next token is minus this.
+    advantage = advantage + o.distill_coef * stop(out['divergence'])
+  logratio = (chosen - behaviour) * mask
   if o.has_policy_gradient:
-    loss = loss - jnp.sum(weights * surrogate(o, out['logprobs'], logratio, advantage))
-  return loss, {**jax.lax.stop_gradient(out), 'logratio': jax.lax.stop_gradient(logratio)}
+    loss = loss - weights * surrogate(o, chosen, logratio, advantage)
+  return loss, {**out, 'logratio': logratio}
 
 
-def surrogate(o: Objective, logprobs: Float[Array, 'B t'], logratio: Float[Array, 'B t'],
-              advantage: Float[Array, 'B t']) -> Float[Array, 'B t']:
+def surrogate(o: Objective, logprobs: Float[Array, '...'], logratio: Float[Array, '...'],
+              advantage: Float[Array, '...']) -> Float[Array, '...']:
   """What is differentiated for the policy gradient: its gradient is rho A grad log p_S."""
   if o.importance == 'none':
     return logprobs * advantage

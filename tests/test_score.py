@@ -175,7 +175,8 @@ def test_the_loss_never_holds_the_logits_of_the_batch(wide, objective):
   def used(chunk_tokens):
     grad = jax.jit(jax.grad(functools.partial(
         update.loss_fn, model=model, objective=objective, chunk_tokens=chunk_tokens), has_aux=True))
-    return _temporary_bytes(grad, params, rollout, rollout.mask, rollout.mask, None, teacher[0], None, teacher[1])
+    return _temporary_bytes(grad, params, rollout, rollout.mask, rollout.mask, None, teacher[0],
+                            None, teacher[1])
 
   # 16 of 256 tokens at a time: a handful of chunk-sized arrays (0.5 MiB each), and the gradients of
   # the embedding and the head (0.5 MiB each).

@@ -1,0 +1,139 @@
+"""A sum over tokens whose terms need a row of the vocabulary, one chunk of tokens at a time.
+
+`sum_over_chunks` makes the gradient of a chunk together with its value, as fused linear
+cross-entropy kernels do (Hsu et al. 2024, Liger Kernel, arXiv 2410.10989): the logits of a token
+are computed once, exist for one chunk only, and what is kept for the backward pass is the gradient
+by the hidden states and by the head. Recomputing the logits (`jax.checkpoint`) would cost a third
+more products as wide as the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+import numpy as np
+
+from opd_jax.types import Head
+
+# (head, constants, hidden [n, D], *arrays [n, ...]) -> (losses [n], {name: [n]})
+ChunkFn = Callable[..., tuple[Array, dict[str, Array]]]
+
+
+def sum_over_chunks(fn: ChunkFn, chunk_tokens: int, head: Head, constants: Any,
+                    hidden: Float[Array, 'B C D'], *arrays: Any
+                    ) -> tuple[Float[Array, ''], dict[str, Array]]:
+  """The sum of fn's losses over all tokens, and its other outputs as [B, C].
+
+  Differentiable in `head` and `hidden` only, and only the sum is: `constants`, `arrays` and the
+  outputs beside the sum have no gradient, whatever fn does with them. A chunk's gradient is made
+  with its value (nothing, where nobody differentiates) and the head's is summed in float32 at
+  least; the result has the parameter's dtype. Not twice differentiable.
+
+  Args:
+    fn: (head, constants, hidden [n, D], *arrays [n, ...]) -> (losses [n], {name: [n]}), for tokens
+      in any order and of any rows. It may close over what is static, not over arrays: those go
+      through `constants` (a teacher's head) and `arrays`.
+    chunk_tokens: the largest n, at least 1.
+    head: of the student.
+    constants: any pytree; passed on as it is.
+    hidden: final hidden states.
+    arrays: pytrees of [B, C, ...] (integers and None too), cut as `hidden` is.
+  """
+  cut = _Cut(*hidden.shape[:2], chunk_tokens)
+  xs = (cut.real, *jax.tree.map(cut.split, (hidden, arrays)))
+  total, out = _scan(fn, head, constants, *xs)
+  return total, {name: cut.join(a) for name, a in out.items()}
+
+
+class _Cut:
+  """How [B, C] tokens are cut into chunks of equal size.
+
+  A chunk is some positions of all rows, or of every `groups`-th row where there are more rows than
+  fit. So a batch that is sharded over devices by rows stays so in each chunk, and nothing but
+  the order changes. Sizes are balanced, so that as little as possible is padded.
+  """
+
+  def __init__(self, batch: int, length: int, chunk_tokens: int):
+    self.batch, self.length = batch, length
+    self.groups = -(-batch // chunk_tokens)
+    self.rows = -(-batch // self.groups)
+    self.steps = -(-length // (chunk_tokens // self.rows))
+    self.positions = -(-length // self.steps)
+    ones = np.pad(np.ones((batch, length), bool), self._padding())
+    # Which tokens are real, [count, n]; None where all are.
+    self.real = None if ones.all() else self._shuffle(ones)
+
+  def _padding(self):
+    return ((0, self.rows * self.groups - self.batch),
+            (0, self.steps * self.positions - self.length))
+
+  def _shuffle(self, a):
+    a = a.reshape(self.rows, self.groups, self.steps, self.positions, *a.shape[2:])
+    a = a.transpose(1, 2, 0, 3, *range(4, a.ndim))
+    return a.reshape(self.groups * self.steps, self.rows * self.positions, *a.shape[4:])
+
+  def split(self, a: Array) -> Array:
+    """[B, C, ...] to [count, n, ...]. Padding repeats tokens, so that whatever is finite for all
+    tokens is finite there too, and zero times it is zero."""
+    if self.real is not None:
+      a = jnp.pad(a, (*self._padding(), *((0, 0),) * (a.ndim - 2)), mode='edge')
+    return self._shuffle(a)
+
+  def join(self, a: Array) -> Array:
+    """[count, n] to [B, C]."""
+    a = a.reshape(self.groups, self.steps, self.rows, self.positions).transpose(2, 0, 1, 3)
+    a = a.reshape(self.rows * self.groups, self.steps * self.positions)
+    return a[:self.batch, :self.length]
+
+
+def _wide(x):
+  return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _chunk(fn, head, hidden, constants, real, arrays):
+  losses, out = fn(head, constants, hidden, *arrays)
+  if real is not None:
+    losses = jnp.where(real, losses, 0.0)
+  return jnp.sum(losses.astype(_wide(hidden))), out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(fn, head, constants, real, hidden, arrays):
+  def step(total, xs):
+    real, hidden, arrays = xs
+    value, out = _chunk(fn, head, hidden, constants, real, arrays)
+    return total + value, out
+
+  return jax.lax.scan(step, jnp.zeros((), _wide(hidden)), (real, hidden, arrays))
+
+
+def _forward(fn, head, constants, real, hidden, arrays):
+  grad_fn = jax.value_and_grad(functools.partial(_chunk, fn), argnums=(0, 1), has_aux=True)
+
+  def step(carry, xs):
+    total, d_head = carry
+    real, hidden, arrays = xs
+    (value, out), (of_head, d_hidden) = grad_fn(head, hidden, constants, real, arrays)
+    d_head = jax.tree.map(lambda total, x: total + x.astype(total.dtype), d_head, of_head)
+    return (total + value, d_head), (out, d_hidden)
+
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x)), head)
+  (total, d_head), (out, d_hidden) = jax.lax.scan(
+      step, (jnp.zeros((), _wide(hidden)), zeros), (real, hidden, arrays))
+  return (total, out), (head, d_head, d_hidden)
+
+
+def _backward(fn, residuals, cotangents):
+  del fn
+  head, d_head, d_hidden = residuals
+  scale, _ = cotangents
+  d_head = jax.tree.map(lambda x, like: (scale * x).astype(like.dtype), d_head, head)
+  return d_head, None, None, (scale * d_hidden).astype(d_hidden.dtype), None
+
+
+_scan.defvjp(_forward, _backward)

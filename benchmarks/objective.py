@@ -24,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import Any
 
 if hasattr(os, 'sched_setaffinity'):  # one core, before JAX starts its threads
   os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})

@@ -11,7 +11,8 @@ speed drifts; printed are medians of wall time (CPU time in brackets), the ratio
 that of the sampled reverse KL, and the share of the floor: the operations of the step (its matrix
 products, each once) at the speed of this core's best large matrix product, measured in the same
 run, divided by the time. Then a fresh process for each objective takes three steps, with the
-allocator as the launcher `opd` sets it, and prints its peak resident memory. About four minutes.
+allocator as the launcher `opd` sets it, and prints its peak resident memory.
+Ten minutes on a core that is shared.
 """
 
 from __future__ import annotations

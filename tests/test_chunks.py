@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import chunks
+from opd_jax import chunks, estimators, score
 from opd_jax.types import Head
 
 B, C, D, V = 5, 6, 4, 11  # 30 tokens; 5 rows, which no chunk of 2 or 4 rows divides
@@ -176,3 +176,45 @@ def test_the_logits_of_a_token_are_computed_once():
     cost = jax.jit(f).lower(*shapes).compile().cost_analysis()  # counts a loop's body once
     products.append(cost['flops'] / (2 * n * wide * vocab))
   np.testing.assert_allclose(products, [1, 2, 3], rtol=0.1)  # what is not a product is a few %
+
+
+# --- memory, at the size of a real vocabulary: programs are compiled and not run ---
+
+TOKENS, QWEN, PADDED, WIDE = (16, 1104), 151936, 152064, 64
+LOGITS_BYTES = 16 * 1104 * PADDED * 4  # one float32 array of all logits, 10 GiB
+
+
+def _temporary_bytes(support, chunk_tokens):
+  """What the gradient of a reverse KL needs, with a teacher of a narrower padding."""
+  def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+  def fn(head, teacher_head, hidden, teacher_hidden):
+    student, teacher = score.same_width(score.log_softmax(hidden, head, 1.0),
+                                        score.log_softmax(teacher_hidden, teacher_head, 1.0))
+    term = estimators.term('reverse_kl', 0.0)
+    if support == 'full':
+      return estimators.full(term, student, teacher), {}
+    return estimators.on_support(term, student, teacher, support=support, top_k=32,
+                                 tail='bucket'), {}
+
+  def loss(head, hidden, teacher_head, teacher_hidden):
+    return chunks.sum_over_chunks(fn, chunk_tokens, head, teacher_head, hidden, teacher_hidden)[0]
+
+  used = 151669  # tokens; what is beyond is padding, and each model has its own
+  compiled = jax.jit(jax.grad(loss, (0, 1))).lower(
+      Head(shape(WIDE, PADDED), used), shape(*TOKENS, WIDE), Head(shape(WIDE, QWEN), used),
+      shape(*TOKENS, WIDE)).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize('support', ['full', 'teacher_top_k', 'union_top_k'])
+def test_no_array_of_all_tokens_and_the_vocabulary(support):
+  # 64 of 17664 tokens at a time: half a dozen arrays of a chunk, and the gradient of the head (all
+  # of 37 MiB) twice, of the chunk and of all.
+  assert _temporary_bytes(support, 64) < 0.03 * LOGITS_BYTES
+
+
+def test_the_measure_of_memory_has_teeth():
+  # All tokens in one chunk need what the other test says is not there.
+  assert _temporary_bytes('full', 16 * 1104) > LOGITS_BYTES

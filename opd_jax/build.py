@@ -240,12 +240,13 @@ def build(c: ConfigDict) -> Setup:
       given = load_examples(c, c.given.split, 0, student.tokenizer, style,
                             c.given.source == 'dataset')
     check_verifier(c, examples, held_out)
-    for field, source, rows in (('data.split', c.data.source, examples),
-                                ('data.split', c.data.off_policy_source, examples),
-                                ('given.split', c.given.source, given)):
-      if source == 'dataset' and not rows.has_completions:
-        raise ValueError(f"{field}: the source 'dataset' needs a split with completions; allowed: "
-                         f"one with a column 'completion', and not only {sorted(rows.rows[0])}")
+    for group, field, rows in (('data', 'source', examples), ('given', 'source', given),
+                               ('data', 'off_policy_source', examples)):
+      if c[group][field] == 'dataset' and not rows.has_completions:
+        raise ValueError(
+            f"{group}.split={c[group].split!r}: {group}.{field}='dataset' needs a split with "
+            f"completions; allowed: one with a column 'completion', and not only "
+            f'{sorted(rows.rows[0])}')
     if c.given.prompts_per_step % sharding.row_shards(mesh):
       raise ValueError(f'compute.mesh splits rows {sharding.row_shards(mesh)} ways, which does not '
                        f'divide given.prompts_per_step={c.given.prompts_per_step}')

@@ -144,7 +144,9 @@ def _check_roles(c):
                           or 'teacher' in uses.values()):
     raise ConfigError("teacher.kind='none' with objective.distill_coef="
                       f'{o.distill_coef}, given.distill_coef={c.given.distill_coef}, sample.'
-                      f'teacher_mix={c.sample.teacher_mix}, {uses}; allowed: one of '
+                      f'teacher_mix={c.sample.teacher_mix}, '
+                      + ', '.join(f'{field}={value!r}' for field, value in uses.items())
+                      + '; allowed: one of '
                       f'{teachers.names()[1:]}, or no use of a teacher')
   for field in ('source', 'off_policy_source'):
     if c.data[field] in ('teacher', 'dataset'):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from opd_jax import build, config, doctor, hf, lora, models, params, tokenizer, train
+from opd_jax import build, checks, config, doctor, hf, lora, models, params, tokenizer, train
 from opd_jax.types import Batch, Heads
 
 GOOD = dict(doctor__rollouts=8, steps=1, eval__problems=4)
@@ -51,9 +51,9 @@ def test_every_check_has_a_switch_and_every_switch_a_check():
 
 @pytest.mark.parametrize('name', [*doctor.STATIC, *doctor.ROLLOUTS])
 def test_a_switch_turns_its_check_off_and_gives_the_reason(name, healthy):
-  checks = doctor.STATIC if name in doctor.STATIC else doctor.ROLLOUTS
+  group = doctor.STATIC if name in doctor.STATIC else doctor.ROLLOUTS
   c = _pair(**{f'doctor__{n}': 'off: not this one' for n in {*doctor.STATIC, *doctor.ROLLOUTS}})
-  (finding,) = [f for f in doctor._run(c, checks) if f.check == name]
+  (finding,) = [f for f in doctor._run(c, group) if f.check == name]
   assert (finding.status, finding.detail) == (doctor.OFF, 'not this one')
   for value in ('no', 'off', 'off: '):
     with pytest.raises(config.ConfigError, match=f"doctor.{name}='{value}'; allowed: 'on'"):

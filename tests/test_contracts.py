@@ -56,7 +56,7 @@ LAYERS = (
     ('sharding', 'optim', 'tokenizer', 'tensors', 'checkpoint', 'metrics'), ('hf',), ('foreign',),
     ('tasks', 'teachers', 'data'), ('evaluate', 'config'), ('checks', 'presets'), ('report', 'build'),
     ('doctor',),
-    ('train',), ('pipeline', 'export', 'diagnose'), ('__main__',))
+    ('train',), ('diagnose',), ('pipeline', 'export'), ('__main__',))
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PURE = [name for layer in LAYERS[:RANK['update'] + 1] for name in layer]
 PURE_MAY_IMPORT = {'__future__', 'collections', 'dataclasses', 'functools', 'math', 're', 'typing',

@@ -23,8 +23,9 @@ _MALLOC = {'MALLOC_ARENA_MAX': '1', 'MALLOC_MMAP_MAX_': '0',
            'MALLOC_TRIM_THRESHOLD_': str(2**33), 'MALLOC_TOP_PAD_': str(2**28)}
 COMMANDS = ('train', 'evaluate', 'doctor', 'diagnose', 'report', 'export')
 # Flags that only some commands read; with others they would have no effect.
-_ONLY = {'stage': ('evaluate', 'doctor', 'diagnose'), 'model': ('evaluate',), 'teacher': ('evaluate',),
-         'output': ('export',), 'format': ('export',), 'step': ('export',), 'dtype': ('export',),
+_ONLY = {'stage': ('evaluate', 'doctor', 'diagnose'),
+         'model': ('evaluate',), 'teacher': ('evaluate',), 'output': ('export',),
+         'format': ('export',), 'step': ('export',), 'dtype': ('export',),
          'config': ('train', 'evaluate', 'doctor', 'diagnose', 'report')}
 
 

@@ -51,7 +51,7 @@ from opd_jax.objective import Objective
 from opd_jax.types import Heads, Params, Rollout
 
 RESULT = 'diagnose.json'
-OWN, PLAIN, K2, EXACT = 'this config', 'sampled', '- k2 direct', 'exact reverse KL'
+OWN, PLAIN, K2, EXACT = 'this config', 'sampled', 'sampled, k2 direct', 'exact reverse KL'
 TOP_KS = (1, 4, 16)
 # Of what `update.gradient` returns: how often something is bounded, left out or replaced.
 RATES = ('clip_rate', 'shaped_rate', 'counted_rate', 'local_rate')
@@ -160,14 +160,14 @@ def objectives(c: ConfigDict, o: Objective, top_k: int) -> dict[str, Objective]:
   direct = functools.partial(dataclasses.replace, plain, route='direct', importance='none')
   out = {
       OWN: o, PLAIN: plain,
-      '- exact baseline': sampled(baseline='exact'),
-      '- batch_mean baseline': sampled(baseline='batch_mean'),
-      '- leave_one_out baseline': sampled(baseline='leave_one_out'),
-      '- discount 1': sampled(discount=1.0),
-      '- clip 5': sampled(shaping='clip', shaping_scale=5.0),
-      '- log': sampled(shaping='log'),
-      '- power 1': sampled(shaping='power', shaping_scale=1.0),
-      '- Jensen-Shannon weight': sampled(divergence='jensen_shannon', divergence_alpha=0.5),
+      'sampled, exact baseline': sampled(baseline='exact'),
+      'sampled, batch_mean baseline': sampled(baseline='batch_mean'),
+      'sampled, leave_one_out baseline': sampled(baseline='leave_one_out'),
+      'sampled, discount 1': sampled(discount=1.0),
+      'sampled, clip 5': sampled(shaping='clip', shaping_scale=5.0),
+      'sampled, log': sampled(shaping='log'),
+      'sampled, power 1': sampled(shaping='power', shaping_scale=1.0),
+      'sampled, Jensen-Shannon weight': sampled(divergence='jensen_shannon', divergence_alpha=0.5),
       K2: direct(estimator='k2'),
   }
   if c.sample.top_p < 1.0 or c.sample.top_k or c.sample.teacher_mix:
@@ -287,7 +287,7 @@ def _products(a: list[Params], b: list[Params]) -> jax.Array:
 
 
 def step_flops(s: Setup, probe: Probe, o: Objective) -> float:
-  """The operations of scoring the first batch and of a gradient step on it; sampling is left out."""
+  """The operations of scoring the first batch and of a gradient step on it, without sampling."""
   rollout = probe.rollouts[0]
   lengths = np.asarray(rollout.mask).sum(axis=1) + np.asarray(
       rollout.valid)[:, :rollout.prompt_length].sum(axis=1)
@@ -306,9 +306,9 @@ def support(c: ConfigDict, s: Setup, probe: Probe) -> dict[str, Any]:
   """Student and teacher on what the student wrote.
 
   Returns:
-    'places': for each of `diagnostics.places`, the number of tokens, the exact reverse KL, quantiles
-    of log p_T - log p_S, both entropies, and overlap; 'top_k': by k, the overlap of all tokens;
-    'graded': see `informativeness`, where the task grades.
+    'places': for each of `diagnostics.places`, the number of tokens, the exact reverse KL,
+    quantiles of log p_T - log p_S, both entropies, and overlap; 'top_k': by k, the overlap of all
+    tokens; 'graded': see `informativeness`, where the task grades.
   """
   ks = sorted({evaluate.clamp_top_k(k, s.student.model) for k in TOP_KS})
 
@@ -331,8 +331,8 @@ def support(c: ConfigDict, s: Setup, probe: Probe) -> dict[str, Any]:
   out = {'top_k': {}, 'places': {}}
   for name, chosen in diagnostics.places(mask).items():
     values = {n: float(seen[key][chosen].mean()) if chosen.any() else math.nan for n, key in (
-        ('reverse_kl', 'kl'), ('entropy_student', 'entropy'), ('entropy_teacher', 'teacher_entropy'),
-        *((n, f'{n}_{k}') for n in evaluate.OVERLAP))}
+        ('reverse_kl', 'kl'), ('entropy_student', 'entropy'),
+        ('entropy_teacher', 'teacher_entropy'), *((n, f'{n}_{k}') for n in evaluate.OVERLAP))}
     levels = [math.nan] * len(diagnostics.QUANTILES)
     if chosen.any():
       levels = np.quantile(ratio[chosen], diagnostics.QUANTILES)
@@ -413,8 +413,8 @@ def support_tables(name: str, seen: dict[str, Any]) -> list[Table]:
       'H(T)', f'top {k}', 'outside',
       title=f'{name}: student S and teacher T on what the student writes',
       caption='p05 to p95: quantiles of log p_T - log p_S of the tokens drawn, nats. H: entropy. '
-      f"top {k}: the share of S's most likely tokens that are T's too. outside: S's mass on what is "
-      "not among T's.")
+      f"top {k}: the share of S's most likely tokens that are T's too. outside: S's mass on what "
+      "is not among T's.")
   names = ('reverse_kl', *levels, 'entropy_student', 'entropy_teacher', 'overlap_count',
            'mass_outside')
   for place, values in seen['places'].items():

@@ -108,7 +108,7 @@ def sign_flip_p(products: np.ndarray) -> float:
     signs = np.random.default_rng(0).choice((1.0, -1.0), (_MOST_SIGNS, count - 1))
     signs[0] = 1.0
   signs = np.concatenate([np.ones((len(signs), 1)), signs], axis=1)  # a common sign is no choice
-  lengths = np.einsum('nr,rs,ns->n', signs, products, signs)
+  lengths = ((signs @ products) * signs).sum(axis=1)
   # Sums that are equal but for rounding count as equal.
   return float(np.mean(lengths >= lengths[0] - 1e-9 * np.abs(products).sum()))
 

@@ -3,6 +3,7 @@
     opd train --config experiments/quickstart.py [--workdir DIR] [--config.FIELD=VALUE ...]
     opd evaluate --config experiments/quickstart.py --stage opd --model DIR [--teacher DIR]
     opd doctor --config experiments/quickstart.py [--stage opd]
+    opd diagnose --config experiments/quickstart.py --stage opd [--workdir DIR]
     opd report --config experiments/dense_vs_rl.py:tiny,seeds=3 --workdir DIR
     opd export --workdir runs/quickstart/seed_0/opd --output DIR [--format adapter] [--step N]
 """
@@ -20,11 +21,12 @@ import sys
 # keep them. They only work when set before the process starts.
 _MALLOC = {'MALLOC_ARENA_MAX': '1', 'MALLOC_MMAP_MAX_': '0',
            'MALLOC_TRIM_THRESHOLD_': str(2**33), 'MALLOC_TOP_PAD_': str(2**28)}
-COMMANDS = ('train', 'evaluate', 'doctor', 'report', 'export')
+COMMANDS = ('train', 'evaluate', 'doctor', 'diagnose', 'report', 'export')
 # Flags that only some commands read; with others they would have no effect.
-_ONLY = {'stage': ('evaluate', 'doctor'), 'model': ('evaluate',), 'teacher': ('evaluate',),
-         'output': ('export',), 'format': ('export',), 'step': ('export',), 'dtype': ('export',),
-         'config': ('train', 'evaluate', 'doctor', 'report')}
+_ONLY = {'stage': ('evaluate', 'doctor', 'diagnose'),
+         'model': ('evaluate',), 'teacher': ('evaluate',), 'output': ('export',),
+         'format': ('export',), 'step': ('export',), 'dtype': ('export',),
+         'config': ('train', 'evaluate', 'doctor', 'diagnose', 'report')}
 
 
 def main() -> None:
@@ -65,7 +67,7 @@ def define_flags(command: str) -> None:
   config_flags.DEFINE_config_file('config', None, 'Experiment config, FILE or FILE:ARGUMENT.',
                                   lock_config=True)
   flags.DEFINE_string('workdir', None, 'Where the run lives; default: runs/EXPERIMENT.')
-  flags.DEFINE_string('stage', None, 'evaluate, doctor: the stage of a pipeline.')
+  flags.DEFINE_string('stage', None, 'evaluate, doctor, diagnose: the stage of a pipeline.')
   flags.DEFINE_string('model', '', 'evaluate: the Hugging Face directory to evaluate.')
   flags.DEFINE_string('teacher', '', 'evaluate: another, to measure the reverse KL to.')
   flags.DEFINE_string('output', None, 'export: the directory to make.')
@@ -140,8 +142,8 @@ def dispatch(command: str, argv: list[str]) -> int:
       print(f'error: --{name} has no effect with {command!r}; allowed: with {list(commands)}',
             file=sys.stderr)
       return 2
-  c, workdir = flags.FLAGS.config, flags.FLAGS.workdir
-  workdir = pathlib.Path(workdir or pathlib.Path('runs') / c.name)
+  c, given = flags.FLAGS.config, flags.FLAGS.workdir
+  workdir = pathlib.Path(given or pathlib.Path('runs') / c.name)
   set_up_jax()
   from opd_jax import build, checkpoint, export, hf, pipeline, report, train
   try:
@@ -151,7 +153,9 @@ def dispatch(command: str, argv: list[str]) -> int:
     elif command == 'report':
       report.write(c, workdir)
     elif command == 'doctor':
-      return 0 if pipeline.diagnose(c, flags.FLAGS.stage, workdir) else 1
+      return 0 if pipeline.examine(c, flags.FLAGS.stage, workdir) else 1
+    elif command == 'diagnose':
+      pipeline.measure(c, flags.FLAGS.stage, workdir, write=given is not None)
     elif command == 'export':
       step = export.export(workdir, pathlib.Path(flags.FLAGS.output), flags.FLAGS.format,
                            flags.FLAGS.step, flags.FLAGS.dtype)

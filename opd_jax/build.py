@@ -363,7 +363,7 @@ def make_evaluator(c: ConfigDict, student: hf.LoadedModel, teacher: Model | None
       max_new_tokens=c.data.max_new_tokens, temperature=c.sample.temperature,
       teacher_temperature=c.objective.teacher_temperature, top_p=c.sample.top_p,
       top_k=c.sample.top_k, chunk_tokens=c.compute.chunk_tokens,
-      microbatch_rows=c.compute.microbatch_rows)
+      microbatch_rows=c.compute.microbatch_rows, overlap_top_k=c.eval.overlap_top_k)
   return evaluate.Evaluator(
       settings, model=student.model, teacher=teacher, task=tasks.get(c.task.name),
       examples=examples, tokenizer=student.tokenizer,

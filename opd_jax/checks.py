@@ -370,6 +370,7 @@ def unused_options(c: ConfigDict) -> list[str]:
   unread('checkpoint/best_metric', not c.checkpoint.keep_best, 'checkpoint.keep_best=0')
   unread('compute/frozen_dtype', c.teacher.kind == teachers.NONE and not has_adapter(c),
          'there is no teacher and no adapter')
+  unread('eval/overlap_top_k', c.teacher.kind == teachers.NONE, 'there is no teacher')
   unread('doctor/max_reverse_kl', c.doctor.support != 'on' or c.data.source != 'student',
          'the check support does not run')
   return out
@@ -385,7 +386,9 @@ def _check_sizes(c):
                      ('checkpoint.every_steps', 1), ('checkpoint.keep_latest', 1),
                      ('checkpoint.keep_best', 0), ('log.every_steps', 1),
                      ('log.plain_every_steps', 1), ('log.transcripts', 0),
-                     ('doctor.rollouts', 1), ('doctor.max_new_tokens', 1)):
+                     ('doctor.rollouts', 1), ('doctor.max_new_tokens', 1),
+                     ('eval.overlap_top_k', 0), ('diagnose.batches', 8),
+                     ('diagnose.prompts', 1), ('diagnose.top_k', 2)):
     group, name = field.split('.')
     if c[group][name] < low:
       raise ConfigError(f'{field}={c[group][name]}; allowed: at least {low}')

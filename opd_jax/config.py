@@ -133,6 +133,9 @@ def _add_bookkeeping(c: ConfigDict) -> None:
   c.eval.samples_per_problem = 2
   c.eval.pass_k = 2
   c.eval.stop_at_sampled_accuracy = 0.0  # end the stage once reached, 0 for never
+  # How many most likely tokens of student and teacher are compared (at most half of the
+  # vocabulary), 0 for none.
+  c.eval.overlap_top_k = 16
 
   # `export` is what a finished run leaves for others: 'full', the whole model with adapters merged
   # into it (and the adapter beside it), or only the 'adapter'.
@@ -145,6 +148,9 @@ def _add_bookkeeping(c: ConfigDict) -> None:
       templates='on', token_ids='on', stop_tokens='on', vocabulary='on', memory='on',
       unused_options='on', self_kl='on', uniform_teacher='on', support='on', special_tokens='on',
       truncation='on'))
+  # What `opd diagnose` measures gradients on: so many batches of so many prompts (with at least two
+  # samples each), and the k of the top-k supports. A bias shows from 8 batches on.
+  c.diagnose = ConfigDict(dict(batches=8, prompts=32, top_k=16))
   c.log = ConfigDict()
   c.log.every_steps = 1
   c.log.plain_every_steps = 10  # lines on a console that is no terminal

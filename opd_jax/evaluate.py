@@ -14,8 +14,10 @@ from jaxtyping import Array
 import numpy as np
 import scipy.stats
 
-from opd_jax import data, divergences, sample, score, sharding
+from opd_jax import data, diagnostics, divergences, sample, score, sharding
 from opd_jax.types import Model, Params, Rollout
+
+OVERLAP = ('overlap_count', 'overlap_mass', 'mass_outside')
 
 
 def pass_at_k(rewards: np.ndarray, k: int) -> np.ndarray:
@@ -52,10 +54,11 @@ def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
 
 def compare(params: Params, teacher_params: Params | None, rollout: Rollout, *, model: Model,
             teacher: Model | None, temperature: float, teacher_temperature: float,
-            chunk_tokens: int) -> dict[str, Array]:
-  """A rollout as student and teacher see it, token by token, float32 [B, T-1]: logprobs,
-  teacher_logprobs, teacher_entropy, and kl = sum_v p_S (log p_S - log p_T). Without a teacher only
-  the first."""
+            chunk_tokens: int, overlap_top_ks: tuple[int, ...] = ()) -> dict[str, Array]:
+  """A rollout as student and teacher see it, token by token, float32 [B, T-1]: logprobs, entropy,
+  teacher_logprobs, teacher_entropy, kl = sum_v p_S (log p_S - log p_T), and for each k asked for
+  what `diagnostics.overlap` says, as overlap_count_K and so on. Without a teacher only the first
+  two."""
   arrays = [score.completion_hidden(model, params, rollout), rollout.completion_targets]
   head = model.head(params)
   teacher_head = teacher.head(teacher_params) if teacher is not None else None
@@ -64,26 +67,44 @@ def compare(params: Params, teacher_params: Params | None, rollout: Rollout, *, 
 
   def chunk(mine, targets, theirs=None):
     own = score.log_softmax(mine, head, temperature)
-    out = {'logprobs': score.pick(own, targets)}
+    out = {'logprobs': score.pick(own, targets), 'entropy': score.entropy_of(own)}
     if theirs is not None:
       other = score.log_softmax(theirs, teacher_head, teacher_temperature)
       out |= {'teacher_logprobs': score.pick(other, targets),
               'teacher_entropy': score.entropy_of(other),
               'kl': jnp.sum(divergences.reverse_kl(*score.same_width(own, other)), axis=-1)}
+      for k in overlap_top_ks:
+        both = diagnostics.overlap(*score.same_width(own, other), k)
+        out |= {f'{name}_{k}': value for name, value in both.items()}
     return out
 
   out = score.map_token_chunks(chunk, chunk_tokens, *arrays)
   return {name: score.to_rows(x, rollout) for name, x in out.items()}
 
 
-def exact_reverse_kl(params: Params, teacher_params: Params, rollout: Rollout, *,
-                     microbatch_rows: int, **how: Any) -> tuple[Array, Array]:
-  """Sums over the mask of sum_v p_S (log p_S - log p_T), and of the mask, by row; `how` is that of
-  `compare`, and `microbatch_rows` the rows of a forward pass, 0 for all."""
-  kl = score.join_rows(jax.lax.map(
-      lambda rows: jnp.sum(compare(params, teacher_params, rows, **how)['kl'], axis=1),
-      score.split_rows(rollout, microbatch_rows)))
-  return kl, jnp.sum(rollout.mask, axis=1)
+def row_sums(params: Params, teacher_params: Params, rollout: Rollout, *, microbatch_rows: int,
+             overlap_top_k: int, **how: Any) -> dict[str, Array]:
+  """Sums over the mask by row, float32 [B]: reverse_kl, the exact one; overlap_count, overlap_mass
+  and mass_outside (`diagnostics.overlap`) unless overlap_top_k is 0; and tokens, of the mask.
+
+  `how` is that of `compare`, and `microbatch_rows` the rows of a forward pass, 0 for all.
+  """
+  names = {'kl': 'reverse_kl'}
+  if overlap_top_k:
+    names |= {f'{name}_{overlap_top_k}': name for name in OVERLAP}
+
+  def sums(rows):
+    seen = compare(params, teacher_params, rows, **how,
+                   overlap_top_ks=(overlap_top_k,) if overlap_top_k else ())
+    return {name: jnp.sum(seen[key], axis=1) for key, name in names.items()}
+
+  out = score.join_rows(jax.lax.map(sums, score.split_rows(rollout, microbatch_rows)))
+  return out | {'tokens': jnp.sum(rollout.mask, axis=1)}
+
+
+def clamp_top_k(k: int, model: Model) -> int:
+  """k, or half of the vocabulary: of all tokens the k most likely are the same for any model."""
+  return min(k, model.vocab_in_use // 2)
 
 
 def make_probe(*, model: Model, teacher: Model | None, mesh: jax.sharding.Mesh,
@@ -115,6 +136,7 @@ class Settings:
   top_k: int
   chunk_tokens: int
   microbatch_rows: int  # of a forward pass, 0 for all; where it does not divide them, its gcd
+  overlap_top_k: int  # most likely tokens that student and teacher are compared on, 0 for none
 
 
 class Evaluator:
@@ -149,17 +171,20 @@ class Evaluator:
       # alone may be larger than anything that training holds.
       microbatch = math.gcd(settings.microbatch_rows, len(once) * settings.samples_per_problem)
       self._kl = jax.jit(functools.partial(
-          exact_reverse_kl, model=model, teacher=teacher, temperature=settings.temperature,
+          row_sums, model=model, teacher=teacher, temperature=settings.temperature,
           teacher_temperature=settings.teacher_temperature, chunk_tokens=settings.chunk_tokens,
-          microbatch_rows=microbatch), out_shardings=sharding.replicated(mesh))
+          microbatch_rows=microbatch,
+          overlap_top_k=clamp_top_k(settings.overlap_top_k, model)),
+          out_shardings=sharding.replicated(mesh))
 
   def __call__(self, params: Params, teacher_params: Params | None, transcripts: int
                ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Returns (metrics, some transcripts).
 
     Metrics: sampled_accuracy (avg@k), pass@k, greedy_accuracy, each with `_low`, `_high`
-    (none of them where the task does not grade these examples); reverse_kl (exact, nats a token, on
-    the student's own samples); mean length; truncation rate.
+    (none of them where the task does not grade these examples); with a teacher, on the student's
+    own samples, reverse_kl (exact, nats a token), overlap_count, overlap_mass and mass_outside
+    (`diagnostics.overlap`, token means); mean length; truncation rate.
     """
     s = self._settings
     rollout = jax.block_until_ready(self._sample(params, self._prompts, self._key))
@@ -168,8 +193,11 @@ class Evaluator:
     rewards = rewards.reshape(len(self.rows), s.samples_per_problem)
     out = self._accuracies(params, rewards) if self._graded else {}
     if self._kl is not None and teacher_params is not None:
-      kl, count = map(np.asarray, self._kl(params, teacher_params, rollout))
-      out['reverse_kl'] = float(kl.sum() / count.sum())
+      sums = {name: np.asarray(x) for name, x in
+              self._kl(params, teacher_params, rollout).items()}
+      count = sums.pop('tokens').sum()
+      out |= {name: float(sums[name].sum() / count) for name in ('reverse_kl', *OVERLAP)
+              if name in sums}
     out['length'] = float(np.asarray(rollout.mask).sum(axis=1).mean())
     out['truncation_rate'] = float(1.0 - np.asarray(rollout.ended).mean())
     shown = [{'prompt': self._text(i // s.samples_per_problem), 'completion': texts[i],

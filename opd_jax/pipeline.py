@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import json
 import pathlib
+import sys
 from typing import Any
 
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from opd_jax import build, checks, doctor, hf, report, tokenizer, train
+from opd_jax import build, checks, diagnose, doctor, hf, report, tokenizer, train
 from opd_jax import config as config_lib
 
 
@@ -40,7 +41,7 @@ def run(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   return report.write(c, workdir)
 
 
-def diagnose(c: ConfigDict, only: str | None, workdir: str | pathlib.Path) -> bool:
+def examine(c: ConfigDict, only: str | None, workdir: str | pathlib.Path) -> bool:
   """`opd doctor`: the checks of a run, or of each stage of a pipeline (or of one).
 
   A stage that starts from an earlier stage's model is examined once that model is in `workdir`.
@@ -67,6 +68,29 @@ def diagnose(c: ConfigDict, only: str | None, workdir: str | pathlib.Path) -> bo
     else:
       fine &= doctor.diagnose(stage, name, console)
   return fine
+
+
+def measure(c: ConfigDict, stage: str | None, workdir: str | pathlib.Path, *, write: bool) -> None:
+  """`opd diagnose`: a run, or a stage of a pipeline with the pipeline's first seed.
+
+  Args:
+    c: of a run or a pipeline.
+    stage: its name; None for a run.
+    workdir: where earlier stages are.
+    write: whether diagnose.json goes there too, to the stage's own directory.
+
+  Raises:
+    ConfigError: see `diagnose.run`; no such stage, or one whose models are not made yet.
+  """
+  workdir = pathlib.Path(workdir).resolve()
+  pick_stage(c, stage)
+  if config_lib.is_pipeline(c):
+    checks.validate_pipeline(c)
+    seed = c.seeds[0]
+    c, workdir = stage_config(c, stage, seed, workdir), stage_dir(workdir, stage, seed)
+  # A file is read at leisure: there, tables need not be as narrow as a terminal.
+  console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+  diagnose.run(c, c.name, workdir if write else None, console)
 
 
 def check_data(c: ConfigDict) -> None:

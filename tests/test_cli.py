@@ -122,6 +122,9 @@ MISTAKES = [
     ('evaluate --config both.py --model half', ('stage=None', "['first', 'second']")),
     ('evaluate --config both.py --stage third --model half', ("stage='third'",)),
     ('doctor --config one.py --stage opd', ("stage='opd'", 'single run')),
+    ('diagnose --config one.py --stage opd', ("stage='opd'", 'single run')),
+    ('diagnose --config both.py', ('stage=None', "['first', 'second']")),
+    ('diagnose --config both.py --stage first', ("teacher.kind='none'", "'checkpoint'")),
     ('report --config both.py --workdir new', ('stage second of seed 0', 'new')),
     ('report --config one.py --workdir new', ('pipeline',)),
 ]

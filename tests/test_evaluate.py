@@ -135,6 +135,18 @@ class TestEvaluator:
     mask = np.asarray(rollout.mask)
     assert values['reverse_kl'] == pytest.approx((kl * mask).sum() / mask.sum(), rel=1e-4)
     assert values['reverse_kl'] > 0.1
+    # And the overlap of the 16 most likely tokens, which are sets here.
+    own, other = (x[:, :-1][mask > 0] for x in logprobs)
+    mine, theirs = (np.argsort(-x)[:, :16] for x in (own, other))
+    shared = (mine[:, :, None] == theirs[:, None, :]).any(-1)
+    p = np.exp(own)
+    inside = np.take_along_axis(p, theirs, axis=1).sum(1)
+    of_shared = (np.take_along_axis(p, mine, axis=1) * shared).sum(1)
+    # Of some 200 x 16 tokens, one may be at the edge of a set in one program and not in the other.
+    assert values['overlap_count'] == pytest.approx(shared.mean(), abs=2e-3)
+    assert values['overlap_mass'] == pytest.approx(of_shared.mean(), abs=1e-4)
+    assert values['mass_outside'] == pytest.approx(1 - inside.mean(), abs=1e-4)
+    assert 0 < values['overlap_count'] < 1
 
   def test_microbatches_are_those_of_training(self, models, evaluator):
     rollout = evaluator._sample(models[0].params, evaluator._prompts, evaluator._key)
@@ -147,8 +159,10 @@ class TestEvaluator:
     both = models[0].params, models[1].params
     # 24 rows: the largest part of 16 that divides them is 8.
     assert 'f32[8,10,32]' in small._kl.lower(*both, rows).compile().as_text()
-    for mine, whole in zip(small._kl(*both, rows), evaluator._kl(*both, rollout), strict=True):
-      np.testing.assert_allclose(mine, whole[:24], rtol=1e-4)
+    mine, whole = small._kl(*both, rows), evaluator._kl(*both, rollout)
+    assert mine.keys() == whole.keys() == {'reverse_kl', 'tokens', *evaluate.OVERLAP}
+    for name in mine:  # absolutely: of the mass outside little is left, as a difference from 1
+      np.testing.assert_allclose(mine[name], whole[name][:24], rtol=1e-4, atol=1e-5, err_msg=name)
 
   def test_greedy_is_the_most_likely_token(self, models, evaluator):
     student = models[0]

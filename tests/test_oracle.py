@@ -6,8 +6,6 @@ import dataclasses
 import functools
 
 from conftest import make_rollout, quick_jit
-from hypothesis import given, settings
-from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +14,7 @@ import pytest
 import tabular
 import tiny
 
-from opd_jax import checks, divergences, estimators, presets, score, update
+from opd_jax import checks, estimators, presets, score, update
 from opd_jax import config as config_lib
 from opd_jax import objective as objective_lib
 from opd_jax.objective import Local, Objective
@@ -144,7 +142,8 @@ GRID = {
     'exact_rescored': dict(baseline='exact', token_gate='student_entropy', token_keep=0.5,
                            reward_coef=0.3, reward_baseline='group_mean', temperature=1.2,
                            teacher_temperature=0.9, distill_coef=0.6),
-    'fixed_negative': dict(signal='fixed_negative', row_gate='correct', likelihood_coef=0.1),
+    'fixed_negative': dict(signal='fixed_negative', row_gate='correct', likelihood_coef=0.1,
+                           local=Local(coef=0.3, gate='negative')),  # where it is 0, too
     'jensen_shannon': dict(divergence='jensen_shannon', divergence_alpha=0.3, row_gate='wrong',
                            reward_coef=0.2, token_gate='teacher_entropy', token_keep=0.4),
     'skew_kl': dict(divergence='skew_kl', divergence_alpha=0.2, row_gate='reward_agrees',
@@ -167,7 +166,7 @@ GRID = {
                            importance='ppo_clip', clip_epsilon=0.2, reward_coef=1.0,
                            reward_baseline='group_mean_std', row_gate='reward_agrees'),
     'full_extrapolated': dict(DIRECT, support='full', extrapolation=1.3, window_tokens=2,
-                              token_gate='teachability', token_top_k=4, token_keep=0.7),
+                              temperature=0.9, teacher_temperature=1.4, token_gate='teachability', token_top_k=4, token_keep=0.7),
     'drop': dict(TOP_K, support='teacher_top_k', tail='drop', divergence='forward_kl',
                  reference_coef=0.1, reference_estimator='full'),
     'renormalize': dict(TOP_K, support='student_top_k', tail='renormalize', extrapolation=0.7,

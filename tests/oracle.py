@@ -279,7 +279,8 @@ def reduction_weights(o: Any, counts: np.ndarray) -> np.ndarray:
   return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1) / rows
 
 
-def _local_gate(o, k, advantage):
+def local_gate(o: Any, k: Known, advantage: np.ndarray | None) -> np.ndarray:
+  """Where the local term is, among the tokens that count."""
   if o.local.gate == 'teacher_entropy':
     return _entropy(k.teacher) > o.local.entropy
   if o.local.gate == 'untrusted':
@@ -336,7 +337,7 @@ def losses(o: Any, k: Known, student: np.ndarray) -> np.ndarray:
   elif distils:
     out += coef * divergence(o, student, teacher)
   if distils and o.local.coef:
-    gate = _local_gate(o, k, signal)
+    gate = local_gate(o, k, signal)
     out += gate * coef * o.local.coef * divergence(o.local, student, teacher)
     if o.local.instead:
       signal = signal * ~gate

@@ -6,18 +6,22 @@ import dataclasses
 import functools
 
 from conftest import make_rollout, quick_jit
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracle
 import pytest
 import tabular
 import tiny
 
-from opd_jax import checks, estimators, presets, score, update
+from opd_jax import checks, divergences, estimators, presets, score, update
 from opd_jax import config as config_lib
 from opd_jax import objective as objective_lib
 from opd_jax.objective import Local, Objective
+from opd_jax.types import TrainState
 
 VOCAB = 11
 PROMPTS = [[5, 9, 1, 2], [5, 9, 1, 2], [7], [7], [3, 3, 8], [3, 3, 8]]  # in groups of two
@@ -166,7 +170,8 @@ GRID = {
                            importance='ppo_clip', clip_epsilon=0.2, reward_coef=1.0,
                            reward_baseline='group_mean_std', row_gate='reward_agrees'),
     'full_extrapolated': dict(DIRECT, support='full', extrapolation=1.3, window_tokens=2,
-                              temperature=0.9, teacher_temperature=1.4, token_gate='teachability', token_top_k=4, token_keep=0.7),
+                              temperature=0.9, teacher_temperature=1.4, token_gate='teachability',
+                              token_top_k=4, token_keep=0.7),
     'drop': dict(TOP_K, support='teacher_top_k', tail='drop', divergence='forward_kl',
                  reference_coef=0.1, reference_estimator='full'),
     'renormalize': dict(TOP_K, support='student_top_k', tail='renormalize', extrapolation=0.7,
@@ -303,3 +308,129 @@ def test_a_student_equal_to_its_teacher_stays(x64, name, which):
     assert size == float(loss) == 0.0  # no rounding: Adam would make full steps of it
   else:
     assert size < 1e-12
+
+
+# --- a step: given rows beside the student's, and the metrics of gates and schedules ---
+
+
+def test_a_step_adds_the_gradient_of_given_rows(x64):
+  cast, rollout, key = _cast(), _rollout(), jax.random.key(8)
+  o = Objective(shaping='clip', shaping_scale=0.5, window_tokens=3, anneal_steps=4,
+                final_distill_coef=0.2, local=Local(coef=0.5, gate='untrusted', instead=True))
+  beside = Objective(route='direct', support='full', importance='none', divergence='skew_kl',
+                     divergence_alpha=0.1, distill_coef=0.3)
+  order = np.array([5, 4, 3, 0])  # other rows
+  written = jax.tree.map(lambda x: x[order], rollout)
+  optimizer = optax.sgd(1.0)
+  step = quick_jit(functools.partial(
+      update.update_fn, model=_model(), optimizer=optimizer, objective=o, given_objective=beside,
+      group_size=2, on_policy=True, chunk_tokens=7, microbatch_rows=2))
+  batch, heads = _only_what_is_asked_for(o, *tabular.batch(o, cast, rollout, REWARDS, _scorer))
+  given = _only_what_is_asked_for(beside, *tabular.batch(
+      beside, cast, written, REWARDS[order], _scorer))[0]
+  state = TrainState(step=jnp.int32(STEP), params=cast.params,
+                     opt_state=optimizer.init(cast.params))
+  after, metrics = step(state, batch, heads, None, given, key)
+
+  losses, slopes = [], {'table': 0.0, 'head': 0.0}
+  for objective, rows in ((o, rollout), (beside, written)):
+    known, logits = _known(objective, cast, rows, key), tabular.logits(cast.params, rows)
+    losses.append(oracle.losses(objective, known, oracle.log_softmax(logits)).sum())
+    more = tabular.by_params(oracle.gradient(objective, known, logits), cast.params, rows)
+    slopes = {name: slopes[name] + more[name] for name in slopes}
+  for name, slope in slopes.items():  # 1e-7: the schedule computes in float32
+    np.testing.assert_allclose(cast.params[name] - after.params[name], slope, atol=1e-7)
+
+  known = _known(o, cast, rollout, key)
+  mask, counts = known.mask > 0, oracle.counted(o, known)
+  untrusted = oracle.local_gate(o, known, None)
+  signal = known.chosen(known.teacher - known.student)
+  want = {'loss': sum(losses), 'given_loss': losses[1], 'distill_coef': 0.4,
+          'counted_rate': counts.sum() / mask.sum(), 'local_rate': untrusted[counts].mean(),
+          'shaped_rate': (np.abs(signal[mask]) >= 0.5).mean()}
+  for name, value in want.items():
+    assert float(metrics[name]) == pytest.approx(value, rel=1e-6), name
+  assert metrics['given_lengths'].tolist() == [len(ROWS[b]) for b in order]
+  assert int(after.step) == STEP + 1
+
+
+# --- properties ---
+
+
+def _may_be_dropped_anywhere():
+  """(divergence, alpha) whose terms may be left out on any support."""
+  alphas = {name: [0.0] for name in estimators.names()} | {
+      name: np.linspace(low, high, 9)[slice(None) if ends else slice(1, -1)]
+      for name, (low, high, ends) in divergences.ALPHAS.items()}
+  fields = dict(DIRECT, support='student_top_k', top_k=4, tail='drop')
+  for name in estimators.names():
+    for alpha in alphas[name]:
+      try:
+        objective_lib.check_objective(
+            Objective(divergence=name, divergence_alpha=float(alpha), **fields))
+      except ValueError as refused:
+        assert "tail='drop'" in str(refused)
+        continue
+      yield name, float(alpha)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(student=st.floats(-12.0, 0.0), teacher=st.floats(-12.0, 0.0))
+def test_terms_that_may_be_dropped_are_never_negative(student, teacher):
+  pairs = list(_may_be_dropped_anywhere())
+  assert {name for name, _ in pairs} == set(estimators.names()) - {
+      'forward_kl', 'reverse_kl', 'skew_kl', 'skew_reverse_kl'}
+  s, t = np.exp(student), np.exp(teacher)
+  for name, alpha in pairs:
+    with jax.enable_x64(True):
+      got = float(estimators.term(name, alpha)(jnp.float64(student), jnp.float64(teacher)))
+    assert got >= -1e-13 * (s + t), (name, alpha)  # rounding
+    assert got == pytest.approx(oracle.terms(name, alpha, s, t), rel=1e-6, abs=1e-12), (name, alpha)
+
+
+def test_formulas_of_the_oracle_are_divergences():
+  # Its derivatives by complex steps of its functions, and f(1) = 0 and f convex.
+  u = np.exp(np.linspace(-3, 3, 41))
+  for name in estimators.names():
+    for alpha in (0.2, 0.5, 0.7) if estimators.takes_alpha(name) else (0.0,):
+      f, slope = oracle.GENERATORS[name](u, alpha)
+      stepped = oracle.GENERATORS[name](u + 1j * oracle.STEP, alpha)[0].imag / oracle.STEP
+      np.testing.assert_allclose(slope, stepped, rtol=1e-12, atol=1e-12, err_msg=name)
+      assert abs(oracle.GENERATORS[name](np.ones(1), alpha)[0][0]) < 1e-15
+      assert np.all(np.diff(slope) >= -1e-12), name
+
+
+@functools.lru_cache
+def _of_any_reading():
+  """One program that reads every per-token array: gates, reference, local term, all of it."""
+  return Objective(discount=0.5, reward_coef=0.3, reference_coef=0.2, reference_estimator='k3',
+                   token_gate='soft_or', token_keep=0.7, extrapolation=1.2,
+                   baseline='leave_one_out', local=Local(coef=0.5, gate='untrusted'))
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**31 - 1))
+def test_what_stands_in_masked_places_never_reaches_any_term(seed):
+  o, rng = _of_any_reading(), np.random.RandomState(seed)
+  with jax.enable_x64(True):
+    cast, rollout = _cast(), _rollout()
+    batch, heads = tabular.batch(o, cast, rollout, REWARDS, _scorer)
+
+    def fill(x):
+      other = jnp.asarray(rng.uniform(-200, 200, x.shape), x.dtype)
+      return jnp.where(rollout.mask > 0, x, other)
+
+    def scores(s):
+      return s.replace(logprobs=fill(s.logprobs), entropy=fill(s.entropy))
+
+    tokens = jnp.where(rollout.valid, rollout.tokens, rng.randint(0, VOCAB, rollout.tokens.shape))
+    other = batch.replace(
+        rollout=rollout.replace(
+            tokens=tokens.astype(rollout.tokens.dtype),
+            sampler_logprobs=fill(rollout.sampler_logprobs),
+            policy_offset=fill(rollout.policy_offset)),
+        **{name: scores(getattr(batch, name)) for name in ('teacher', 'student', 'reference')})
+    want, got = (_gradient(o)(cast.params, *_only_what_is_asked_for(o, b, heads), jnp.int32(STEP),
+                              jax.random.key(8)) for b in (batch, other))
+    # The same program, and zero times a finite number is zero: not one bit may differ.
+    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, got, want)))

@@ -12,13 +12,18 @@ is no longer in its file stops it: follow the code.
 
 from __future__ import annotations
 
-import concurrent.futures
+import importlib
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
 import tempfile
+
+import pytest
+
+# What takes long to import and does not depend on the package: the forks have it already.
+for name in ('jax', 'flax', 'optax', 'orbax.checkpoint', 'transformers', 'hypothesis', 'beartype'):
+  importlib.import_module(name)
 
 ROOT = pathlib.Path(__file__).parent.parent
 UPDATE = 'test_update.py::test_'
@@ -197,33 +202,56 @@ MUTATIONS = (  # file, text, what takes its place, tests
 )
 
 
-def survives(file: str, text: str, other: str, tests: tuple[str, ...]) -> bool:
-  """Whether the tests pass with `other` in the place of `text`."""
-  with tempfile.TemporaryDirectory() as folder:
-    shutil.copytree(ROOT, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(
-        '.git', '__pycache__', '.pytest_cache', 'shared'))
-    path = pathlib.Path(folder) / 'opd_jax' / f'{file}.py'
-    code = path.read_text()
-    if code.count(text) != 1:
-      raise ValueError(f'{file}.py has {text!r} {code.count(text)} times; allowed: 1')
-    path.write_text(code.replace(text, other))
-    command = [sys.executable, '-m', 'pytest', '-n', '0', '-x', '-q']
-    result = subprocess.run(
-        [*command, *(f'tests/{t}' for t in tests)], cwd=folder,
-        env={**os.environ, 'PYTHONPATH': folder}, capture_output=True, text=True)
-  if result.returncode not in (0, 1):  # nothing collected, or no such test
-    raise RuntimeError(result.stdout + result.stderr)
-  return result.returncode == 0
+def _run(folder: str, file: str, text: str, other: str, tests: tuple[str, ...]) -> int:
+  """In a child process: the exit status of the tests, with `other` in the place of `text`."""
+  shutil.copytree(ROOT, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(
+      '.git', '__pycache__', '.pytest_cache', 'shared'))
+  path = pathlib.Path(folder) / 'opd_jax' / f'{file}.py'
+  path.write_text(path.read_text().replace(text, other))
+  os.chdir(folder)
+  os.environ['PYTHONPATH'] = folder  # for what the tests start
+  sys.path[:1] = [folder]  # the first was this file's folder
+  with open('output', 'w') as output:
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    return pytest.main(['-n', '0', '-x', '-q', *(f'tests/{t}' for t in tests)])
+
+
+def _start(mutation: tuple[str, str, str, tuple[str, ...]], folder: str) -> int:
+  """The process id of a fork that tests a mutation: nothing heavy is imported again."""
+  sys.stdout.flush()
+  child = os.fork()
+  if not child:
+    status = 3
+    try:
+      status = _run(folder, *mutation)
+    finally:
+      os._exit(status)
+  return child
 
 
 def main() -> int:
   chosen = [m for m in MUTATIONS if all(word in ' '.join(m[:3]) for word in sys.argv[1:])]
-  count = 0
-  with concurrent.futures.ThreadPoolExecutor(2) as pool:  # each is a process of its own
-    for mutation, alive in zip(chosen, pool.map(lambda m: survives(*m), chosen), strict=True):
-      count += alive
-      print('SURVIVED' if alive else 'killed  ', *(repr(x) for x in mutation[:3]), flush=True)
-  print(f'{len(chosen)} mutations, {count} survived')
+  for file, text, *_ in chosen:
+    number = (ROOT / 'opd_jax' / f'{file}.py').read_text().count(text)
+    if number != 1:
+      raise ValueError(f'{file}.py has {text!r} {number} times; allowed: 1')
+  count, running = 0, {}
+  while chosen or running:
+    if chosen and len(running) < 2:
+      folder = tempfile.TemporaryDirectory()
+      mutation = chosen.pop(0)
+      running[_start(mutation, folder.name)] = mutation, folder
+      continue
+    child, status = os.wait()
+    mutation, folder = running.pop(child)
+    status = os.waitstatus_to_exitcode(status)
+    if status not in (0, 1):  # nothing collected, or no such test
+      raise RuntimeError(f'{mutation}: {(pathlib.Path(folder.name) / "output").read_text()}')
+    folder.cleanup()
+    count += status == 0
+    print('killed  ' if status else 'SURVIVED', *(repr(x) for x in mutation[:3]), flush=True)
+  print(f'{count} survived')
   return count
 
 

@@ -102,16 +102,22 @@ def distill_coef(o: Objective, step: Array) -> Array | float:
   return optax.linear_schedule(o.distill_coef, o.final_distill_coef, o.anneal_steps)(step)
 
 
+def teacher_logprobs(o: Objective, batch: Batch) -> Float[Array, 'B t']:
+  """The teacher's log-probs of the sampled tokens; extrapolated, up to a constant of the prefix."""
+  theirs = batch.teacher.logprobs
+  if o.extrapolation != 1.0:
+    # Where teacher and reference agree it is the teacher's own, bit for bit.
+    theirs = theirs + (o.extrapolation - 1.0) * (theirs - batch.reference.logprobs)
+  return theirs
+
+
 def raw_signal(o: Objective, batch: Batch) -> Float[Array, 'B t']:
   """`signal` of a batch, zero where the mask is."""
   if o.student_logprobs == 'rescored':
     own = batch.student.logprobs
   else:
     own = batch.rollout.sampler_logprobs + batch.rollout.policy_offset
-  theirs = batch.teacher.logprobs
-  if o.extrapolation != 1.0:
-    theirs = o.extrapolation * theirs + (1.0 - o.extrapolation) * batch.reference.logprobs
-  return signal(o, own, theirs) * batch.rollout.mask
+  return signal(o, own, teacher_logprobs(o, batch)) * batch.rollout.mask
 
 
 def distillation_advantage(o: Objective, batch: Batch, group_size: int) -> Float[Array, 'B t']:

@@ -398,6 +398,10 @@ def _check_local(o):
     raise ValueError(f'objective.local.gate={local.gate!r}, instead={local.instead} with objective.'
                      "route='direct', which has no advantage; allowed: 'none' or 'teacher_entropy',"
                      " and False, or route='policy_gradient'")
+  if local.gate == 'negative' and o.baseline == 'exact':
+    raise ValueError("objective.local.gate='negative' with objective.baseline='exact': it is "
+                     'subtracted in the loss, after the gate has looked at the advantage; allowed: '
+                     'another gate, or another baseline')
   if local.instead and o.baseline == 'exact':
     raise ValueError("objective.local.instead=True with objective.baseline='exact', which is "
                      'subtracted at every token; allowed: False, or another baseline')

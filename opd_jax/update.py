@@ -194,7 +194,7 @@ def weigh(o: Objective, batch: Batch, coef: Array | float, student_head: Head | 
   return Weighted(
       rollout=batch.rollout, weights=weights, advantage=advantage,
       local_weights=None if local is None else local * weights,
-      teacher_logprobs=take(batch.teacher, 'logprobs', o.estimator != 'none'),
+      teacher_logprobs=credit.teacher_logprobs(o, batch) if o.estimator != 'none' else None,
       reference_logprobs=take(batch.reference, 'logprobs', o.reference_estimator in ('k2', 'k3')),
       teacher_hidden=take(batch.teacher, 'hidden', o.needs_hidden_in_loss),
       student_hidden=take(batch.student, 'hidden',

@@ -6,6 +6,7 @@ import sys
 
 import jax
 from jax.sharding import PartitionSpec as P
+import meshed_objectives
 import numpy as np
 import pytest
 import tiny
@@ -25,6 +26,7 @@ OF_THE_DISTANCE = 1e-2
 CHILD = '''
 import json, pathlib, sys
 sys.path.insert(0, sys.argv[1])
+import meshed_objectives  # before the package, of which it wants the checks
 import jax
 from opd_jax import checkpoint, config, params, train
 assert len(jax.devices()) == 4
@@ -42,6 +44,8 @@ for name, values in json.loads(sys.stdin.read()).items():
     layout_of_the_others = dict(layout)
   train.train(config.from_dict(values), pathlib.Path(sys.argv[2]) / name)
 pathlib.Path(sys.argv[2], 'layout.json').write_text(json.dumps(layout | layout_of_the_others))
+differences = meshed_objectives.differences()
+pathlib.Path(sys.argv[2], 'objectives.json').write_text(json.dumps(differences))
 '''
 
 
@@ -113,6 +117,12 @@ def test_final_parameters(pair):
 def test_each_function_is_compiled_once(pair):
   _, _, mesh = pair
   assert {r['compiles'] for r in tiny.rows(mesh, 'train')} == {3}
+
+
+def test_steps_of_objectives_are_those_of_one_device(meshed):
+  differences = json.loads((meshed / 'objectives.json').read_text())
+  assert tuple(differences) == meshed_objectives.CASES
+  assert max(differences.values()) < 1e-12, differences  # float64 sums in another order
 
 
 def test_parameters_and_optimizer_state_are_split(meshed):

@@ -1,0 +1,79 @@
+"""A step of several objectives on a 2x2 mesh and on one device: for the child of test_mesh.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from conftest import make_rollout, quick_jit
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tabular
+
+from opd_jax import config as config_lib
+from opd_jax import presets, score, sharding, update
+from opd_jax.objective import Objective
+from opd_jax.types import TrainState
+
+PROMPTS = [[5, 9, 1, 2], [5, 9, 1, 2], [7], [7], [3, 3, 8], [3, 3, 8], [4], [4]]
+ROWS = [[3, 1, 4, 1, 0], [9, 0], [6, 5, 3, 8, 9], [7, 9, 0], [0], [8, 6, 2, 6, 4], [1, 11], [2, 0]]
+REWARDS = np.array([1.0, 0.0, 0.25, 1.0, 0.0, 0.0, 1.0, 0.0])
+# What they cover: a local term that is drawn; a reference, and given rows; the exact baseline, the
+# whole vocabulary's; a gate on rows, and a bucket; a mixture's samples; a gate on tokens that sorts
+# the batch, by what needs the vocabulary.
+CASES = ('tropd', 'stable_opd', 'vopd', 'rg_opd', 'minillm', 'teachability')
+
+
+def _objectives(name):
+  """(of own rows, of given ones or None)."""
+  if name == 'teachability':
+    return Objective(token_gate='teachability', token_top_k=3, token_keep=0.5), None
+  c = presets.apply(config_lib.default_config(), name)
+  o = config_lib.make_objective(c)
+  small = (dataclasses.replace(part, top_k=min(part.top_k, 9)) for part in (o, o.local))
+  return dataclasses.replace(next(small), local=next(small)), config_lib.make_given_objective(c)
+
+
+def _put(mesh, state, batch, heads, given):
+  """As the loop does it: rows over the data axes, a head over its width and the vocabulary."""
+  whole = sharding.replicated(mesh)
+  head = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('fsdp', 'tensor'))
+  params = {'table': whole, 'head': head}
+  return (TrainState(step=sharding.put(state.step, whole), opt_state=state.opt_state,
+                     params=sharding.put(state.params, params)),
+          sharding.put(batch, sharding.by_rows(mesh)), sharding.put(heads, head),
+          None, sharding.put(given, sharding.by_rows(mesh)))
+
+
+def differences() -> dict[str, float]:
+  """The largest difference of a parameter after the step, relative to the largest step."""
+  out, model = {}, tabular.model(12, 10, 6)
+  sizes = dict(data=1, fsdp=2, tensor=2, expert=1)
+  with jax.enable_x64(True):
+    params, teacher, reference = (tabular.random_params(model, seed) for seed in (0, 1, 2))
+    cast = tabular.Cast(model, params, params, teacher, reference)
+    rollout = make_rollout(PROMPTS, ROWS, prompt_width=5, room=5, dtype=jnp.float64)
+    rollout = rollout.replace(sampler_logprobs=-2.0 * rollout.mask)
+    optimizer, mesh = optax.sgd(1.0), sharding.make_mesh(sizes)
+    scorer = functools.lru_cache(lambda temperature: quick_jit(functools.partial(
+        score.teacher_logprob_fn, model=model, temperature=temperature, want_hidden=True,
+        want_logprobs=True, chunk_tokens=100, microbatch_rows=0)))
+    for name in CASES:
+      o, beside = _objectives(name)
+      batch, heads = tabular.batch(o, cast, rollout, REWARDS, scorer)
+      state = TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+      # Without the metrics, which nobody reads here, it compiles in half the time.
+      step = quick_jit(lambda *inputs, o=o, beside=beside: update.update_fn(
+          *inputs, model=model, optimizer=optimizer, objective=o, group_size=2,
+          given_objective=beside, on_policy=True, chunk_tokens=8, microbatch_rows=4)[0].params)
+      inputs = (state, batch, heads, None, batch if beside else None)
+      want = step(*inputs, jax.random.key(3))
+      with jax.set_mesh(mesh):
+        got = step(*_put(mesh, *inputs[:3], inputs[4]), jax.random.key(3))
+      jax.block_until_ready(got)
+      moved = max(np.abs(np.asarray(want[k] - params[k])).max() for k in params)
+      out[name] = float(max(np.abs(np.asarray(got[k]) - np.asarray(want[k])).max()
+                            for k in params) / moved)
+  return out

@@ -123,6 +123,7 @@ def run(c: ConfigDict, name: str, workdir: pathlib.Path | None, console: Console
   if workdir is not None:
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / RESULT).write_text(json.dumps(out, indent=2) + '\n')
+    console.print(f'written: {workdir / RESULT}', soft_wrap=True)
   return out
 
 

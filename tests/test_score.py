@@ -20,7 +20,7 @@ import pytest
 from opd_jax import models, score, update
 from opd_jax import objective as objective_lib
 from opd_jax import params as params_lib
-from opd_jax.types import Head, Heads, Weighted
+from opd_jax.types import Batch, Head, Heads, Rollout, Scores, Weighted
 
 # A shift by one, wrong padding or another position would show at every length used here.
 PROMPTS = [[5, 9, 11, 2], [7], [3, 3, 8], [1, 2, 30, 41], [17, 9], [20]]
@@ -192,3 +192,42 @@ def test_scoring_never_holds_the_logits_of_the_batch(wide):
           for n in (16, ROWS * LONG)]
   assert used[0] < 0.25 * LOGITS_BYTES
   assert used[1] >= LOGITS_BYTES
+
+
+QWEN, PADDED, MANY = 151936, 152064, 1024  # Qwen's vocabulary as two of its models pad it
+EVERYTHING = dict(  # four models' rows of the vocabulary at each token
+    baseline='exact', token_gate='teachability', token_keep=0.5, token_top_k=16,
+    reference_coef=0.1, reference_estimator='full',
+    local=objective_lib.Local(coef=1.0, divergence='jensen_shannon', divergence_alpha=0.5,
+                              support='union_top_k', top_k=32, tail='bucket'))
+
+
+@pytest.mark.parametrize('fields', [
+    dict(), dict(route='direct', support='full', importance='none'), EVERYTHING],
+    ids=['sampled', 'full', 'everything'])
+def test_a_step_never_holds_the_logits_of_the_batch_at_a_real_vocabulary(fields):
+  o = objective_lib.Objective(**fields)
+  objective_lib.check_objective(o)
+  rows, width = 16, 16
+  model = models.build(qwen3_config(vocab_size=PADDED, num_hidden_layers=1, hidden_size=width,
+                                    max_position_embeddings=2 * MANY))
+  logits = rows * MANY * PADDED * 4  # 10 GiB
+
+  def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+  per_token, per_place = (rows, MANY + 1), (rows, MANY + 2)
+  rollout = Rollout(
+      tokens=array(*per_place, dtype=jnp.int32), valid=array(*per_place, dtype=bool),
+      mask=array(*per_token), sampler_logprobs=array(*per_token), policy_offset=array(*per_token),
+      ended=array(rows, dtype=bool), prompt_length=2)
+  scores = Scores(array(*per_token), array(*per_token), array(rows, MANY, width))
+  head = Head(array(width, QWEN), QWEN)
+  step = jax.jit(functools.partial(
+      update.gradient, model=model, objective=o, group_size=1, on_policy=True, chunk_tokens=64,
+      microbatch_rows=1))
+  used = _temporary_bytes(
+      step, params_lib.abstract_params(model.specs), Batch(rollout, scores, scores, scores),
+      Heads(head, head), array(dtype=jnp.int32), None)
+  # 64 tokens have rows of 37 MiB; a parameter of the vocabulary and its gradient have 9 MiB each.
+  assert used < 0.08 * logits

@@ -43,7 +43,7 @@ class Local:
     gate: at which of the tokens that count: 'none' for all; 'teacher_entropy' where that is above
       `entropy` nats (EOPD, 2026, arXiv 2603.07079); 'untrusted' with probability
       1 - min(p_T / p_S, 1) of the token drawn (TrOPD, 2026, arXiv 2606.01249); 'negative' where the
-      advantage is at most 0 (AOPD, 2026, arXiv 2605.06387).
+      advantage of distillation (rewards apart) is at most 0 (AOPD, 2026, arXiv 2605.06387).
     entropy: of that gate, nats; 0 without it.
     instead: where the gate selects, in place of the policy gradient of distillation rather than
       beside it.
@@ -94,7 +94,8 @@ class Objective:
       without.
     extrapolation: lambda of ExOPD (2026, arXiv 2602.12125): the teacher is p_T^lambda
       p_ref^(1 - lambda), normalized where the loss sees the vocabulary (at a sampled token of the
-      reverse KL the constant has no expectation). 1 is the teacher itself.
+      reverse KL the constant has no expectation). 1 is the teacher itself, at which gates look
+      whatever it is.
     signal: 'teacher', or 'fixed_negative', a control: -1 on every token that the teacher finds less
       likely than the student does, 0 on the others (2026, arXiv 2608.31046).
     shaping: of the per-token signal x: 'clip' to +-c, 'log' for sign(x) log(1 + |x|) (Demystifying
@@ -127,8 +128,10 @@ class Objective:
     token_gate: keeps the share token_keep of the batch's tokens with the most student entropy,
       teacher entropy, |log p_T - log p_S|, or the soft-or of student entropy and that (TIP, 2026,
       arXiv 2604.14084), or 'teachability', KL(p_S || p_T) times the teacher's mass on the student's
-      token_top_k most likely tokens (TA-OPD, 2026, arXiv 2605.26844). Tokens that are left out do
-      not count in means either.
+      token_top_k most likely tokens (TA-OPD, 2026, arXiv 2605.26844). The two of the soft-or are
+      relative to their largest values; ties with the last one kept are kept. Tokens that are left
+      out do not count in means either, but they do in baselines. The window comes first, then
+      row_gate, then token_gate, each of what the ones before leave.
     token_keep: that share; 1 without a gate.
     token_top_k: of 'teachability'; 0 without.
     window_start, window_tokens: only this many tokens of a completion count, from this place on
@@ -142,7 +145,8 @@ class Objective:
     student_logprobs: where log p_S in the advantage comes from: 'rescored' by the program that
       scored the teacher (self-distillation is then an exact fixed point; one more forward pass),
       or the 'sampler' (free; off by its rounding).
-    temperature: of the student's distribution; the loop sets it to the sampler's.
+    temperature: of the student's distribution and of the reference's; the loop sets it to the
+      sampler's.
     teacher_temperature: of the teacher's distribution (for a teacher equal to the student to be a
       fixed point, the two must be equal).
   """

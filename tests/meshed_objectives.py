@@ -69,10 +69,11 @@ def differences() -> dict[str, float]:
           *inputs, model=model, optimizer=optimizer, objective=o, group_size=2,
           given_objective=beside, on_policy=True, chunk_tokens=8, microbatch_rows=4)[0].params)
       inputs = (state, batch, heads, None, batch if beside else None)
-      want = step(*inputs, jax.random.key(3))
+      # One program at a time: collectives of several can deadlock on so few processors.
+      want = jax.block_until_ready(step(*inputs, jax.random.key(3)))
       with jax.set_mesh(mesh):
-        got = step(*_put(mesh, *inputs[:3], inputs[4]), jax.random.key(3))
-      jax.block_until_ready(got)
+        placed = jax.block_until_ready(_put(mesh, *inputs[:3], inputs[4]))
+        got = jax.block_until_ready(step(*placed, jax.random.key(3)))
       moved = max(np.abs(np.asarray(want[k] - params[k])).max() for k in params)
       out[name] = float(max(np.abs(np.asarray(got[k]) - np.asarray(want[k])).max()
                             for k in params) / moved)

@@ -782,6 +782,8 @@ def loop():
     dict(), dict(discount=1.0), dict(baseline='exact'),
     dict(baseline='leave_one_out', shaping='log', importance='truncated', ratio_high=2.0),
     dict(divergence='jensen_shannon', divergence_alpha=0.3, baseline='batch_mean'),
+    dict(shaping='power', shaping_scale=0.7, importance='two_sided', ratio_low=0.5, ratio_high=2.0),
+    dict(shaping='clip', shaping_scale=1.0, importance='ppo_clip', clip_epsilon=0.2),
     dict(signal='fixed_negative', token_gate='student_entropy', token_keep=0.5)], ids=str)
 def test_self_distillation_is_a_fixed_point_bit_for_bit(loop, fields):
   model, params, prompts, sampler, _ = loop

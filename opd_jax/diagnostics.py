@@ -13,13 +13,30 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 import numpy as np
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 LEVEL = 0.01  # of the test for a bias; with 8 batches, the least p that there is stands below it
 _ROUNDING = 1e-3  # a smaller bias is no bias, however regular
 _MOST_SIGNS = 2**13
+
+
+def top_k(x: Float[Array, 'n V'], k: int) -> tuple[Float[Array, 'n k'], Int[Array, 'n k']]:
+  """`jax.lax.top_k` in two steps, exactly: the k largest are within the k blocks of largest maxima.
+
+  On CPUs top_k sorts the whole row, 25 ms of it at 151936 tokens; this sorts two rows of sqrt(k V).
+  """
+  width = x.shape[1]
+  block = math.isqrt(width // k)
+  if block < 4:
+    return jax.lax.top_k(x, k)
+  blocks = jnp.pad(x, ((0, 0), (0, -width % block)), constant_values=-jnp.inf)
+  blocks = blocks.reshape(len(x), -1, block)
+  chosen = jnp.sort(jax.lax.top_k(jnp.max(blocks, axis=2), k)[1], axis=1)  # in the order of tokens
+  among = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(len(x), k * block)
+  values, place = jax.lax.top_k(among, k)
+  return values, jnp.take_along_axis(chosen, place // block, axis=1) * block + place % block
 
 
 def overlap(student: Float[Array, 'n V'], teacher: Float[Array, 'n V'], k: int
@@ -31,8 +48,8 @@ def overlap(student: Float[Array, 'n V'], teacher: Float[Array, 'n V'], k: int
   student's mass on those; mass_outside: the student's mass on all that are not among the teacher's
   k. A token that ties with the last of the teacher's k is among them in the first two.
   """
-  mine, tokens = jax.lax.top_k(student, k)
-  theirs, best = jax.lax.top_k(teacher, k)
+  mine, tokens = top_k(student, k)
+  theirs, best = top_k(teacher, k)
   shared = (jnp.take_along_axis(teacher, tokens, axis=1) >= theirs[:, -1:]).astype(student.dtype)
   inside = jnp.sum(jnp.exp(jnp.take_along_axis(student, best, axis=1)), axis=1)
   return {'overlap_count': jnp.mean(shared, axis=1),

@@ -34,6 +34,16 @@ def _logprobs(*shape, seed=0, scale=2.0):
   return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
+@pytest.mark.parametrize(('width', 'k'), [(17, 1), (100, 3), (1000, 16), (1001, 1), (64, 32)])
+def test_top_k_in_two_steps(width, k):
+  x = np.random.RandomState(0).standard_normal((7, width)).astype(np.float32)
+  x[0] = np.sort(x[0])  # all of them in one block or two
+  x[1, ::2] = -np.inf
+  x[2] = 0.5  # everything ties: the first ones, as jax.lax.top_k has it
+  for mine, wanted in zip(diagnostics.top_k(jnp.asarray(x), k), jax.lax.top_k(x, k), strict=True):
+    np.testing.assert_array_equal(mine, wanted)
+
+
 class TestOverlap:
 
   @pytest.mark.parametrize('k', [1, 3, 8])
@@ -116,14 +126,18 @@ class TestGradientStatistics:
     # Averaged over many draws of 8 batches; squares of plain means would be 0.125 |noise|^2 off.
     rng, wide = np.random.RandomState(1), 20
     m = rng.standard_normal(wide)
-    squares, variances = [], []
+    squares, variances, cosines, wanted = [], [], [], []
     for _ in range(3000):
       g = m + rng.standard_normal((8, wide))
       squares.append(diagnostics.across(g @ g.T))
       variances.append(np.mean(np.diag(g @ g.T)) - squares[-1])
+      # With the size of E x, which 8 batches know badly, put right.
+      cosines.append(_statistics(g, g)['cosine_of_one'] * squares[-1]**0.5)
+      wanted.append(np.mean(g @ m / np.linalg.norm(g, axis=1)))
     # the standard errors are 0.06 and 0.05
     assert np.mean(squares) == pytest.approx(m @ m, abs=0.25)
     assert np.mean(variances) == pytest.approx(wide, abs=0.2)
+    assert np.mean(cosines) == pytest.approx(np.mean(wanted), rel=0.02)
 
   def test_the_exact_gradient_itself(self):
     x = 1.0 + 0.3 * np.random.RandomState(2).standard_normal((8, 12))

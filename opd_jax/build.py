@@ -210,15 +210,7 @@ def build(c: ConfigDict) -> Setup:
     student = load_student(c)
     adapter = make_adapter(c, student)
     teacher, reference = get_teacher(c, student), get_reference(c, student)
-    if c.sample.top_k > student.model.vocab_in_use:
-      raise ValueError(f'sample.top_k={c.sample.top_k}; allowed: at most the vocabulary of '
-                       f'{student.model.vocab_in_use}')
-    for field, k in (('objective.top_k', c.objective.top_k), ('given.top_k', c.given.top_k),
-                     ('objective.local.top_k', c.objective.local.top_k),
-                     ('objective.token_top_k', c.objective.token_top_k)):
-      if k > student.model.vocab_in_use:
-        raise ValueError(f'{field}={k}; allowed: at most the vocabulary of '
-                         f'{student.model.vocab_in_use}')
+    check_top_k(c, student)
     if adapter is not None:
       sharding.param_shardings(adapter.specs, mesh)
     for loaded in filter(None, (student, teacher, reference)):
@@ -240,19 +232,12 @@ def build(c: ConfigDict) -> Setup:
       given = load_examples(c, c.given.split, 0, student.tokenizer, style,
                             c.given.source == 'dataset')
     check_verifier(c, examples, held_out)
-    for group, field, rows in (('data', 'source', examples), ('given', 'source', given),
-                               ('data', 'off_policy_source', examples)):
-      if c[group][field] == 'dataset' and not rows.has_completions:
-        raise ValueError(
-            f"{group}.split={c[group].split!r}: {group}.{field}='dataset' needs a split with "
-            f"completions; allowed: one with a column 'completion', and not only "
-            f'{sorted(rows.rows[0])}')
-    if c.given.prompts_per_step % sharding.row_shards(mesh):
-      raise ValueError(f'compute.mesh splits rows {sharding.row_shards(mesh)} ways, which does not '
-                       f'divide given.prompts_per_step={c.given.prompts_per_step}')
-    if len(held_out) % sharding.row_shards(mesh):
-      raise ValueError(f'compute.mesh splits rows {sharding.row_shards(mesh)} ways, which does not '
-                       f'divide eval.problems={len(held_out)}')
+    check_completions(c, examples, given)
+    for field, rows in (('given.prompts_per_step', c.given.prompts_per_step),
+                        ('eval.problems', len(held_out))):
+      if rows % sharding.row_shards(mesh):
+        raise ValueError(f'compute.mesh splits rows {sharding.row_shards(mesh)} ways, which does '
+                         f'not divide {field}={rows}')
   except config_lib.ConfigError:
     raise
   except (ValueError, FileNotFoundError, FileExistsError) as e:
@@ -272,6 +257,36 @@ def build(c: ConfigDict) -> Setup:
   # A teacher of the student's form is evaluated by the same programs.
   return dataclasses.replace(s, teacher_evaluator=evaluator if s.same_programs else make_evaluator(
       c, teacher, None, held_out, mesh, stop_tokens))
+
+
+def check_top_k(c: ConfigDict, student: hf.LoadedModel) -> None:
+  """Checks every k against the vocabulary.
+
+  Raises:
+    ValueError: with the field.
+  """
+  for field, k in (('sample.top_k', c.sample.top_k), ('objective.top_k', c.objective.top_k),
+                   ('objective.local.top_k', c.objective.local.top_k),
+                   ('objective.token_top_k', c.objective.token_top_k),
+                   ('given.top_k', c.given.top_k)):
+    if k > student.model.vocab_in_use:
+      raise ValueError(f'{field}={k}; allowed: at most the vocabulary of '
+                       f'{student.model.vocab_in_use}')
+
+
+def check_completions(c: ConfigDict, examples: data.Examples, given: data.Examples | None) -> None:
+  """Checks that there are completions where the dataset is to give them.
+
+  Raises:
+    ValueError: with the field.
+  """
+  for group, field, rows in (('data', 'source', examples), ('given', 'source', given),
+                             ('data', 'off_policy_source', examples)):
+    if c[group][field] == 'dataset' and not rows.has_completions:
+      raise ValueError(
+          f"{group}.split={c[group].split!r}: {group}.{field}='dataset' needs a split with "
+          f"completions; allowed: one with a column 'completion', and not only "
+          f'{sorted(rows.rows[0])}')
 
 
 def choose_stop_tokens(c: ConfigDict, student: hf.LoadedModel, teacher: hf.LoadedModel | None

@@ -51,19 +51,7 @@ def default_config() -> ConfigDict:
   # What objective.reference_coef and objective.extrapolation refer to; kinds are those of teachers.
   c.reference = ConfigDict(dict(kind='none', path='', revision=''))
 
-  # How both compute.
-  c.compute = ConfigDict()
-  c.compute.dtype = 'float32'  # of activations; trained parameters and reductions are float32
-  # How teachers and the base under an adapter are kept: 'auto' is compute.dtype.
-  c.compute.frozen_dtype = 'auto'
-  c.compute.remat = False  # recompute each layer in the backward pass
-  c.compute.layer_unroll = 1  # layers per iteration of the scan over layers
-  c.compute.microbatch_rows = 0  # rows per forward/backward pass, 0 for the whole batch
-  c.compute.chunk_tokens = 4096  # tokens whose vocabulary rows exist at a time
-  c.compute.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, expert=1))  # -1: what is left
-  # Wait for each program before the next: 'auto' does on several fake CPU devices, where programs
-  # with collectives in flight together can deadlock.
-  c.compute.block = 'auto'
+  _add_compute(c)
 
   # What it learns on: name is a file in opd_jax/tasks/, options are its Options.
   c.task = task_config('arithmetic')
@@ -91,6 +79,22 @@ def default_config() -> ConfigDict:
   _add_bookkeeping(c)
   c.lock()
   return c
+
+
+def _add_compute(c: ConfigDict) -> None:
+  # How student and teacher compute.
+  c.compute = ConfigDict()
+  c.compute.dtype = 'float32'  # of activations; trained parameters and reductions are float32
+  # How teachers and the base under an adapter are kept: 'auto' is compute.dtype.
+  c.compute.frozen_dtype = 'auto'
+  c.compute.remat = False  # recompute each layer in the backward pass
+  c.compute.layer_unroll = 1  # layers per iteration of the scan over layers
+  c.compute.microbatch_rows = 0  # rows per forward/backward pass, 0 for the whole batch
+  c.compute.chunk_tokens = 4096  # tokens whose vocabulary rows exist at a time
+  c.compute.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1, expert=1))  # -1: what is left
+  # Wait for each program before the next: 'auto' does on several fake CPU devices, where programs
+  # with collectives in flight together can deadlock.
+  c.compute.block = 'auto'
 
 
 def _add_data(c: ConfigDict) -> None:

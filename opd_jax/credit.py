@@ -186,7 +186,7 @@ def teachability(o: Objective, batch: Batch, student_head: Head, teacher_head: H
     own, other = score_lib.same_width(
         score_lib.log_softmax(mine, student_head, o.temperature),
         score_lib.log_softmax(theirs, teacher_head, o.teacher_temperature))
-    top = jax.lax.top_k(own, o.token_top_k)[1]
+    top = estimators.top_k(own, o.token_top_k)[1]
     reachable = jnp.sum(jnp.exp(jnp.take_along_axis(other, top, axis=1)), axis=1)
     return {'score': jnp.sum(jnp.exp(own) * (own - other), axis=1) * reachable}
 

@@ -11,32 +11,16 @@ from __future__ import annotations
 import itertools
 import math
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 import numpy as np
+
+from opd_jax.estimators import top_k
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 LEVEL = 0.01  # of the test for a bias; with 8 batches, the least p that there is stands below it
 _ROUNDING = 1e-3  # a smaller bias is no bias, however regular
 _MOST_SIGNS = 2**13
-
-
-def top_k(x: Float[Array, 'n V'], k: int) -> tuple[Float[Array, 'n k'], Int[Array, 'n k']]:
-  """`jax.lax.top_k` in two steps, exactly: the k largest are within the k blocks of largest maxima.
-
-  On CPUs top_k sorts the whole row, 25 ms of it at 151936 tokens; this sorts two rows of sqrt(k V).
-  """
-  width = x.shape[1]
-  block = math.isqrt(width // k)
-  if block < 4:
-    return jax.lax.top_k(x, k)
-  blocks = jnp.pad(x, ((0, 0), (0, -width % block)), constant_values=-jnp.inf)
-  blocks = blocks.reshape(len(x), -1, block)
-  chosen = jnp.sort(jax.lax.top_k(jnp.max(blocks, axis=2), k)[1], axis=1)  # in the order of tokens
-  among = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(len(x), k * block)
-  values, place = jax.lax.top_k(among, k)
-  return values, jnp.take_along_axis(chosen, place // block, axis=1) * block + place % block
 
 
 def overlap(student: Float[Array, 'n V'], teacher: Float[Array, 'n V'], k: int

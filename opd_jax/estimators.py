@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import functools
+import math
 from typing import Any
 
 import jax
@@ -106,19 +107,38 @@ def over_support(o: Any, student: Float[Array, 'n V'], teacher: Float[Array, 'n 
   return on_support(o.term, student, teacher, support=o.support, top_k=o.top_k, tail=o.tail)
 
 
-def choose(support: str, top_k: int, student: Float[Array, 'n V'], teacher: Float[Array, 'n V']
+def top_k(x: Float[Array, 'n V'], k: int) -> tuple[Float[Array, 'n k'], Int[Array, 'n k']]:
+  """`jax.lax.top_k` in two steps, exactly: the k largest are within the k blocks of largest maxima.
+
+  On CPUs top_k sorts the whole row, 25 ms of it at 151936 tokens; this sorts two rows of sqrt(k V).
+  """
+  width = x.shape[1]
+  block = math.isqrt(width // k)
+  if block < 4:
+    return jax.lax.top_k(x, k)
+  blocks = jnp.pad(x, ((0, 0), (0, -width % block)), constant_values=-jnp.inf)
+  blocks = blocks.reshape(len(x), -1, block)
+  chosen = jnp.sort(jax.lax.top_k(jnp.max(blocks, axis=2), k)[1], axis=1)  # in the order of tokens
+  among = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(len(x), k * block)
+  values, place = jax.lax.top_k(among, k)
+  return values, jnp.take_along_axis(chosen, place // block, axis=1) * block + place % block
+
+
+def choose(support: str, k: int, student: Float[Array, 'n V'], teacher: Float[Array, 'n V']
            ) -> tuple[Int[Array, 'n K'], Float[Array, 'n K']]:
   """The tokens of a top-k support, and 1 for each that counts (0 for one that is there twice).
 
   'union_top_k' is the teacher's top k and then the student's, of which those that the teacher has
   too do not count again.
   """
+  # Which tokens they are has no gradient.
+  student, teacher = jax.lax.stop_gradient((student, teacher))
   if support == 'teacher_top_k':
-    tokens = jax.lax.top_k(teacher, top_k)[1]
+    tokens = top_k(teacher, k)[1]
   elif support == 'student_top_k':
-    tokens = jax.lax.top_k(student, top_k)[1]
+    tokens = top_k(student, k)[1]
   else:
-    theirs, mine = jax.lax.top_k(teacher, top_k)[1], jax.lax.top_k(student, top_k)[1]
+    theirs, mine = top_k(teacher, k)[1], top_k(student, k)[1]
     twice = jnp.any(mine[:, :, None] == theirs[:, None, :], axis=-1)
     tokens = jnp.concatenate([theirs, mine], axis=1)
     counts = jnp.concatenate([jnp.ones_like(theirs), 1 - twice], axis=1)

@@ -59,7 +59,7 @@ MUTATIONS = (  # file, text, what takes its place, tests
     ('estimators', 'jax.nn.log_softmax(teacher + (scale - 1.0) * (teacher - reference), axis=-1)',
      'teacher + (scale - 1.0) * (teacher - reference)', _grid('full_extrapolated')),
     ('estimators', '1 - twice', '1 + 0 * twice', _grid('bucket')),
-    ('estimators', 'jax.lax.top_k(teacher, top_k)[1]\n  elif', 'jax.lax.top_k(student, top_k)[1]\n'
+    ('estimators', 'top_k(teacher, k)[1]\n  elif', 'top_k(student, k)[1]\n'
      '  elif', _grid('drop')),
     ('estimators', 'jax.lax.stop_gradient(mine) - theirs', 'mine - theirs',
      _grid('stop_gradient')),
@@ -177,7 +177,7 @@ MUTATIONS = (  # file, text, what takes its place, tests
     ('credit', '    return teacher.entropy', '    return student.entropy', _grid('bucket')),
     ('credit', 'axis=1) * reachable', 'axis=1) + 0 * reachable',
      _grid('squared_hellinger', 'full_extrapolated')),
-    ('credit', 'jax.lax.top_k(own, o.token_top_k)', 'jax.lax.top_k(other, o.token_top_k)',
+    ('credit', 'estimators.top_k(own, o.token_top_k)', 'estimators.top_k(other, o.token_top_k)',
      _grid('squared_hellinger', 'full_extrapolated')),
     ('credit', 'teacher_head, o.teacher_temperature)', 'teacher_head, o.temperature)',
      _grid('full_extrapolated')),

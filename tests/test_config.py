@@ -413,7 +413,7 @@ class TestRoles:
        ('objective.local.entropy=0.0', "objective.local.gate='teacher_entropy'")),
       ('opd_sampled', dict(objective__local__coef=1.0, objective__local__instead=True),
        ('objective.local.instead=True', "objective.local.gate='none'")),
-      ('opd_sampled', dict(objective__local__coef=1.0, objective__local__gate='negative',
+      ('opd_sampled', dict(objective__local__coef=1.0, objective__local__gate='untrusted',
                            objective__local__instead=True, objective__baseline='exact'),
        ('objective.local.instead=True', "objective.baseline='exact'")),
       ('opd_exact', dict(objective__local__coef=1.0, objective__local__gate='untrusted'),

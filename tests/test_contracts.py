@@ -51,7 +51,7 @@ each_file = pytest.mark.parametrize('file', FILES, ids=lambda f: str(f.relative_
 # A module imports from earlier layers only (and a folder's files from their own folder).
 LAYERS = (
     ('types',), ('params',), ('lora',), ('nn',), ('models', 'divergences', 'chunks'),
-    ('estimators', 'diagnostics'), ('objective',), ('sample',), ('score',), ('credit',),
+    ('estimators',), ('objective', 'diagnostics'), ('sample',), ('score',), ('credit',),
     ('update', 'flops'),
     ('sharding', 'optim', 'tokenizer', 'tensors', 'checkpoint', 'metrics'), ('hf',), ('foreign',),
     ('tasks', 'teachers', 'data'), ('evaluate', 'config'),

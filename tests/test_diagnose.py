@@ -20,6 +20,7 @@ from opd_jax import (
   config,
   diagnose,
   diagnostics,
+  estimators,
   evaluate,
   objective,
   pipeline,
@@ -40,7 +41,7 @@ def test_top_k_in_two_steps(width, k):
   x[0] = np.sort(x[0])  # all of them in one block or two
   x[1, ::2] = -np.inf
   x[2] = 0.5  # everything ties: the first ones, as jax.lax.top_k has it
-  for mine, wanted in zip(diagnostics.top_k(jnp.asarray(x), k), jax.lax.top_k(x, k), strict=True):
+  for mine, wanted in zip(estimators.top_k(jnp.asarray(x), k), jax.lax.top_k(x, k), strict=True):
     np.testing.assert_array_equal(mine, wanted)
 
 

@@ -49,8 +49,10 @@ def _fields(**groups: dict[str, Any]) -> dict[str, Any]:
 
 def _direct(divergence: str = 'reverse_kl', alpha: float = 0.0, **more: Any) -> dict[str, Any]:
   """The objective fields of an exact divergence, differentiated."""
-  return dict(route='direct', support='full', importance='none', divergence=divergence,
-              divergence_alpha=alpha) | more
+  named = dict(divergence=divergence) if divergence != 'reverse_kl' else {}
+  if alpha:
+    named['divergence_alpha'] = alpha
+  return dict(route='direct', support='full', importance='none') | named | more
 
 
 WHITE = dict(signal='logits', access='white-box')

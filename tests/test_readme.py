@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from opd_jax import presets
+from opd_jax import config, params, presets
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
@@ -56,3 +56,7 @@ def test_the_table_of_presets_is_that_of_the_code():
   text = (ROOT / PRESETS).read_text()
   assert presets.table() in text, f'write it again with {command}'
   assert PRESETS in README
+  neutral = params.flatten(config.default_config().to_dict())
+  for name, preset in presets.PRESETS.items():  # nothing is listed that is not a change
+    same = [f for f, value in preset.fields.items() if neutral[f.replace('.', '/')] == value]
+    assert not same, name

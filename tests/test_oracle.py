@@ -171,7 +171,7 @@ GRID = {
                            reward_baseline='group_mean_std', row_gate='reward_agrees'),
     'full_extrapolated': dict(DIRECT, support='full', extrapolation=1.3, window_tokens=2,
                               temperature=0.9, teacher_temperature=1.4, token_gate='teachability',
-                              token_top_k=4, token_keep=0.7),
+                              token_top_k=3, token_keep=0.4),
     'drop': dict(TOP_K, support='teacher_top_k', tail='drop', divergence='forward_kl',
                  reference_coef=0.1, reference_estimator='full'),
     'renormalize': dict(TOP_K, support='student_top_k', tail='renormalize', extrapolation=0.7,

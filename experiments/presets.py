@@ -1,10 +1,11 @@
-"""Every preset on the embedded task: the same base, teacher, batch of rows and number of steps.
+"""Every preset on the embedded task: the same base, teacher, number of rows and of steps.
 
 One stage for each of `opd_jax/presets.py`, with 80 gradient steps on 128 rows (samples of one
-prompt are rows too). A learning rate for each kind of update, as in `dense_vs_rl.py`: 4e-3 where a
-divergence is differentiated or a text imitated, 2e-3 for policy gradients from a teacher, 8e-4 for
-those from a verifier; nothing is tuned for a single preset. With a vocabulary of 64, top-k supports
-have k = 16 at most. Golden data are clean solutions of the corpus.
+prompt are rows too; beside them distillm2 has 64 rows of the teacher, and stable_opd 16 golden
+ones: clean solutions of the corpus). A learning rate for each kind of update, as in
+`dense_vs_rl.py`: 4e-3 where a divergence is differentiated or a text imitated, 2e-3 for policy
+gradients from a teacher, 8e-4 for those from a verifier; nothing is tuned for a single preset. With
+a vocabulary of 64, top-k supports have k = 16 at most.
 
     opd train --config experiments/presets.py                      (half a minute a preset)
     opd train --config experiments/presets.py:only=opd+gkd,seeds=3
@@ -39,11 +40,11 @@ def stage(name: str) -> ConfigDict:
   c.steps = 80
   c.student.path = str(ASSETS / 'base')
   c.teacher.kind, c.teacher.path = 'checkpoint', str(ASSETS / 'teacher')
+  c.data.prompts_per_step = ROWS
   presets.apply(c, name)
   o = c.objective
   for group in (o, o.local):
     group.top_k = min(group.top_k, 16)
-  c.data.prompts_per_step = ROWS // c.data.samples_per_prompt
   if c.data.source == 'dataset':
     c.data.split = 'corpus'
   if c.given.source == 'dataset':

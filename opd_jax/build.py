@@ -265,7 +265,8 @@ def check_top_k(c: ConfigDict, student: hf.LoadedModel) -> None:
   Raises:
     ValueError: with the field.
   """
-  for field, k in (('sample.top_k', c.sample.top_k), ('objective.top_k', c.objective.top_k),
+  for field, k in (('sample.top_k', c.sample.top_k), ('eval.top_k', c.eval.top_k),
+                   ('objective.top_k', c.objective.top_k),
                    ('objective.local.top_k', c.objective.local.top_k),
                    ('objective.token_top_k', c.objective.token_top_k),
                    ('given.top_k', c.given.top_k)):
@@ -376,8 +377,8 @@ def make_evaluator(c: ConfigDict, student: hf.LoadedModel, teacher: Model | None
   settings = evaluate.Settings(
       samples_per_problem=c.eval.samples_per_problem, pass_k=c.eval.pass_k,
       max_new_tokens=c.data.max_new_tokens, temperature=c.sample.temperature,
-      teacher_temperature=c.objective.teacher_temperature, top_p=c.sample.top_p,
-      top_k=c.sample.top_k, chunk_tokens=c.compute.chunk_tokens,
+      teacher_temperature=c.objective.teacher_temperature, top_p=c.eval.top_p,
+      top_k=c.eval.top_k, chunk_tokens=c.compute.chunk_tokens,
       microbatch_rows=c.compute.microbatch_rows, overlap_top_k=c.eval.overlap_top_k)
   return evaluate.Evaluator(
       settings, model=student.model, teacher=teacher, task=tasks.get(c.task.name),

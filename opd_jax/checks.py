@@ -116,8 +116,22 @@ def _check_samples(c, o):
         f'{o.reference_estimator!r} with sample.top_p={c.sample.top_p}, top_k={c.sample.top_k}, '
         f'teacher_mix={c.sample.teacher_mix}, optimizer.updates_per_batch='
         f'{c.optimizer.updates_per_batch}: the samples are not from the policy that is updated; '
-        f"allowed: importance in {[i for i in objective_lib.IMPORTANCE if i != 'none']} with "
-        "estimator='none' and a reference_estimator other than 'k2' and 'k3'")
+        "allowed: importance='ratio' or 'truncated' (for later updates on full samples 'two_sided' "
+        "and 'ppo_clip' too) with estimator='none' and a reference_estimator other than 'k2' and "
+        "'k3'")
+  moved = o.importance in ('two_sided', 'ppo_clip')
+  if truncated and moved and o.needs_teacher and o.route == 'policy_gradient':
+    raise ConfigError(
+        f'objective.importance={o.importance!r} with sample.top_p={c.sample.top_p}, top_k='
+        f'{c.sample.top_k}: it compares with the policy before truncation, so that the samples '
+        "would count as the policy's own; allowed: 'ratio' or 'truncated'")
+  later = c.optimizer.updates_per_batch > 1 and o.advantages == 'kept'
+  if later and o.needs_student_hidden:
+    raise ConfigError(
+        f'objective.advantages={o.advantages!r} with optimizer.updates_per_batch='
+        f'{c.optimizer.updates_per_batch}, objective.baseline={o.baseline!r}, token_gate='
+        f"{o.token_gate!r}: what those read are hidden states, which need the head of their own "
+        "time; allowed: 'recomputed', another baseline and another gate")
   if o.advantages == 'recomputed' and c.optimizer.updates_per_batch == 1:
     raise ConfigError("objective.advantages='recomputed' has no effect with optimizer."
                       "updates_per_batch=1; allowed: 'kept'")
@@ -135,6 +149,9 @@ def _check_roles(c):
   if c.data.source not in SOURCES:
     raise ConfigError(f'data.source={c.data.source!r}; allowed: {list(SOURCES)}')
   has_teacher = c.teacher.kind != teachers.NONE
+  if not has_teacher and c.objective.teacher_temperature != 1.0:
+    raise ConfigError(f'objective.teacher_temperature={c.objective.teacher_temperature} has no '
+                      "effect with teacher.kind='none'; allowed: 1.0")
   if c.teacher.path and not has_teacher:
     raise ConfigError(f"teacher.path={c.teacher.path!r} has no effect with teacher.kind='none'; "
                       "allowed: ''")
@@ -158,7 +175,7 @@ def _check_roles(c):
   if not 0 <= c.log.max_sampler_gap < math.inf:
     raise ConfigError(f'log.max_sampler_gap={c.log.max_sampler_gap}; allowed: at least 0, and '
                       'finite')
-  if c.data.source != 'student' and c.log.max_sampler_gap:
+  if (c.data.source != 'student' or not c.data.on_policy_fraction) and c.log.max_sampler_gap:
     raise ConfigError(f'log.max_sampler_gap={c.log.max_sampler_gap} has no effect with data.source='
                       f"{c.data.source!r}; allowed: 0, or data.source='student'")
   if o.student_logprobs == 'sampler' and not (o.needs_teacher and o.route == 'policy_gradient'):
@@ -178,9 +195,10 @@ def _check_roles(c):
     raise ConfigError(f"sample.stop={c.sample.stop!r}; allowed: ['student', 'teacher', 'union']")
   if c.sample.stop != 'student' and not has_teacher:
     raise ConfigError(f"sample.stop={c.sample.stop!r} with teacher.kind='none'; allowed: 'student'")
-  if not 0 < c.sample.top_p <= 1 or c.sample.top_k < 0:
-    raise ConfigError(f'sample.top_p={c.sample.top_p}, top_k={c.sample.top_k}; allowed: top_p '
-                      'above 0 and at most 1, top_k at least 0 (0 for none)')
+  for group in ('sample', 'eval'):
+    if not 0 < c[group].top_p <= 1 or c[group].top_k < 0:
+      raise ConfigError(f'{group}.top_p={c[group].top_p}, top_k={c[group].top_k}; allowed: top_p '
+                        'above 0 and at most 1, top_k at least 0 (0 for none)')
 
 
 def _check_foreign_rows(c, o, field):
@@ -218,10 +236,10 @@ def _check_mixture(c):
   if not 0.0 <= mix < 1.0:
     raise ConfigError(f"sample.teacher_mix={mix}; allowed: 0 to below 1 (data.source='teacher' is "
                       'all of it)')
-  if mix and (c.data.source != 'student' or c.sample.top_p < 1.0 or c.sample.top_k):
-    raise ConfigError(f'sample.teacher_mix={mix} with data.source={c.data.source!r}, sample.top_p='
-                      f"{c.sample.top_p}, top_k={c.sample.top_k}; allowed: 0, or data.source="
-                      "'student', 1 and 0")
+  if mix and (c.data.source != 'student' or c.sample.top_p < 1.0 or c.sample.top_k or not share):
+    raise ConfigError(f'sample.teacher_mix={mix} with data.source={c.data.source!r}, '
+                      f'on_policy_fraction={share}, sample.top_p={c.sample.top_p}, top_k='
+                      f"{c.sample.top_k}; allowed: 0, or data.source='student', above 0, 1 and 0")
   if mix and o.has_policy_gradient and o.importance not in ('ratio', 'truncated'):
     raise ConfigError(
         f'sample.teacher_mix={mix} with objective.importance={o.importance!r}, which does not '
@@ -246,6 +264,9 @@ def _check_given(c):
   if c.data.source != 'student':
     raise ConfigError(f'given.source={g.source!r} with data.source={c.data.source!r}; allowed: '
                       "'none', or data.source='student'")
+  if not (g.distill_coef or g.likelihood_coef):
+    raise ConfigError('given.distill_coef and given.likelihood_coef are both 0: the rows would '
+                      'teach nothing; allowed: at least one other than 0')
   if not g.distill_coef:
     for name in ('divergence', 'divergence_alpha', 'support', 'top_k', 'tail'):
       if g[name] != default_config().given[name]:
@@ -269,9 +290,9 @@ def _check_reference(c):
         f'reference.kind={kind!r} with objective.reference_coef={o.reference_coef}, extrapolation='
         f"{o.extrapolation}; allowed: one of {teachers.names()[1:]} with a coefficient above 0 or "
         "an extrapolation other than 1, 'none' without")
-  if c.reference.path and kind != 'checkpoint':
-    raise ConfigError(f'reference.path={c.reference.path!r} has no effect with reference.kind='
-                      f"{kind!r}; allowed: ''")
+  if bool(c.reference.path) != (kind == 'checkpoint'):
+    raise ConfigError(f'reference.path={c.reference.path!r} with reference.kind={kind!r}; allowed: '
+                      "a checkpoint with 'checkpoint', '' without")
 
 
 def _check_prompt(c):
@@ -368,8 +389,8 @@ def unused_options(c: ConfigDict) -> list[str]:
   unread('student/fresh/', bool(c.student.factory), 'student.factory is set')
   unread(('optimizer/b2', 'optimizer/eps'), c.optimizer.name == 'sgd', "optimizer.name='sgd'")
   unread('checkpoint/best_metric', not c.checkpoint.keep_best, 'checkpoint.keep_best=0')
-  unread('compute/frozen_dtype', c.teacher.kind == teachers.NONE and not has_adapter(c),
-         'there is no teacher and no adapter')
+  unread('compute/frozen_dtype', c.teacher.kind == c.reference.kind == teachers.NONE
+         and not has_adapter(c), 'there is no teacher, no reference and no adapter')
   unread('eval/overlap_top_k', c.teacher.kind == teachers.NONE, 'there is no teacher')
   unread('doctor/max_reverse_kl', c.doctor.support != 'on' or c.data.source != 'student',
          'the check support does not run')

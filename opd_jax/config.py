@@ -58,8 +58,8 @@ def default_config() -> ConfigDict:
 
   _add_data(c)
 
-  # How completions are sampled, in training and evaluation. The student is trained at this
-  # temperature too.
+  # How completions are sampled, in training and (temperature, stop) evaluation. The student is
+  # trained at this temperature too.
   # `stop`: whose stop tokens end a completion: 'student', 'teacher' or the 'union' of both.
   # `teacher_mix`: in training, tokens come from this share of the teacher's distribution and the
   # rest of the student's (MiniLLM, 2023, arXiv 2306.08543, section 2.2).
@@ -135,6 +135,8 @@ def _add_bookkeeping(c: ConfigDict) -> None:
   c.eval.every_steps = 0  # 0: only before the first and after the last step
   c.eval.problems = 256
   c.eval.samples_per_problem = 2
+  # Of evaluation, whatever the training samples are cut to: runs stay comparable.
+  c.eval.top_p, c.eval.top_k = 1.0, 0
   c.eval.pass_k = 2
   c.eval.stop_at_sampled_accuracy = 0.0  # end the stage once reached, 0 for never
   # How many most likely tokens of student and teacher are compared (at most half of the
@@ -260,10 +262,11 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
 
 def make_objective(c: ConfigDict, source: str = '') -> objective_lib.Objective:
   """The pure code's Objective for rows of a source, by default data.source. The student's
-  temperature is the sampler's, by construction; text that the student did not write is scored at
-  temperature 1."""
+  temperature is the sampler's, by construction, and that at which it is distilled on other text
+  too; text that it only imitates is scored at temperature 1."""
   fields = c.objective.to_dict()
-  own = (source or c.data.source) == 'student'
+  own = (source or c.data.source) == 'student' or bool(
+      c.objective.distill_coef or c.objective.final_distill_coef)
   return objective_lib.Objective(**{**fields, 'local': objective_lib.Local(**fields['local'])},
                                  temperature=c.sample.temperature if own else 1.0)
 
@@ -280,7 +283,7 @@ def make_given_objective(c: ConfigDict) -> objective_lib.Objective | None:
                                    reduction=c.objective.reduction)
   return objective_lib.Objective(
       **fields, route='direct', importance='none', reduction=c.objective.reduction,
-      teacher_temperature=c.objective.teacher_temperature)
+      temperature=c.sample.temperature, teacher_temperature=c.objective.teacher_temperature)
 
 
 def has_adapter(c: ConfigDict) -> bool:

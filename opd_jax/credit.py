@@ -111,13 +111,16 @@ def teacher_logprobs(o: Objective, batch: Batch) -> Float[Array, 'B t']:
   return theirs
 
 
+def student_logprobs(o: Objective, batch: Batch) -> Float[Array, 'B t']:
+  """The student's log-probs of the sampled tokens, from where `o` says."""
+  if o.student_logprobs == 'rescored':
+    return batch.student.logprobs
+  return batch.rollout.sampler_logprobs + batch.rollout.policy_offset
+
+
 def raw_signal(o: Objective, batch: Batch) -> Float[Array, 'B t']:
   """`signal` of a batch, zero where the mask is."""
-  if o.student_logprobs == 'rescored':
-    own = batch.student.logprobs
-  else:
-    own = batch.rollout.sampler_logprobs + batch.rollout.policy_offset
-  return signal(o, own, teacher_logprobs(o, batch)) * batch.rollout.mask
+  return signal(o, student_logprobs(o, batch), teacher_logprobs(o, batch)) * batch.rollout.mask
 
 
 def distillation_advantage(o: Objective, batch: Batch, group_size: int) -> Float[Array, 'B t']:
@@ -201,8 +204,7 @@ def local_gate(o: Objective, batch: Batch, advantage: Float[Array, 'B t'] | None
   if which == 'teacher_entropy':
     mask = mask * (batch.teacher.entropy > o.local.entropy)
   elif which == 'untrusted':  # the signal as it is, whatever is done to it afterwards
-    own = batch.student.logprobs if o.student_logprobs == 'rescored' else (
-        batch.rollout.sampler_logprobs + batch.rollout.policy_offset)
+    own = student_logprobs(o, batch)
     mask = mask * (noise >= jnp.exp(jnp.minimum(batch.teacher.logprobs - own, 0.0)))
   elif which == 'negative':
     mask = mask * (advantage <= 0.0)
@@ -212,6 +214,7 @@ def local_gate(o: Objective, batch: Batch, advantage: Float[Array, 'B t'] | None
 def keep_highest(score: Float[Array, '...'], among: Array, share: float) -> Float[Array, '...']:
   """1 for the ceil(share * n) entries of highest score of the n that are `among`; ties are kept."""
   flat = jnp.where(among, score, -jnp.inf).reshape(-1)
-  wanted = jnp.ceil(share * jnp.sum(among)).astype(jnp.int32)
+  # In float32, 0.6 * 25 is above 15: without the small factor one more would be kept.
+  wanted = jnp.ceil(share * jnp.sum(among) * (1.0 - 1e-6)).astype(jnp.int32)
   threshold = -jnp.sort(-flat)[jnp.maximum(wanted - 1, 0)]
   return (among & (score >= threshold)).astype(score.dtype)

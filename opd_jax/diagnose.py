@@ -296,7 +296,7 @@ def step_flops(s: Setup, probe: Probe, o: Objective) -> float:
       s.student.model, s.teacher.model, lengths, source='dataset', teacher_scores=o.needs_teacher,
       student_rescores=int(o.needs_student_scores), updates=1,
       adapter_specs=s.adapter and s.adapter.specs,
-      reference=s.reference.model if o.needs_reference else None)
+      reference=s.reference.model if o.needs_reference else None, extra_heads=o.extra_heads)
   return sum(spent.values())
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 ALPHAS: dict[str, tuple[float, float, bool]] = {  # name: (low, high, whether the ends are allowed)
     'jensen_shannon': (0.0, 1.0, False), 'scaled_jensen_shannon': (0.0, 1.0, True),
     'skew_kl': (0.0, 1.0, False), 'skew_reverse_kl': (0.0, 1.0, False),
-    'alpha_divergence': (-5.0, 5.0, True)}
+    'alpha_divergence': (-1.0, 2.0, True)}  # beyond, a likely token's p_T / p_S overflows
 
 
 def reverse_kl(student: Float[Array, '...'], teacher: Float[Array, '...']) -> Float[Array, '...']:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 
-from opd_jax.params import count_params
+from opd_jax.params import abstract_params, count_params
 from opd_jax.types import Model
 
 
@@ -31,10 +32,17 @@ def forward_flops(model: Model, lengths: np.ndarray) -> float:
   return 2.0 * count_params(model.specs, matmul_only=True) * n.sum() + attention
 
 
+def head_flops(model: Model, lengths: np.ndarray) -> float:
+  """One product of hidden states with the vocabulary."""
+  matrix = jax.eval_shape(model.head, abstract_params(model.specs)).matrix
+  return 0.0 if matrix is None else 2.0 * matrix.size * float(np.sum(lengths))
+
+
 def step_flops(student: Model, teacher: Model | None, lengths: np.ndarray, *, source: str,
                teacher_scores: bool, student_rescores: int, updates: int,
                adapter_specs: dict[str, Any] | None = None, reference: Model | None = None,
-               teacher_mixed: bool = False) -> dict[str, float]:
+               teacher_mixed: bool = False, extra_heads: dict[str, int] | None = None
+               ) -> dict[str, float]:
   """The operations of one step, by who spends them.
 
   Args:
@@ -47,13 +55,13 @@ def step_flops(student: Model, teacher: Model | None, lengths: np.ndarray, *, so
     adapter_specs: of the adapters that are trained instead of the student.
     reference: a model that graded the rows too; None without.
     teacher_mixed: the teacher's distribution was mixed into the sampler's.
+    extra_heads: `Objective.extra_heads`.
 
   Returns:
     'student' (training and rescoring), 'sampling', 'teacher' (grading, by the reference too). A
-    gradient step is a
-    forward pass, the gradient of the activations, which costs as much, and that of the trained
-    weights, which costs as much as their share of the forward pass: 3 forwards for a whole model,
-    2 and three times the adapters for adapters.
+    gradient step is a forward pass, the gradient of the activations, which costs as much, and that
+    of the trained weights, which costs as much as their share of the forward pass: 3 forwards for a
+    whole model, 2 and three times the adapters for adapters.
   """
   own = forward_flops(student, lengths)
   update = 3.0 * own
@@ -61,10 +69,16 @@ def step_flops(student: Model, teacher: Model | None, lengths: np.ndarray, *, so
     extra = 2.0 * count_params(adapter_specs, matmul_only=True) * float(np.sum(lengths))
     update, own = 2.0 * own + 3.0 * extra, own + extra
   theirs = forward_flops(teacher, lengths) if teacher is not None else 0.0
+
+  def again(part, model):
+    times = (extra_heads or {}).get(part, 0)
+    return times * head_flops(model, lengths) if times else 0.0
+
   return {
-      'student': update * updates + own * student_rescores,
+      'student': update * updates + own * student_rescores + again('student', student),
       'sampling': {'student': own, 'teacher': theirs, 'dataset': 0.0}[source]
                   + theirs * teacher_mixed,
-      'teacher': (theirs * teacher_scores
+      'teacher': (theirs * teacher_scores + again('teacher', teacher)
+                  + again('reference', reference)
                   + (forward_flops(reference, lengths) if reference is not None else 0.0)),
   }

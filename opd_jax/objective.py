@@ -93,9 +93,9 @@ class Objective:
       gradient in expectation) or 'k3' (GRPO's; its gradient is that of the forward KL). 0, 'none'
       without.
     extrapolation: lambda of ExOPD (2026, arXiv 2602.12125): the teacher is p_T^lambda
-      p_ref^(1 - lambda), normalized where the loss sees the vocabulary (at a sampled token of the
-      reverse KL the constant has no expectation). 1 is the teacher itself, at which gates look
-      whatever it is.
+      p_ref^(1 - lambda), normalized where the loss sees the vocabulary. At a sampled token of the
+      reverse KL it is not: the constant has no expectation there, and with a discount the return is
+      that of the paper's rewards. 1 is the teacher itself, at which gates look whatever it is.
     signal: 'teacher', or 'fixed_negative', a control: -1 on every token that the teacher finds less
       likely than the student does, 0 on the others (2026, arXiv 2608.31046).
     shaping: of the per-token signal x: 'clip' to +-c, 'log' for sign(x) log(1 + |x|) (Demystifying
@@ -245,6 +245,17 @@ class Objective:
             or self.extrapolation != 1.0 and self.support == 'sampled')
 
   @property
+  def extra_heads(self) -> dict[str, int]:
+    """How often each model's head is applied to its hidden states beyond once in each forward pass:
+    for the log-probs, in the loss, by a gate."""
+    teachable = self.token_gate == 'teachability'
+    teacher = self.needs_teacher_logprobs + self.needs_hidden_in_loss + teachable
+    reference = self.needs_reference_logprobs + self.needs_reference_hidden
+    exact = self.baseline == 'exact' and self.student_logprobs == 'rescored'
+    return {'student': exact + teachable, 'teacher': max(teacher - 1, 0),
+            'reference': max(reference - 1, 0)}
+
+  @property
   def gated(self) -> bool:
     """Whether some of the tokens that the student chose do not count."""
     return bool(self.window_tokens) or (self.token_gate, self.row_gate) != ('none', 'none')
@@ -312,7 +323,7 @@ def check_objective(o: Objective) -> None:
     return
   _refuse_unread(o, 'objective.distill_coef=0', 'route', 'divergence', 'divergence_alpha',
                  'support', 'top_k', 'tail', 'estimator', 'signal', 'shaping', 'shaping_scale',
-                 'discount', 'returns', 'baseline', 'teacher_temperature', 'local', 'extrapolation')
+                 'discount', 'returns', 'baseline', 'local', 'extrapolation')
   if not o.needs_student_scores:
     _refuse_unread(o, 'nothing that the student scores', 'advantages')
 
@@ -371,12 +382,14 @@ def _check_reference(o):
   if not 0.0 < o.extrapolation < math.inf:
     raise ValueError(f'objective.extrapolation={o.extrapolation}; allowed: above 0, and finite')
   if o.extrapolation != 1.0 and (o.support == 'sampled' and o.divergence != 'reverse_kl'
-                                 or o.shaping == 'power' or o.signal == 'fixed_negative'):
+                                 or o.shaping != 'none' or o.signal == 'fixed_negative'
+                                 or o.local.gate == 'negative'):
     raise ValueError(
         f'objective.extrapolation={o.extrapolation} with support={o.support!r}, divergence='
-        f'{o.divergence!r}, shaping={o.shaping!r}, signal={o.signal!r}: at one token the '
-        'extrapolated teacher is known up to a constant, which only the log-ratio forgives; '
-        "allowed: 'reverse_kl' without 'power' and 'fixed_negative', or another support")
+        f'{o.divergence!r}, shaping={o.shaping!r}, signal={o.signal!r}, local.gate='
+        f'{o.local.gate!r}: at one token the extrapolated teacher is known up to a constant, which '
+        "only the log-ratio forgives; allowed: 'reverse_kl' without shaping, 'fixed_negative' and "
+        "'negative', or another support")
 
 
 def _check_local(o):
@@ -480,8 +493,9 @@ def _check_divergence(o, group):
   low, high, ends = divergences.ALPHAS.get(o.divergence, (0.0, 0.0, True))
   inside = low <= o.divergence_alpha <= high if ends else low < o.divergence_alpha < high
   if not inside:
-    allowed = ('0, since it has no parameter' if low == high else
-               f'{low} to {high}' + ('' if ends else ', the ends excluded'))
+    allowed = ('0, since it has no parameter' if low == high else f'{low} to {high}' + (
+        '' if ends else ", the ends excluded, where it vanishes ('scaled_jensen_shannon' has the "
+        'two KL divergences there)' if o.divergence == 'jensen_shannon' else ', the ends excluded'))
     raise ValueError(f'{group}divergence_alpha={o.divergence_alpha} with divergence='
                      f'{o.divergence!r}; allowed: {allowed}')
   if not o.support.endswith('top_k'):

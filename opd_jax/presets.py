@@ -4,9 +4,9 @@ A preset says what the student is trained towards and on what, not how fast: lea
 sizes and lengths stay as they are. `apply` sets its fields over the neutral objective. What a paper
 does beyond these fields is said in `omits`. Numbers in `headline` are the papers' own.
 
-Cells are those of the survey by Song & Zheng (2026, arXiv 2604.00626): feedback signal (logits,
-outcomes, self-play), teacher access (white-box, black-box, none), granularity (token, sequence,
-hybrid).
+Cells are in the terms of the survey by Song & Zheng (2026, arXiv 2604.00626): feedback signal
+(logits, outcomes, self-play), teacher access (white-box, black-box, none), granularity (token,
+sequence, hybrid).
 """
 
 from __future__ import annotations
@@ -75,14 +75,15 @@ PRESETS: dict[str, Preset] = {
                        data=dict(on_policy_fraction=0.5, off_policy_source='teacher')),
         headline="2.1x / 1.7x / 1.9x the gain of baseline KD on XSum / WMT / GSM8K"),
     'minillm': Preset(
-        'MiniLLM (Gu et al. 2023, arXiv 2306.08543)', **WHITE, granularity='hybrid',
+        'MiniLLM (Gu et al. 2023, arXiv 2306.08543)', **WHITE, granularity='sequence',
         equation='KL(p_S || p_T)_t exactly - rho_t mean_{k>t} r_k, r = log p_T - log p_S, samples '
                  'of 0.2 p_T + 0.8 p_S',
         fields=_fields(objective=dict(discount=1.0, returns='later_mean'),
                        objective__local=dict(coef=1.0, divergence='reverse_kl'),
                        sample=dict(teacher_mix=0.2)),
         headline='ROUGE-L 27.7 on Dolly against 24.5 SFT and 25.2 KD (re-run by a third party)',
-        omits='PPO epochs and reward scaling; its language-model loss (given.likelihood_coef)'),
+        omits='PPO epochs, reward scaling and the ratio on the exact term; its language-model loss '
+              '(given.likelihood_coef)'),
     'distillm': Preset(
         'DistiLLM (Ko et al. 2024, arXiv 2402.03898)', **WHITE, granularity='token',
         equation='KL(p_T || a p_T + (1 - a) p_S), a = 0.1, half of the batches off-policy',
@@ -155,13 +156,13 @@ PRESETS: dict[str, Preset] = {
         omits='its trigger on repetitions'),
     'kdrl': Preset(
         'KDRL (2025, arXiv 2506.02208)', signal='outcomes', access='white-box',
-        granularity='hybrid', equation='GRPO + b k2(p_S, p_T), b from 5e-3 to 1e-3',
+        granularity='sequence', equation='GRPO + b k2(p_S, p_T), b from 5e-3 to 1e-3',
         fields=_fields(
             objective=dict(route='direct', estimator='k2', importance='ppo_clip', clip_epsilon=0.2,
                            distill_coef=5e-3, final_distill_coef=1e-3, anneal_steps=80,
                            reward_coef=1.0, reward_baseline='group_mean_std'),
             data=dict(samples_per_prompt=4)),
-        headline='both together above either alone'),
+        headline='both together above either alone', omits="GRPO's mean within rows"),
     'rg_opd': Preset(
         'RG-OPD (2026, arXiv 2607.04037)', signal='outcomes', access='white-box',
         granularity='hybrid',
@@ -211,7 +212,8 @@ PRESETS: dict[str, Preset] = {
         fields=_fields(objective=dict(
             distill_coef=0.0, reward_coef=1.0, reward_baseline='group_mean_std',
             importance='ppo_clip', clip_epsilon=0.2), data=dict(samples_per_prompt=4)),
-        headline='GSM8K 82.9 to 88.2 (DeepSeekMath 7B)', omits='its KL term (reference_coef)'),
+        headline='GSM8K 82.9 to 88.2 (DeepSeekMath 7B)',
+        omits="its KL term (reference_coef), its mean within rows (reduction='sequence_mean')"),
     'reinforce': Preset(
         'REINFORCE with a group mean (Williams 1992)', **OUTCOME, granularity='sequence',
         equation='-rho_t (r - mean of the group)',
@@ -226,29 +228,41 @@ def apply(c: ConfigDict, name: str) -> ConfigDict:
   """Makes `c` the method called `name`, in place, and returns it.
 
   Every group that a preset may set returns to its default first, so that nothing of an earlier
-  method is left: objective, reference, given, the samples' teacher_mix and truncation, and who
-  writes the rows. A preset without a teacher takes the teacher away.
+  method is left: objective (but for its temperature, reduction and student_logprobs), reference,
+  given, the samples' teacher_mix and truncation, and who writes the rows. The rows of a batch stay
+  as many: with several samples a prompt there are fewer prompts. What needs a teacher, or the
+  student's own rows, goes with them.
 
   Raises:
     ConfigError: there is no such preset; lists those there are.
   """
   if name not in PRESETS:
     raise config_lib.ConfigError(f'preset={name!r}; allowed: {sorted(PRESETS)}')
-  neutral = config_lib.default_config()
+  preset, neutral = PRESETS[name], config_lib.default_config()
+  rows = c.data.prompts_per_step * c.data.samples_per_prompt
+  kept = {'reduction': c.objective.reduction}
+  if preset.access == 'white-box':
+    kept['teacher_temperature'] = c.objective.teacher_temperature
+  if 'objective.distill_coef' not in preset.fields and 'objective.route' not in preset.fields:
+    kept['student_logprobs'] = c.objective.student_logprobs
   for group in ('objective', 'reference', 'given'):
     c[group] = neutral[group]
+  c.objective.update(kept)
   for group, fields in (('sample', ('top_p', 'top_k', 'teacher_mix')), ('data', (
       'source', 'on_policy_fraction', 'off_policy_source', 'samples_per_prompt'))):
     for field in fields:
       c[group][field] = neutral[group][field]
-  for path, value in PRESETS[name].fields.items():
+  for path, value in preset.fields.items():
     *groups, field = path.split('.')
     here = c
     for group in groups:
       here = here[group]
     here[field] = value
-  if PRESETS[name].access == 'none':
-    c.teacher = neutral.teacher
+  c.data.prompts_per_step = max(1, rows // c.data.samples_per_prompt)
+  if preset.access == 'none':
+    c.teacher, c.sample.stop = neutral.teacher, neutral.sample.stop
+  if c.data.source != 'student':
+    c.log.max_sampler_gap = neutral.log.max_sampler_gap
   return c
 
 

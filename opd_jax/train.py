@@ -413,7 +413,7 @@ def count_flops(c: ConfigDict, s: Setup, rows: RowPrograms, lengths: np.ndarray
       teacher_scores=o.needs_teacher, student_rescores=rescores, updates=updates,
       adapter_specs=s.adapter and s.adapter.specs,
       reference=s.reference.model if o.needs_reference else None,
-      teacher_mixed=rows.teacher_mixed)
+      teacher_mixed=rows.teacher_mixed, extra_heads=o.extra_heads)
 
 
 def init_state(optimizer: optax.GradientTransformation, trained: Any) -> TrainState:

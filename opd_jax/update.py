@@ -305,10 +305,10 @@ def batch_metrics(o: Objective, on_policy: bool, batch: Batch, aux: dict[str, Fl
   vocabulary). Tokens that a gate leaves out are in. On the student's own samples only:
   `reverse_kl`, the mean of log p_S - log p_T over the tokens drawn (an estimate of the reverse KL
   where they come from the student itself: not with top-p, top-k or a mixed-in teacher);
-  `log_ratio_*`, quantiles of log p_T - log p_S
-  and its means over correct and over wrong rows (NaN where there are none); `gap_*`, how far
-  sampler and scorer are apart; `ratio_*`, the importance ratio; `clip_rate`, how often it was
-  outside its bounds. `lengths` and `prompt_lengths` are int32 [B].
+  `log_ratio_*`, quantiles of log p_T - log p_S and its means over correct and over wrong rows (NaN
+  where there are none); `gap_*`, how far sampler and scorer are apart; `ratio_*`, the importance
+  ratio; `clip_rate`, how often it was outside its bounds. `lengths` and `prompt_lengths` are int32
+  [B].
   """
   rollout, mask = batch.rollout, batch.rollout.mask
   count = jnp.maximum(jnp.sum(mask), 1.0)

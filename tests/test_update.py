@@ -975,8 +975,8 @@ def test_one_pinned_step():
     (dict(route='direct', support='full', discount=0.5), 'objective.discount=0.5', 'allowed: 0'),
     (dict(route='direct', support='full'), "objective.importance='ratio'", "'none'"),
     *[({**dataclasses.asdict(SFT), name: value}, f'objective.{name}={value!r}', 'no effect')
-      for name, value in dict(route='direct', support='full', divergence='forward_kl', discount=0.5,
-                              teacher_temperature=0.7).items()],
+      for name, value in dict(route='direct', support='full', divergence='forward_kl',
+                              discount=0.5).items()],
 ])
 def test_check_objective_refuses(changes, field, allowed):
   with pytest.raises(ValueError) as error:

@@ -10,7 +10,8 @@ bfloat16. What is yours to say: the two checkpoints (directories, or names on th
 
 A file of problems has the columns `problem` and `answer`, or other names in `prompt_column` and
 `answer_column`; without one, 320 school problems in `assets/` stand in. `checkpoints.py:rank=0`
-trains the whole model. `opd doctor` with the same flags says in seconds whether the two belong
+trains the whole model, and `checkpoints.py:preset=eopd` takes another objective: any of
+`docs/presets.md`. `opd doctor` with the same flags says in seconds whether the two belong
 together. In the work directory, `export/` is then a Hugging Face directory and `adapter/` a PEFT
 one. benchmarks/real_size.py runs this at the size of Qwen3-0.6B.
 """
@@ -20,13 +21,14 @@ import pathlib
 from ml_collections import ConfigDict
 
 from opd_jax import config as config_lib
+from opd_jax import presets
 
 ASSETS = pathlib.Path(__file__).resolve().parent / 'assets'
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  """Argument: rank (of the adapters; 0 trains the whole model)."""
-  arg = config_lib.parse_arg(arg, rank=32)
+  """Arguments: rank (of the adapters; 0 trains the whole model), preset (the objective)."""
+  arg = config_lib.parse_arg(arg, rank=32, preset='opd_exact')
   c = config_lib.default_config()
   c.name = 'checkpoints'
   c.student.lora.rank = arg.rank
@@ -42,8 +44,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   c.data.prompts_per_step = 64
   c.data.max_prompt_tokens, c.data.max_new_tokens = 512, 1024
   c.data.overlong = 'drop'
-  c.objective.route, c.objective.support = 'direct', 'full'
-  c.objective.importance = 'none'
+  presets.apply(c, arg.preset)
   # Adapters take about ten times the rate of the whole model (Schulman et al. 2025, "LoRA Without
   # Regret").
   c.optimizer.learning_rate = 1e-4 if arg.rank else 1e-5

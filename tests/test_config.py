@@ -21,6 +21,7 @@ from opd_jax import (
   estimators,
   models,
   pipeline,
+  presets,
   tasks,
   teachers,
   tokenizer,
@@ -356,7 +357,7 @@ class TestRoles:
       ('opd_sampled', dict(given__source='dataset', given__likelihood_coef=0.1),
        ('given.prompts_per_step=0', 'at least 1')),
       ('opd_sampled', dict(given__source='dataset', given__prompts_per_step=4),
-       ('given.distill_coef', 'all 0')),
+       ('given.distill_coef', 'given.likelihood_coef', 'both 0')),
       ('opd_sampled', dict(given__source='dataset', given__prompts_per_step=4,
                            given__likelihood_coef=0.1, teacher__kind='initial_student'),
        ('given.split', "'completion'")),
@@ -383,7 +384,7 @@ class TestRoles:
       ('opd_sampled', dict(reference__kind='initial_student'),
        ("reference.kind='initial_student'", "'none' without")),
       ('opd_sampled', dict(reference__kind='initial_student', objective__extrapolation=1.2,
-                           reference__path='.'), ("reference.path='.' has no effect",)),
+                           reference__path='.'), ("reference.path='.'", "reference.kind='initial_student'")),
       ('opd_sampled', dict(objective__reference_coef=0.1),
        ('objective.reference_coef=0.1', "reference_estimator='none'")),
       ('opd_exact', dict(reference__kind='initial_student', objective__reference_coef=0.1,
@@ -423,6 +424,25 @@ class TestRoles:
        ("objective.local.tail='drop'", 'collapse')),
       ('opd_sampled', dict(objective__token_gate='teachability', objective__token_keep=0.5),
        ('objective.token_top_k=0', "'teachability'")),
+      ('opd_sampled', dict(objective__baseline='exact', optimizer__updates_per_batch=2),
+       ("objective.advantages='kept'", "objective.baseline='exact'", "'recomputed'")),
+      ('opd_sampled', dict(objective__importance='ppo_clip', objective__clip_epsilon=0.2,
+                           sample__top_p=0.9),
+       ("objective.importance='ppo_clip'", 'sample.top_p=0.9', "'truncated'")),
+      ('opd_sampled', dict(reference__kind='initial_student', objective__extrapolation=1.2,
+                           objective__shaping='log'),
+       ('objective.extrapolation=1.2', "shaping='log'")),
+      ('opd_exact', dict(data__on_policy_fraction=0.0, data__off_policy_source='teacher',
+                         sample__teacher_mix=0.2),
+       ('sample.teacher_mix=0.2', 'on_policy_fraction=0.0')),
+      ('opd_exact', dict(data__on_policy_fraction=0.0, data__off_policy_source='teacher',
+                         log__max_sampler_gap=0.1), ('log.max_sampler_gap=0.1', 'no effect')),
+      ('opd_sampled', dict(reference__kind='checkpoint', objective__extrapolation=1.2),
+       ("reference.path=''", "reference.kind='checkpoint'")),
+      ('grpo', dict(objective__teacher_temperature=0.7),
+       ('objective.teacher_temperature=0.7', "teacher.kind='none'")),
+      ('sft', dict(eval__top_p=0.0), ('eval.top_p=0.0',)),
+      ('sft', dict(eval__top_k=65), ('eval.top_k=65', '64')),
   ], ids=lambda x: ','.join(f'{k}={v}' for k, v in x.items()) if isinstance(x, dict) else None)
   def test_refused(self, kind, fields, parts, tmp_path):
     c = tiny.config(kind, **fields)
@@ -674,3 +694,33 @@ class TestFromDict:
     values['optimizer']['b3'] = values['optimizer'].pop('b2')
     with pytest.raises(config.ConfigError, match=r"optimizer\.b2.*optimizer\.b3.*allowed"):
       config.from_dict(values)
+
+
+class TestPresets:
+
+  def test_the_rows_of_a_batch_stay_and_nothing_of_another_method_does(self):
+    c = tiny.config('grpo')  # 8 prompts of 4 samples
+    c.teacher.kind, c.objective.teacher_temperature = 'initial_student', 0.7
+    presets.apply(c, 'stable_opd')
+    assert (c.data.prompts_per_step, c.data.samples_per_prompt) == (32, 1)
+    assert c.objective.reward_coef == 0.0 and c.objective.teacher_temperature == 0.7
+    assert c.given.source == 'dataset' and c.reference.kind == 'initial_student'
+    presets.apply(c, 'reinforce')
+    assert (c.data.prompts_per_step, c.data.samples_per_prompt) == (8, 4)
+    assert c.given.source == c.reference.kind == c.teacher.kind == 'none'
+    check(c)
+
+  def test_an_unknown_name(self):
+    with pytest.raises(config.ConfigError, match="preset='opt'; allowed: .*'opd'"):
+      presets.apply(tiny.config('opd_sampled'), 'opt')
+
+
+def test_what_is_distilled_has_one_temperature_whoever_wrote_it():
+  c = tiny.config('opd_exact', sample__temperature=0.7, data__on_policy_fraction=0.5,
+                  data__off_policy_source='teacher', given__source='teacher',
+                  given__prompts_per_step=4, given__distill_coef=1.0)
+  assert config.make_objective(c).temperature == 0.7
+  assert config.make_objective(c, 'teacher').temperature == 0.7
+  assert config.make_given_objective(c).temperature == 0.7
+  imitated = tiny.config('sft', sample__temperature=0.7)
+  assert config.make_objective(imitated).temperature == 1.0

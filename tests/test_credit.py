@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fractions
+import math
+
 from conftest import make_rollout
 import jax
 import jax.numpy as jnp
@@ -201,6 +204,12 @@ class TestGates:
 def test_keep_highest_keeps_ties():
   got = credit.keep_highest(jnp.array([1.0, 2.0, 2.0, 0.0]), jnp.ones(4, bool), 0.25)
   np.testing.assert_array_equal(got, [0, 1, 1, 0])
+
+
+def test_keep_highest_counts_as_in_exact_arithmetic():
+  for share, n in ((0.6, 25), (0.3, 50), (0.1, 10), (0.25, 9)):
+    got = credit.keep_highest(jnp.arange(float(n)), jnp.ones(n, bool), share)
+    assert float(jnp.sum(got)) == math.ceil(fractions.Fraction(str(share)) * n)
 
 
 def test_everything_is_detached(batch):

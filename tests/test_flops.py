@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from opd_jax import flops, lora, models, params
+from opd_jax.objective import Objective
 
 SIZES = dict(vocab_size=512, hidden_size=64, intermediate_size=192, num_attention_heads=6,
              num_key_value_heads=2, head_dim=16, num_hidden_layers=3)
@@ -103,3 +104,18 @@ def test_adapters_need_no_gradient_of_the_base():
   # one more forward pass.
   assert spent['student'] == pytest.approx(2 * (2 * own + 3 * extra) + own + extra, rel=1e-12)
   assert spent['sampling'] == pytest.approx(own + extra, rel=1e-12)
+
+
+def test_heads_that_are_applied_again_count():
+  model = models.build(qwen3_config())
+  lengths = np.array([5.0, 9.0])
+  head = 2.0 * model.config.vocab_size * model.config.hidden_size * lengths.sum()
+  assert flops.head_flops(model, lengths) == head
+  how = dict(source='student', teacher_scores=True, student_rescores=1, updates=1)
+  plain = flops.step_flops(model, model, lengths, **how)
+  for o, student, teacher in (
+      (Objective(), 0, 0), (Objective(baseline='exact'), 1, 1),
+      (Objective(route='direct', support='full', importance='none'), 0, 0)):
+    spent = flops.step_flops(model, model, lengths, **how, extra_heads=o.extra_heads)
+    assert spent['student'] - plain['student'] == pytest.approx(student * head)
+    assert spent['teacher'] - plain['teacher'] == pytest.approx(teacher * head)

@@ -197,7 +197,7 @@ def check_unused_options(c: ConfigDict, s: build.Setup) -> Finding:
   """Options that were set and that nothing reads."""
   unused = checks.unused_options(c)
   if c.compute.mesh.expert > 1 and not any(
-      'experts' in spec.axes for m in filter(None, (s.student, s.teacher))
+      'experts' in spec.axes for m in filter(None, (s.student, s.teacher, s.reference))
       for spec in params.flatten(m.model.specs).values()):
     unused.append(f'compute.mesh.expert={c.compute.mesh.expert} (no model here has experts)')
   if unused:

@@ -50,6 +50,17 @@ def term(name: str, alpha: float) -> Term:
   return functools.partial(function, alpha=alpha) if takes_alpha(name) else function
 
 
+def from_generator(f: Callable[[Array], Array]) -> Term:
+  """The term p_S f(u) of any convex f with f(1) = 0, as a function of u = p_T / p_S.
+
+  For trying one out: everything here takes a term. A divergence that stays gets a function in
+  `divergences.py`, in a form that does not overflow where the student is sure and the teacher is
+  not; here u is held within e^-80 and e^80.
+  """
+  return lambda student, teacher: jnp.exp(student) * f(
+      jnp.exp(jnp.clip(teacher - student, -80.0, 80.0)))
+
+
 def full(f: Term, student: Float[Array, '... V'], teacher: Float[Array, '... V']
          ) -> Float[Array, '...']:
   """The divergence over the whole vocabulary, nats."""

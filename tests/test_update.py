@@ -449,6 +449,21 @@ def test_limits_of_the_families(x64, name, alpha, limit):
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.parametrize(('name', 'generator'), [
+    ('reverse_kl', lambda u: -jnp.log(u)), ('forward_kl', lambda u: u * jnp.log(u)),
+    ('squared_hellinger', lambda u: (1.0 - jnp.sqrt(u))**2)])
+def test_a_generator_is_enough(x64, name, generator):
+  rng = np.random.RandomState(0)
+  student, teacher = (jax.nn.log_softmax(jnp.asarray(2 * rng.standard_normal((30, 7))))
+                      for _ in range(2))
+  mine, theirs = estimators.from_generator(generator), estimators.term(name, 0.0)
+  np.testing.assert_allclose(mine(student, teacher), theirs(student, teacher), rtol=1e-12)
+  log_u = teacher - student
+  np.testing.assert_allclose(estimators.score_weight(mine, log_u),
+                             estimators.score_weight(theirs, log_u), rtol=1e-10, atol=1e-13)
+  assert np.isfinite(mine(jnp.array([-1e30, -1.0]), jnp.array([-1.0, -1e30]))).all()
+
+
 @every_divergence
 def test_weight_of_equal_probabilities_is_zero(x64, name, alpha):
   f = estimators.term(name, alpha)

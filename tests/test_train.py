@@ -590,8 +590,9 @@ def test_samples_of_a_mixture_with_the_teacher(tmp_path):
   plain = tiny.rows(finished('opd_sampled')[1], 'train')
   # The teacher writes too, which makes the tokens likelier by it, and decodes beside the student.
   assert rows[0]['reverse_kl'] < plain[0]['reverse_kl']
-  share = [r[0]['flops']['sampling'] / r[0]['flops']['teacher'] for r in (rows, plain)]
-  assert share == pytest.approx([2.0, 1.0])
+  mixed, alone = (r[0]['flops']['sampling'] / r[0]['flops']['teacher'] for r in (rows, plain))
+  assert alone == pytest.approx(1.0)  # of the same shape, and it decodes what the other grades
+  assert 1.5 < mixed < 2.0  # two decode; the teacher's head is applied again for the exact term
 
 
 def test_advantages_are_recomputed_and_coefficients_annealed(tmp_path):

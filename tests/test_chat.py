@@ -154,7 +154,7 @@ def test_prompts_that_nobody_grades(tmp_path, capsys):
 def test_rewards_that_nobody_gives():
   c = make('grpo', task=dict(answer_column='', grader='none'), checkpoint__keep_best=0,
            data__samples_per_prompt=4)
-  with pytest.raises(config.ConfigError, match=r"objective\.reward_coef=1\.0 .*allowed: 0"):
+  with pytest.raises(config.ConfigError, match=r"objective\.reward_coef=1\.0, .*allowed: 0"):
     build.build(c)
 
 

@@ -397,9 +397,10 @@ def _check_local(o):
   if not 0.0 <= local.coef < math.inf:
     raise ValueError(f'objective.local.coef={local.coef}; allowed: at least 0, and finite')
   if not local.coef:
-    if local != Local():
-      raise ValueError(f'objective.local={local} has no effect with objective.local.coef=0; '
-                       f'allowed: {Local()}')
+    for field in dataclasses.fields(Local):
+      if getattr(local, field.name) != field.default:
+        raise ValueError(f'objective.local.{field.name}={getattr(local, field.name)!r} has no '
+                         f'effect with objective.local.coef=0; allowed: {field.default!r}')
     return
   for name, allowed in (('divergence', estimators.names()), ('tail', estimators.TAILS),
                         ('support', estimators.SUPPORTS[1:]), ('gate', LOCAL_GATES)):

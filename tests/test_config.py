@@ -408,7 +408,7 @@ class TestRoles:
        ("objective.returns='later'", 'objective.discount=0')),
       ('opd_exact', dict(objective__returns='later'), ("objective.returns='later'", 'no effect')),
       ('opd_sampled', dict(objective__local__top_k=4),
-       ('objective.local=', 'objective.local.coef=0')),
+       ('objective.local.top_k=4', 'objective.local.coef=0')),
       ('opd_sampled', dict(objective__local__coef=1.0, objective__local__support='sampled'),
        ("objective.local.support='sampled'",)),
       ('opd_sampled', dict(objective__local__coef=1.0, objective__local__gate='teacher_entropy'),

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 import optax
 
-from opd_jax import chunks, credit, estimators, lora
+from opd_jax import chunks, credit, diagnostics, estimators, lora
 from opd_jax import score as score_lib
 from opd_jax.objective import Objective
 from opd_jax.types import (
@@ -43,8 +43,6 @@ from opd_jax.types import (
   TrainState,
   Weighted,
 )
-
-LOG_RATIO_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def loss_fn(params: Params, rows: Weighted, coef: Array | float, heads: Heads, *, model: Model,
@@ -340,9 +338,9 @@ def batch_metrics(o: Objective, on_policy: bool, batch: Batch, aux: dict[str, Fl
 
 def _log_ratio_metrics(logratio, mask, rewards):
   values = jnp.nanquantile(jnp.where(mask > 0, logratio, jnp.nan),
-                           jnp.array(LOG_RATIO_QUANTILES, logratio.dtype))
+                           jnp.array(diagnostics.QUANTILES, logratio.dtype))
   out = {f'log_ratio_p{round(100 * q):02d}': v
-         for q, v in zip(LOG_RATIO_QUANTILES, values, strict=True)}
+         for q, v in zip(diagnostics.QUANTILES, values, strict=True)}
   if rewards is not None:
     for name, rows in (('correct', rewards >= 1.0), ('wrong', rewards < 1.0)):
       among = mask * rows[:, None]

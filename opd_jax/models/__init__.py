@@ -7,21 +7,27 @@ import importlib
 import pathlib
 from typing import Any
 
+import jax.numpy as jnp
+
+from opd_jax.models import _decoder
 from opd_jax.types import Model
 
 
 def families() -> list[str]:
-  """The names that `build` accepts: the files of this folder."""
+  """Lists the names that `build` accepts: the files of this folder."""
   return sorted(p.stem for p in pathlib.Path(__file__).parent.glob('*.py') if p.stem[0] != '_')
 
 
-def build(hf_config: dict[str, Any], *, vocab_in_use: int | None = None, **options: Any) -> Model:
-  """The model that a Hugging Face config.json describes.
+def build(hf_config: dict[str, Any], *, vocab_in_use: int | None = None, dtype: Any = jnp.float32,
+          remat: bool = False, layer_unroll: int = 1) -> Model:
+  """Makes the model that a Hugging Face config.json describes.
 
   Args:
-    hf_config: the content of config.json; `model_type` picks the file.
+    hf_config: the content of config.json; `model_type` picks the file with its `FAMILY`.
     vocab_in_use: how many ids the tokenizer knows; by default all of `vocab_size`.
-    **options: how to compute, the same for every family: `dtype`, `remat`, `layer_unroll`.
+    dtype: of the activations.
+    remat: whether a gradient computes each layer again, in place of keeping what is inside it.
+    layer_unroll: how many layers share one iteration of the scan.
 
   Raises:
     ValueError: unknown `model_type`, a field that the family does not implement, or more ids in use
@@ -33,12 +39,13 @@ def build(hf_config: dict[str, Any], *, vocab_in_use: int | None = None, **optio
                      "allowed: with student.factory or teacher.factory='package.module:function'")
   if family not in families():
     raise ValueError(f'model_type {family!r} is not implemented; there are: {families()}')
-  model = importlib.import_module(f'opd_jax.models.{family}').build(hf_config, **options)
+  module = importlib.import_module(f'opd_jax.models.{family}')
+  model = _decoder.make_model(module.FAMILY, hf_config, dtype, remat, layer_unroll)
   return model if vocab_in_use is None else limit_vocabulary(model, vocab_in_use)
 
 
 def limit_vocabulary(model: Model, vocab_in_use: int) -> Model:
-  """The model with `vocab_in_use` ids that are tokens, and the rest padding of the vocabulary.
+  """Returns the model with `vocab_in_use` ids that are tokens; the rest pads the vocabulary.
 
   Raises:
     ValueError: more ids in use than the vocabulary has.

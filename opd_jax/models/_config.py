@@ -15,7 +15,7 @@ from opd_jax.nn import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoder:
+class BaseConfig:
   """The fields of config.json that every family has, under their Hugging Face names."""
 
   vocab_size: int
@@ -37,7 +37,7 @@ _INERT = frozenset((
     'torch_dtype', 'name_or_path', 'tokenizer_class', 'bos_token_id', 'eos_token_id',
     'pad_token_id', 'use_cache', 'cache_implementation', 'initializer_range', 'return_dict',
     'output_hidden_states', 'output_attentions', 'id2label', 'label2id', 'problem_type',
-    'rope_scaling', 'rope_parameters', 'rope_theta'))  # the last three are read by `rope`
+    'rope_scaling', 'rope_parameters', 'rope_theta'))  # the last three are read by `read_rope`
 # What any family allows of fields that do change something.
 _ONLY = {'attention_dropout': (0, 0.0), 'chunk_size_feed_forward': (0,),
          'partial_rotary_factor': (1, 1.0)}
@@ -46,13 +46,12 @@ _ROPE = {'default': (), 'linear': ('factor',),
                     'original_max_position_embeddings')}
 
 
-def check_fields(family: str, hf_config: dict[str, Any], read: Collection[str],
+def check_fields(hf_config: dict[str, Any], read: Collection[str],
                  only: dict[str, tuple[Any, ...]], inert: Collection[str] = ()) -> None:
   """Refuses what the family does not implement.
 
   Args:
-    family: named in the errors.
-    hf_config: the content of config.json.
+    hf_config: the content of config.json; the errors name its `model_type`.
     read: fields that the family reads.
     only: field -> the only values that the family implements; the field may be absent.
     inert: fields without an effect on the forward pass, beyond those that never have one. Names
@@ -61,7 +60,7 @@ def check_fields(family: str, hf_config: dict[str, Any], read: Collection[str],
   Raises:
     ValueError: another value, or an unknown field that is not off.
   """
-  only = {**_ONLY, **only}
+  family, only = hf_config['model_type'], {**_ONLY, **only}
   for name, value in hf_config.items():
     if name in only:
       if value not in only[name]:
@@ -73,9 +72,9 @@ def check_fields(family: str, hf_config: dict[str, Any], read: Collection[str],
                        f'change the computation; allowed: {sorted({*read, *only})}')
 
 
-def rope_scaling(family: str, given: dict[str, Any], where: str, types: tuple[str, ...]
-                 ) -> RopeScaling | None:
-  """One dictionary of RoPE parameters, theta aside.
+def read_rope_scaling(family: str, given: dict[str, Any], where: str, types: tuple[str, ...]
+                      ) -> RopeScaling | None:
+  """Reads one dictionary of RoPE parameters, theta aside.
 
   Raises:
     ValueError: a type not in `types`, a parameter that it does not have, or one that it lacks.
@@ -106,16 +105,16 @@ def rope_scaling(family: str, given: dict[str, Any], where: str, types: tuple[st
   return scaling
 
 
-def rope(family: str, hf_config: dict[str, Any], types: tuple[str, ...] = ('default',)
-         ) -> tuple[dict[str, Any], RopeScaling | None]:
-  """({'rope_theta': theta}, scaling), or ({}, scaling) of a config.json without a theta.
+def read_rope(hf_config: dict[str, Any], types: tuple[str, ...] = ('default',)) -> dict[str, Any]:
+  """Reads the rotary positions: `rope_scaling`, and `rope_theta` of a config.json that has one.
 
   transformers 5 keeps all of it in `rope_parameters`; checkpoints written before have `rope_theta`
   outside and the rest in `rope_scaling`.
 
   Raises:
-    ValueError: both ways at once and not the same, or what `rope_scaling` refuses.
+    ValueError: both ways at once and not the same, or what `read_rope_scaling` refuses.
   """
+  family = hf_config['model_type']
   old, new = (hf_config.get(name) or {} for name in ('rope_scaling', 'rope_parameters'))
   if old and new:
     raise ValueError(f'{family} config.json: rope_scaling={old} and rope_parameters={new}; '
@@ -126,15 +125,28 @@ def rope(family: str, hf_config: dict[str, Any], types: tuple[str, ...] = ('defa
     raise ValueError(f'{family} config.json: rope_theta={thetas[0]} and {where}.rope_theta='
                      f'{thetas[1]}; allowed: one value')
   theta = {'rope_theta': thetas[0]} if thetas else {}
-  return theta, rope_scaling(family, given, where, types)
+  return {**theta, 'rope_scaling': read_rope_scaling(family, given, where, types)}
 
 
-def only_full_attention(family: str, hf_config: dict[str, Any]) -> None:
-  """Refuses layers of other kinds."""
+def full_attention_only(hf_config: dict[str, Any]) -> dict[str, Any]:
+  """Returns the same, unless `layer_types` has others than full attention.
+
+  Raises:
+    ValueError: it has.
+  """
   kinds = set(hf_config.get('layer_types') or ['full_attention'])
   if kinds != {'full_attention'}:
-    raise ValueError(f'{family} config.json: layer_types={sorted(kinds)} is not implemented; '
-                     "allowed: ['full_attention']")
+    raise ValueError(f'{hf_config["model_type"]} config.json: layer_types={sorted(kinds)} is not '
+                     "implemented; allowed: ['full_attention']")
+  return hf_config
+
+
+def with_head_dim(hf_config: dict[str, Any]) -> dict[str, Any]:
+  """Adds `head_dim`, which some families leave to hidden_size / num_attention_heads."""
+  if hf_config.get('head_dim') is not None or not {'hidden_size', 'num_attention_heads'} <= set(
+      hf_config):
+    return hf_config
+  return {**hf_config, 'head_dim': hf_config['hidden_size'] // hf_config['num_attention_heads']}
 
 
 def _checked(family: str, field: dataclasses.Field, value: Any) -> Any:
@@ -154,13 +166,13 @@ def _checked(family: str, field: dataclasses.Field, value: Any) -> Any:
   return value if 'int' in kinds else float(value)
 
 
-def make(config: type, family: str, values: dict[str, Any]) -> Any:
-  """The family's frozen `config` from config.json's values.
+def make_config(config: type, values: dict[str, Any]) -> Any:
+  """Makes the family's frozen `config` of config.json's values.
 
   Raises:
     ValueError: fields that are missing or of another type, or sizes that do not fit each other.
   """
-  names = [f.name for f in dataclasses.fields(config)]
+  family, names = values['model_type'], field_names(config)
   missing = [name for name in names if name not in values]
   if missing:
     raise ValueError(f'{family} config.json lacks {missing}; allowed: one with all of {names}')
@@ -175,21 +187,13 @@ def make(config: type, family: str, values: dict[str, Any]) -> Any:
   return c
 
 
-def with_head_dim(hf_config: dict[str, Any]) -> dict[str, Any]:
-  """The same with a `head_dim`, which some families leave to hidden_size / num_attention_heads."""
-  if hf_config.get('head_dim') is not None or not {'hidden_size', 'num_attention_heads'} <= set(
-      hf_config):
-    return hf_config
-  return {**hf_config, 'head_dim': hf_config['hidden_size'] // hf_config['num_attention_heads']}
-
-
-def read_names(config: type) -> list[str]:
-  """The fields of config.json that a family's `config` is made of."""
+def field_names(config: type) -> list[str]:
+  """Lists the fields of config.json that a family's `config` is made of."""
   return [f.name for f in dataclasses.fields(config)]
 
 
-def to_hf(c: Decoder, family: str, architecture: str, more: dict[str, Any]) -> dict[str, Any]:
-  """config.json of a family: the fields of its `Config`, and `more` that win over them.
+def to_hf(c: BaseConfig, family: str, architecture: str, more: dict[str, Any]) -> dict[str, Any]:
+  """Writes the config.json of a family: the fields of its config, and `more` beside them.
 
   Rotary positions are written in the way of the checkpoints on the hub, which every version of
   transformers reads: versions before 5, which vLLM may come with, pass over `rope_parameters`
@@ -198,6 +202,8 @@ def to_hf(c: Decoder, family: str, architecture: str, more: dict[str, Any]) -> d
   values = dataclasses.asdict(c)
   scaling = values.get('rope_scaling')
   values['rope_scaling'] = scaling and {k: v for k, v in scaling.items() if v is not None}
+  if 'layer_types' in values:  # a list, as one that is read from a file
+    values['layer_types'] = list(values['layer_types'])
   return {'architectures': [architecture], 'model_type': family, **values,
           'attention_dropout': 0.0, 'initializer_range': 0.02, 'use_cache': True,
           'dtype': 'float32', **more}

@@ -9,22 +9,19 @@ in both directions, an untied head, dropout.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from opd_jax import nn
 from opd_jax.models import _config, _decoder
 from opd_jax.params import ParamSpec
-from opd_jax.types import Model
 
 LOCAL, GLOBAL = 'sliding_attention', 'full_attention'
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(_config.Decoder):
+class Config(_config.BaseConfig):
   """What every family has, and Gemma's own. A bound of None is none."""
 
   query_pre_attn_scalar: int | float
@@ -34,13 +31,8 @@ class Config(_config.Decoder):
   final_logit_softcapping: float | None
 
 
-ONLY = {'hidden_activation': ('gelu_pytorch_tanh',), 'hidden_act': ('gelu_pytorch_tanh',),
-        'attention_bias': (False,), 'use_bidirectional_attention': (None, False),
-        'tie_word_embeddings': (True,)}
-
-
-def with_layer_types(family: str, hf_config: dict[str, Any], pattern: int) -> dict[str, Any]:
-  """The same with `layer_types`; without it, each `pattern`-th layer is global.
+def with_layer_types(hf_config: dict[str, Any], pattern: int = 2) -> dict[str, Any]:
+  """Adds `layer_types` to a config.json without it: each `pattern`-th layer is global.
 
   Raises:
     ValueError: unknown types, or not one for every layer.
@@ -51,46 +43,29 @@ def with_layer_types(family: str, hf_config: dict[str, Any], pattern: int) -> di
   types = hf_config.get('layer_types') or [
       LOCAL if (i + 1) % pattern else GLOBAL for i in range(layers)]
   if set(types) - {LOCAL, GLOBAL} or len(types) != layers:
-    raise ValueError(f'{family} config.json: layer_types={types}; allowed: for each of the '
-                     f'{layers} layers {LOCAL!r} or {GLOBAL!r}')
+    raise ValueError(f'{hf_config["model_type"]} config.json: layer_types={types}; allowed: for '
+                     f'each of the {layers} layers {LOCAL!r} or {GLOBAL!r}')
   # A gemma whose config.json says nothing of the head has a tied one.
   return {'tie_word_embeddings': True, **hf_config, 'layer_types': tuple(types)}
 
 
-def parse(hf_config: dict[str, Any]) -> Config:
-  """Reads config.json strictly.
-
-  Raises:
-    ValueError: a missing size, or a value of a field that this family does not implement.
-  """
-  _config.check_fields('gemma2', hf_config, _config.read_names(Config), ONLY)
-  theta, _ = _config.rope('gemma2', hf_config)
-  return _config.make(Config, 'gemma2', {**with_layer_types('gemma2', hf_config, 2), **theta})
-
-
-def to_hf(c: Config) -> dict[str, Any]:
-  """The inverse of `parse`: the content of a config.json that transformers opens."""
-  return _config.to_hf(c, 'gemma2', 'Gemma2ForCausalLM', {
-      'hidden_activation': 'gelu_pytorch_tanh', 'attention_bias': False,
-      'layer_types': list(c.layer_types)})
-
-
-def param_specs(c: Any, attention_norms: dict[str, ParamSpec] | None = None) -> dict[str, Any]:
-  """The table, with `attention_norms` beside q, k, v, o."""
+def table(c: Any, attention_norms: dict[str, ParamSpec] | None = None) -> dict[str, ParamSpec]:
+  """Describes the parameters of the layers, with `attention_norms` beside q, k, v, o."""
   d, zeros = c.hidden_size, jax.nn.initializers.zeros
-  return _decoder.table(c, {
+  return {
       'attention_norm': _decoder.gain(c, 'input_layernorm', d, zeros),
-      **_decoder.attention_table(c),
+      **_decoder.attention_matrices(c),
       **(attention_norms or {}),
       'attention_out_norm': _decoder.gain(c, 'post_attention_layernorm', d, zeros),
       'mlp_norm': _decoder.gain(c, 'pre_feedforward_layernorm', d, zeros),
-      **_decoder.mlp_table(c),
-      'mlp_out_norm': _decoder.gain(c, 'post_feedforward_layernorm', d, zeros)}, zeros)
+      **_decoder.mlp_matrices(c),
+      'mlp_out_norm': _decoder.gain(c, 'post_feedforward_layernorm', d, zeros)}
 
 
-def layer(c: Any, softcap: float, x: Any, w: dict[str, Any], rope: Any, allowed: Any, cache: Any
+def block(c: Any, softcap: float, x: Any, w: dict[str, Any], rope: Any, allowed: Any, cache: Any
           ) -> tuple[Any, Any]:
-  """One block, see `_decoder`; with norms of queries and keys where there are some."""
+  """Computes one block, its scores bounded by `softcap`; with norms of queries and keys where there
+  are some."""
   def norm(x, name):
     return nn.offset_rms_norm(x, w[name], c.rms_norm_eps)
 
@@ -104,21 +79,21 @@ def layer(c: Any, softcap: float, x: Any, w: dict[str, Any], rope: Any, allowed:
   return x + norm(h, 'mlp_out_norm'), kv
 
 
-def decoder(c: Any, softcap: float, local: _decoder.Kind, other: _decoder.Kind,
-            dtype: Any, remat: bool, layer_unroll: int) -> _decoder.Decoder:
-  """The model of a gemma: its layers are of the kinds `local` and `other` (the global one)."""
-  return _decoder.Decoder(
-      c, functools.partial(layer, c, softcap), (local, other),
-      tuple(int(t == GLOBAL) for t in c.layer_types), norm=nn.offset_rms_norm,
-      embed_scale=c.hidden_size**0.5, softcap=c.final_logit_softcapping or 0.0, dtype=dtype,
-      remat=remat, layer_unroll=layer_unroll)
+def _layer(c, *inputs):
+  return block(c, c.attn_logit_softcapping or 0.0, *inputs)
 
 
-def build(hf_config: dict[str, Any], *, dtype: Any = jnp.float32, remat: bool = False,
-          layer_unroll: int = 1) -> Model:
-  """See `models.build`. `layer_unroll` layers share one iteration of the scan."""
-  c = parse(hf_config)
-  local = _decoder.Kind(c.rope_theta, window=c.sliding_window)
-  model = decoder(c, c.attn_logit_softcapping or 0.0, local, _decoder.Kind(c.rope_theta),
-                  dtype, remat, layer_unroll)
-  return _decoder.build(model, 'gemma2', param_specs(c), to_hf(c))
+def _kind(c, i):
+  return _decoder.Kind(c.rope_theta, window=c.sliding_window if c.layer_types[i] == LOCAL else None)
+
+
+FAMILY = _decoder.Family(
+    'Gemma2ForCausalLM', _layer, table, Config,
+    only={'hidden_activation': ('gelu_pytorch_tanh',), 'hidden_act': ('gelu_pytorch_tanh',),
+          'attention_bias': (False,), 'use_bidirectional_attention': (None, False),
+          'tie_word_embeddings': (True,)},
+    read=with_layer_types,
+    written=lambda c: {'hidden_activation': 'gelu_pytorch_tanh', 'attention_bias': False},
+    kind=_kind, norm=nn.offset_rms_norm, gain_init=jax.nn.initializers.zeros,
+    embed_scale=lambda c: c.hidden_size**0.5,
+    softcap=lambda c: c.final_logit_softcapping or 0.0)

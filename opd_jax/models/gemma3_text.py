@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from opd_jax import nn
 from opd_jax.models import _config, _decoder, gemma2
-from opd_jax.types import Model
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(_config.Decoder):
+class Config(_config.BaseConfig):
   """What every family has, and Gemma's own; `rope_theta` is that of the global layers."""
 
   rope_scaling: nn.RopeScaling | None
@@ -32,15 +29,11 @@ class Config(_config.Decoder):
   final_logit_softcapping: float | None
 
 
-_ONLY = {**gemma2.ONLY, 'attn_logit_softcapping': (None,)}
-
-
-def _rope(hf_config: dict[str, Any]) -> dict[str, Any]:
-  """rope_theta, rope_scaling and rope_local_base_freq, of either way to write them."""
+def _read_rope(hf_config):
+  """Reads rope_theta, rope_scaling and rope_local_base_freq, of either way to write them."""
   nested = hf_config.get('rope_parameters') or {}
   if not nested:
-    theta, scaling = _config.rope('gemma3_text', hf_config, ('default', 'linear'))
-    return {**theta, 'rope_scaling': scaling}
+    return _config.read_rope(hf_config, ('default', 'linear'))
   outside = [name for name in ('rope_scaling', 'rope_theta', 'rope_local_base_freq')
              if hf_config.get(name) is not None]
   wrong = set(nested) ^ {gemma2.LOCAL, gemma2.GLOBAL}
@@ -49,7 +42,7 @@ def _rope(hf_config: dict[str, Any]) -> dict[str, Any]:
         f'gemma3_text config.json: rope_parameters={nested} beside {outside}; allowed: '
         f'rope_parameters of {gemma2.LOCAL!r} and {gemma2.GLOBAL!r}, or the fields rope_theta, '
         'rope_local_base_freq and rope_scaling')
-  one = functools.partial(_config.rope_scaling, 'gemma3_text')
+  one = functools.partial(_config.read_rope_scaling, 'gemma3_text')
   one(nested[gemma2.LOCAL], f'rope_parameters.{gemma2.LOCAL}', ('default',))
   scaling = one(nested[gemma2.GLOBAL], f'rope_parameters.{gemma2.GLOBAL}', ('default', 'linear'))
   found = {'rope_theta': nested[gemma2.GLOBAL].get('rope_theta'),
@@ -57,43 +50,33 @@ def _rope(hf_config: dict[str, Any]) -> dict[str, Any]:
   return {**{k: v for k, v in found.items() if v is not None}, 'rope_scaling': scaling}
 
 
-def parse(hf_config: dict[str, Any]) -> Config:
-  """Reads config.json strictly.
-
-  Raises:
-    ValueError: a missing size, or a value of a field that this family does not implement.
-  """
-  read = [*_config.read_names(Config), 'sliding_window_pattern']
-  _config.check_fields('gemma3_text', hf_config, read, _ONLY)
+def _read(hf_config):
   pattern = hf_config.get('sliding_window_pattern')
-  values = gemma2.with_layer_types('gemma3_text', hf_config, pattern or 6)
-  if pattern and values != gemma2.with_layer_types(
-      'gemma3_text', {**hf_config, 'layer_types': None}, pattern):
+  values = gemma2.with_layer_types(hf_config, pattern or 6)
+  if pattern and values != gemma2.with_layer_types({**hf_config, 'layer_types': None}, pattern):
     raise ValueError(f'gemma3_text config.json: sliding_window_pattern={pattern} and layer_types='
                      f'{list(values["layer_types"])}; allowed: that they say the same')
-  return _config.make(Config, 'gemma3_text', {**values, **_rope(hf_config)})
+  return values
 
 
-def to_hf(c: Config) -> dict[str, Any]:
-  """The inverse of `parse`: the content of a config.json that transformers opens."""
-  return _config.to_hf(c, 'gemma3_text', 'Gemma3ForCausalLM', {
-      'hidden_activation': 'gelu_pytorch_tanh', 'attention_bias': False,
-      'layer_types': list(c.layer_types)})
-
-
-def param_specs(c: Config) -> dict[str, Any]:
-  """The table."""
+def _table(c):
   zeros = jax.nn.initializers.zeros
-  return gemma2.param_specs(c, {
+  return gemma2.table(c, {
       'q_norm': _decoder.gain(c, 'self_attn.q_norm', c.head_dim, zeros),
       'k_norm': _decoder.gain(c, 'self_attn.k_norm', c.head_dim, zeros)})
 
 
-def build(hf_config: dict[str, Any], *, dtype: Any = jnp.float32, remat: bool = False,
-          layer_unroll: int = 1) -> Model:
-  """See `models.build`. `layer_unroll` layers share one iteration of the scan."""
-  c = parse(hf_config)
-  local = _decoder.Kind(c.rope_local_base_freq, window=c.sliding_window)
-  model = gemma2.decoder(c, 0.0, local, _decoder.Kind(c.rope_theta, c.rope_scaling), dtype,
-                         remat, layer_unroll)
-  return _decoder.build(model, 'gemma3_text', param_specs(c), to_hf(c))
+def _layer(c, *inputs):
+  return gemma2.block(c, 0.0, *inputs)
+
+
+def _kind(c, i):
+  if c.layer_types[i] == gemma2.LOCAL:
+    return _decoder.Kind(c.rope_local_base_freq, window=c.sliding_window)
+  return _decoder.Kind(c.rope_theta, c.rope_scaling)
+
+
+FAMILY = dataclasses.replace(
+    gemma2.FAMILY, architecture='Gemma3ForCausalLM', layer=_layer, table=_table, config=Config,
+    only={**gemma2.FAMILY.only, 'attn_logit_softcapping': (None,)},
+    also_read=('sliding_window_pattern',), read=_read, read_rope=_read_rope, kind=_kind)

@@ -13,7 +13,6 @@ exchanged.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -24,11 +23,10 @@ from jaxtyping import Array, Float, Int
 from opd_jax import nn
 from opd_jax.models import _config, _decoder, qwen3
 from opd_jax.params import ParamSpec
-from opd_jax.types import Model
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(_config.Decoder):
+class Config(_config.BaseConfig):
   """What every family has, and the experts; `intermediate_size` is read and not used."""
 
   moe_intermediate_size: int
@@ -36,62 +34,41 @@ class Config(_config.Decoder):
   num_experts_per_tok: int
   norm_topk_prob: bool
 
+  def __post_init__(self):
+    if not 1 <= self.num_experts_per_tok <= self.num_experts:
+      raise ValueError(
+          f'qwen3_moe config.json: num_experts_per_tok={self.num_experts_per_tok}; allowed: 1 to '
+          f'num_experts={self.num_experts}')
 
-_ONLY = {'hidden_act': ('silu',), 'attention_bias': (False,), 'use_sliding_window': (False,),
-         'decoder_sparse_step': (1,), 'mlp_only_layers': ([], None)}
-# Of what use_sliding_window turns off, and of a loss that is not computed here.
-_INERT = ('sliding_window', 'max_window_layers', 'router_aux_loss_coef', 'output_router_logits')
 
-
-def parse(hf_config: dict[str, Any]) -> Config:
-  """Reads config.json strictly.
-
-  Raises:
-    ValueError: a missing size, or a value of a field that this family does not implement.
-  """
-  values = dict(hf_config)
+def _read(hf_config):
+  values = _config.full_attention_only(hf_config)
   if 'num_local_experts' in values:  # transformers 5 has another name for it
-    values.setdefault('num_experts', values.pop('num_local_experts'))
-  _config.check_fields('qwen3_moe', values, [*_config.read_names(Config), 'layer_types'], _ONLY,
-                       _INERT)
-  _config.only_full_attention('qwen3_moe', values)
-  theta, _ = _config.rope('qwen3_moe', values)
-  c = _config.make(Config, 'qwen3_moe', {**values, **theta})
-  if not 1 <= c.num_experts_per_tok <= c.num_experts:
-    raise ValueError(f'qwen3_moe config.json: num_experts_per_tok={c.num_experts_per_tok}; '
-                     f'allowed: 1 to num_experts={c.num_experts}')
-  return c
+    values = {'num_experts': values['num_local_experts'], **values}
+  return values
 
 
-def to_hf(c: Config) -> dict[str, Any]:
-  """The inverse of `parse`: the content of a config.json that transformers opens."""
-  return _config.to_hf(c, 'qwen3_moe', 'Qwen3MoeForCausalLM', {
-      'hidden_act': 'silu', 'attention_bias': False, 'use_sliding_window': False,
-      'decoder_sparse_step': 1, 'mlp_only_layers': []})
-
-
-def param_specs(c: Config) -> dict[str, Any]:
-  """The table."""
-  layers, experts = c.num_hidden_layers, c.num_experts
+def _table(c):
+  layers, number = c.num_hidden_layers, c.num_experts
   d, f, normal = c.hidden_size, c.moe_intermediate_size, jax.nn.initializers.normal
-  share = c.num_experts_per_tok / experts
+  share = c.num_experts_per_tok / number
 
   def expert(name, shape, axes, std, hf_shape):
-    return ParamSpec((layers, experts, *shape), ('layer', 'experts', *axes), normal(std),
+    return ParamSpec((layers, number, *shape), ('layer', 'experts', *axes), normal(std),
                      f'model.layers.{{layer}}.mlp.experts.{{expert}}.{name}.weight', hf_shape, True,
                      share)
 
-  return _decoder.table(c, {
+  return {
       **qwen3.attention_table(c),
-      'router': _decoder.matrix(c, 'mlp.gate', (d, experts), ('embed', None), (experts, d)),
+      'router': _decoder.matrix(c, 'mlp.gate', (d, number), ('embed', None), (number, d)),
       'gate': expert('gate_proj', (d, f), ('embed', 'mlp'), d**-0.5, (f, d)),
       'up': expert('up_proj', (d, f), ('embed', 'mlp'), d**-0.5, (f, d)),
-      'down': expert('down_proj', (f, d), ('mlp', 'embed'), (2 * layers * f)**-0.5, (d, f))})
+      'down': expert('down_proj', (f, d), ('mlp', 'embed'), (2 * layers * f)**-0.5, (d, f))}
 
 
 def route(c: Config, x: Float[Array, 'B S D'], router: Array
           ) -> tuple[Float[Array, 'B S k'], Int[Array, 'B S k']]:
-  """The weights and the numbers of each token's experts, from a softmax in float32 at least."""
+  """Picks each token's experts, and their weights from a softmax in float32 at least."""
   wide = jnp.promote_types(x.dtype, jnp.float32)
   logits = jnp.einsum('bsd,de->bse', x, router.astype(x.dtype), preferred_element_type=wide)
   weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), c.num_experts_per_tok)
@@ -109,7 +86,7 @@ def _permute(rows, order):
 def experts(x: Float[Array, 'B S D'], weights: Float[Array, 'B S k'], chosen: Int[Array, 'B S k'],
             gate: Float[Array, 'E D F'], up: Float[Array, 'E D F'], down: Float[Array, 'E F D'],
             first: Int[Array, ''] | int) -> Float[Array, 'B S D']:
-  """sum_k weight_k expert_k(x) over those of the chosen experts that are `first` ... first + E - 1.
+  """Adds weight_k expert_k(x) of those chosen experts k that are `first` ... first + E - 1.
 
   Each (token, expert) pair is a row; sorted by expert, they are multiplied by one `ragged_dot`. The
   rows of experts held elsewhere are sorted to the end and contribute zero.
@@ -132,7 +109,7 @@ def experts(x: Float[Array, 'B S D'], weights: Float[Array, 'B S k'], chosen: In
 
 
 def mixture(c: Config, x: Float[Array, 'B S D'], w: dict[str, Any]) -> Float[Array, 'B S D']:
-  """The experts' layer, spread over the mesh in context where there is one."""
+  """Computes the experts' layer, spread over the mesh in context where there is one."""
   weights, chosen = route(c, x, w['router'])
   mesh = jax.sharding.get_abstract_mesh()
   # The names of `sharding.MESH_AXES`. Sorting would gather what is split over data and fsdp.
@@ -160,11 +137,11 @@ def _layer(c, x, w, rope, allowed, cache):
   return x + mixture(c, nn.rms_norm(x, w['mlp_norm'], c.rms_norm_eps), w), kv
 
 
-def build(hf_config: dict[str, Any], *, dtype: Any = jnp.float32, remat: bool = False,
-          layer_unroll: int = 1) -> Model:
-  """See `models.build`. `layer_unroll` layers share one iteration of the scan."""
-  c = parse(hf_config)
-  decoder = _decoder.Decoder(
-      c, functools.partial(_layer, c), (_decoder.Kind(c.rope_theta),), dtype=dtype, remat=remat,
-      layer_unroll=layer_unroll)
-  return _decoder.build(decoder, 'qwen3_moe', param_specs(c), to_hf(c))
+FAMILY = _decoder.Family(
+    'Qwen3MoeForCausalLM', _layer, _table, Config,
+    only={**qwen3.FAMILY.only, 'decoder_sparse_step': (1,), 'mlp_only_layers': ([], None)},
+    # The last two are of a loss that is not computed here.
+    inert=(*qwen3.FAMILY.inert, 'router_aux_loss_coef', 'output_router_logits'),
+    also_read=('layer_types', 'num_local_experts'), read=_read,
+    written=lambda c: {'hidden_act': 'silu', 'attention_bias': False, 'use_sliding_window': False,
+                       'decoder_sparse_step': 1, 'mlp_only_layers': []})

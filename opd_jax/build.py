@@ -29,6 +29,7 @@ from opd_jax import (
   models,
   optim,
   params,
+  peft,
   sharding,
   tasks,
   teachers,
@@ -421,7 +422,7 @@ def make_adapter(c: ConfigDict, student: hf.LoadedModel) -> Adapter | None:
     return None
   if group.path:
     try:
-      settings, read = hf.read_adapter(group.path, student.model, c.student.path)
+      settings, read = peft.read_adapter(group.path, student.model, c.student.path)
     except (ValueError, FileNotFoundError) as e:
       raise ValueError(f'student.lora.path={group.path!r}: {e}') from e
     return Adapter(settings, lora.adapter_specs(student.model.specs, settings), read)

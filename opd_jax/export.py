@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from opd_jax import build, checkpoint, checks, hf, lora, sharding, train
+from opd_jax import build, checkpoint, checks, hf, lora, peft, sharding, train
 from opd_jax import config as config_lib
 
 FORMATS = ('full', 'adapter')
@@ -60,8 +60,8 @@ def export(workdir: pathlib.Path, output: pathlib.Path, form: str, step: int, dt
     shape = train.abstract_state(specs, build.make_optimizer(c), mesh)
     step, state = _restore(c, workdir, step, shape)
     if form == 'adapter':
-      hf.write_adapter(output, student.model, state.params, adapter.settings, tokenizer,
-                       c.student.path)
+      peft.write_adapter(output, student.model, state.params, adapter.settings, tokenizer,
+                         c.student.path)
     else:
       weights = sharding.param_shardings(student.model.specs, mesh)
       frozen = adapter and lora.Frozen(build.read('student.path', student, build.frozen_dtype(c),

@@ -1,9 +1,8 @@
-"""Hugging Face checkpoints to parameters and back, strictly, through the spec table.
+"""Reads Hugging Face checkpoints and writes them, strictly, through the spec table.
 
-Two kinds of directory: whole models (`load`, `write_checkpoint`) and low-rank adapters in PEFT's
-format (`read_adapter`, `write_adapter`). Opening one checks all that can be checked without reading
-a weight. Weights are then read and written a tensor at a time: host memory holds one tensor beside
-what this process keeps. Left out: pickled weights (*.bin), quantized weights, remote code.
+Opening a directory checks all that can be checked without reading a weight. Weights are then read
+and written a tensor at a time: host memory holds one tensor beside what this process keeps. Left
+out: pickled weights (*.bin), quantized weights, remote code. Adapters are in `peft.py`.
 """
 
 from __future__ import annotations
@@ -13,26 +12,23 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 import pathlib
 import re
 import shutil
 from typing import Any
-import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import lora, models, tensors
+from opd_jax import models, tensors
 from opd_jax import tokenizer as tokenizer_lib
 from opd_jax.params import flatten
 from opd_jax.tensors import Stored
 from opd_jax.types import Model, Params
 
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
-ADAPTER_WEIGHTS, ADAPTER_CONFIG = 'adapter_model.safetensors', 'adapter_config.json'
 MAX_SHARD_BYTES = 5 * 2**30
 # What is fetched of a repository: no pickles, no code, no second copy of the weights.
 FETCHED = ('config.json', 'generation_config.json', 'model.safetensors*', 'model-*.safetensors',
@@ -107,7 +103,7 @@ def check_source(path: str | os.PathLike[str], revision: str) -> None:
 
 
 def fetch(path: str | os.PathLike[str], revision: str = '') -> pathlib.Path:
-  """The local directory of a checkpoint; a repository is downloaded, unless its commit is in the
+  """Finds the local directory of a checkpoint; downloads a repository, unless its commit is in the
   hub's cache already.
 
   Raises:
@@ -126,13 +122,13 @@ def fetch(path: str | os.PathLike[str], revision: str = '') -> pathlib.Path:
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-  """The content of config.json.
+  """Reads config.json.
 
   Raises:
     FileNotFoundError: there is none.
     ValueError: it is no JSON object, or describes quantized weights.
   """
-  config = _read_json(pathlib.Path(path) / 'config.json')
+  config = read_json(pathlib.Path(path) / 'config.json')
   if config.get('quantization_config'):
     method = config['quantization_config'].get('quant_method')
     raise ValueError(f'{path}: config.json has quantization_config with quant_method={method!r}; '
@@ -140,7 +136,13 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
   return config
 
 
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+  """Reads one of the JSON files of a directory.
+
+  Raises:
+    FileNotFoundError: it is not there.
+    ValueError: it is no JSON object.
+  """
   if not file.exists():
     raise FileNotFoundError(f'{file.parent} is not a Hugging Face checkpoint: {file} is missing')
   try:
@@ -156,7 +158,7 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
 
 
 def find_tensors(path: str | os.PathLike[str]) -> dict[str, Stored]:
-  """Every tensor of a model's directory, from one file or from those that the index names.
+  """Lists the tensors of a model's directory, of one file or of those that the index names.
 
   Raises:
     FileNotFoundError: no weights, or a file that the index names is missing.
@@ -172,7 +174,7 @@ def find_tensors(path: str | os.PathLike[str]) -> dict[str, Stored]:
     others = sorted(p.name for p in path.glob('*') if p.suffix in ('.bin', '.pt', '.safetensors'))
     raise FileNotFoundError(f'{path} has neither {WEIGHTS} nor {INDEX}, and of other weights '
                             f'{others}; allowed: safetensors under those names')
-  weight_map = _read_json(index).get('weight_map')
+  weight_map = read_json(index).get('weight_map')
   if not isinstance(weight_map, dict) or not all(
       isinstance(f, str) and pathlib.PurePath(f).name == f for f in weight_map.values()):
     raise ValueError(f"{index}: weight_map={str(weight_map)[:200]}; allowed: an object of tensor "
@@ -199,7 +201,7 @@ def find_tensors(path: str | os.PathLike[str]) -> dict[str, Stored]:
 
 
 def open_weights(path: str | os.PathLike[str], model: Model) -> dict[str, Stored]:
-  """The tensors of a model's directory, checked against its table. Reads no weights.
+  """Checks the tensors of a model's directory against its table. Reads no weights.
 
   Raises:
     FileNotFoundError, ValueError: see `find_tensors`; or tensors unmatched, missing, mis-shaped,
@@ -286,10 +288,10 @@ def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params,
              'generation_config.json': {**ids, 'eos_token_id': ends if ends[1:] else ends[0]}}
   if jax.process_index():
     return
-  with _new_directory(path) as partial:
+  with new_directory(path) as partial:
     for file, content in configs.items():
-      _write_json(partial / file, content)
-    _save_tokenizer(partial, tokenizer)
+      write_json(partial / file, content)
+    save_tokenizer(partial, tokenizer)
     shards = tensors.split(plan, max_shard_bytes)
     arrays = tensors.stream(model.specs, params, plan)
     files = [WEIGHTS] if len(shards) == 1 else [
@@ -299,12 +301,17 @@ def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params,
     if len(shards) > 1:
       weight_map = {n: f for f, shard in zip(files, shards, strict=True) for n in shard}
       size = sum(map(tensors.nbytes, plan.values()))
-      _write_json(partial / INDEX, {'metadata': {'total_size': size}, 'weight_map': weight_map})
+      write_json(partial / INDEX, {'metadata': {'total_size': size}, 'weight_map': weight_map})
 
 
 @contextlib.contextmanager
-def _new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-  """A hidden directory that gets its name when all went well, and is removed when not."""
+def new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """Makes a hidden directory that gets its name when all went well, and is removed when not.
+
+  Raises:
+    FileExistsError: `path` exists.
+    ExportError: the file system refuses.
+  """
   path = pathlib.Path(path)
   if os.path.lexists(path):
     raise FileExistsError(f'{path} exists already; allowed: a path that does not, so choose '
@@ -322,135 +329,18 @@ def _new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
+def save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
+  """Writes the files of a tokenizer.
+
+  Raises:
+    OSError: whatever went wrong.
+  """
   try:
     tokenizer.save_pretrained(str(folder))
   except Exception as e:  # the Rust side raises bare Exceptions, for a full disk too
     raise OSError(f'the tokenizer cannot be saved: {e}') from e
 
 
-def _write_json(file: pathlib.Path, content: dict[str, Any]) -> None:
+def write_json(file: pathlib.Path, content: dict[str, Any]) -> None:
+  """Writes JSON that reads and compares well: indented, with sorted keys."""
   file.write_text(json.dumps(content, indent=2, sort_keys=True) + '\n')
-
-
-# --- adapters ---
-
-
-def write_adapter(path: str | os.PathLike[str], model: Model, adapters: Params,
-                  settings: lora.Settings, tokenizer: Any, base_name: str) -> None:
-  """Writes adapters as a PEFT directory, with the tokenizer.
-
-  Args:
-    path: the directory to make.
-    model: the base.
-    adapters: in the form of `lora.adapter_specs`.
-    settings: theirs.
-    tokenizer: a Hugging Face tokenizer.
-    base_name: where the base is from, for adapter_config.json; '' for nowhere.
-
-  Raises:
-    FileExistsError, ValueError, ExportError: see `write_checkpoint`.
-  """
-  specs = lora.adapter_specs(model.specs, settings)
-  plan = tensors.plan(specs, adapters, None)
-  whole = settings.alpha == int(settings.alpha)
-  config = {
-      'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': base_name or None,
-      'r': settings.rank, 'lora_alpha': int(settings.alpha) if whole else settings.alpha,
-      'lora_dropout': 0.0, 'bias': 'none', 'fan_in_fan_out': False, 'use_rslora': False,
-      'use_dora': False, 'inference_mode': True, 'init_lora_weights': True,
-      'modules_to_save': None, 'target_modules': sorted(_modules(plan))}
-  if jax.process_index():
-    return
-  with _new_directory(path) as partial:
-    _write_json(partial / ADAPTER_CONFIG, config)
-    tensors.write(partial / ADAPTER_WEIGHTS, plan, tensors.stream(specs, adapters, plan))
-    _save_tokenizer(partial, tokenizer)
-
-
-def _modules(names: Any) -> set[str]:
-  """The last names of the modules of adapter tensors, such as {'q_proj'}."""
-  return {name.rpartition('.lora_')[0].rpartition('.')[2] for name in names}
-
-
-def read_adapter(path: str | os.PathLike[str], model: Model, base_name: str = ''
-                 ) -> tuple[lora.Settings, Callable[..., Params]]:
-  """Opens a PEFT directory with adapters for this base.
-
-  Args:
-    path: the directory.
-    model: the base.
-    base_name: where the base is from. A warning says so if the adapter names another; names of the
-      same base differ from place to place, so that this alone is no error.
-
-  Returns:
-    The settings, and a `read` like `LoadedModel.read` for the tree of `lora.adapter_specs`.
-    `lora_dropout` is not applied.
-
-  Raises:
-    FileNotFoundError: something is not there.
-    ValueError: another method than plain LoRA, or tensors that do not fit the base.
-  """
-  path = pathlib.Path(path)
-  config = _read_json(path / ADAPTER_CONFIG)
-  _check_plain(config, path / ADAPTER_CONFIG)
-  file = path / ADAPTER_WEIGHTS
-  if not file.exists():
-    raise FileNotFoundError(f'{path} has no {ADAPTER_WEIGHTS}')
-  found = tensors.read_header(file)
-  targets = _targets(found, model, config['r'])
-  if not targets:
-    raise ValueError(f'{file} is not for this {model.family}: it has the tensors {sorted(found)}, '
-                     f'none of them for {sorted(lora.adaptable(model.specs))}')
-  settings = lora.Settings(rank=config['r'], alpha=float(config['lora_alpha']), targets=targets)
-  specs = lora.adapter_specs(model.specs, settings)
-  tensors.check(found, specs, f'{file} does not match this {model.family} with r={settings.rank}')
-  named = config.get('target_modules')
-  if isinstance(named, list) and {n.rpartition('.')[2] for n in named} != _modules(found):
-    raise ValueError(f'{path / ADAPTER_CONFIG}: target_modules={sorted(named)}, and the tensors '
-                     f'are for {sorted(_modules(found))}; allowed: the same')
-  made_for = config.get('base_model_name_or_path') or ''
-  if made_for and base_name and pathlib.PurePath(made_for).name != pathlib.PurePath(base_name).name:
-    warnings.warn(f'the adapter in {path} was made for {made_for!r}, and is put on {base_name!r}',
-                  stacklevel=2)
-  return settings, functools.partial(tensors.read, specs, found)
-
-
-# Fields of adapter_config.json that change nothing about what the tensors mean: records of how the
-# adapters were made, and what the tensors themselves tell.
-_HARMLESS = {
-    'auto_mapping', 'base_model_name_or_path', 'corda_config', 'ephemeral_gpu_offload',
-    'eva_config', 'exclude_modules', 'inference_mode', 'layers_pattern', 'lora_alpha',
-    'lora_dropout', 'megatron_core', 'peft_version', 'qalora_group_size', 'r', 'revision',
-    'runtime_config', 'target_modules'}
-_ALLOWED = {  # init_lora_weights: others change the base too
-    'peft_type': ('LORA',), 'task_type': ('CAUSAL_LM', None), 'bias': ('none',),
-    'init_lora_weights': (True, False, 'gaussian', 'eva', 'orthogonal')}
-
-
-def _check_plain(config: dict[str, Any], file: pathlib.Path) -> None:
-  """Raises ValueError for anything but plain LoRA. A field that is not known here, as of a newer
-  PEFT, has to be empty."""
-  for name, allowed in _ALLOWED.items():
-    if config.get(name, allowed[0]) not in allowed or 'peft_type' not in config:
-      raise ValueError(f'{file}: {name}={config.get(name)!r}; allowed: {list(allowed)}')
-  for name in sorted(set(config) - _HARMLESS - set(_ALLOWED)):
-    if config[name]:
-      raise ValueError(f'{file}: {name}={config[name]!r} is not implemented; allowed: that it is '
-                       'absent, null, false or empty')
-  for name in ('r', 'lora_alpha'):
-    value = config.get(name)
-    kinds = (int,) if name == 'r' else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
-      raise ValueError(f'{file}: {name}={value!r}; allowed: a number above 0')
-
-
-def _targets(found: dict[str, Stored], model: Model, rank: int) -> str:
-  """`lora.Settings.targets` for the parameters that have tensors in the file; '' for none."""
-  specs = flatten(lora.adapter_specs(model.specs, lora.Settings(rank, alpha=1.0)))
-  names = dict.fromkeys(key.rpartition('/')[0] for key, spec in specs.items()
-                        if any(name in found for _, name in tensors.places(spec)))
-  for preset, pattern in lora.PRESETS.items():
-    if names and set(names) == {n for n in lora.adaptable(model.specs) if re.fullmatch(pattern, n)}:
-      return preset
-  return '|'.join(map(re.escape, names))

@@ -43,6 +43,7 @@ from opd_jax import (
   lora,
   metrics,
   params,
+  peft,
   sample,
   score,
   sharding,
@@ -481,8 +482,8 @@ def finish(c: ConfigDict, s: Setup, state: TrainState, frozen: lora.Frozen | Non
   """Writes the final model as a Hugging Face directory, then result.json, which ends the run."""
   tokenizer = build_lib.final_tokenizer(c, s.student, s.teacher)
   if s.adapter is not None and not (workdir / ADAPTER).exists():
-    hf.write_adapter(workdir / ADAPTER, s.student.model, state.params, s.adapter.settings,
-                     tokenizer, c.student.path)
+    peft.write_adapter(workdir / ADAPTER, s.student.model, state.params, s.adapter.settings,
+                       tokenizer, c.student.path)
   if c.checkpoint.export == 'full' and not (workdir / EXPORT).exists():
     hf.write_checkpoint(workdir / EXPORT, s.student.model, lora.join(frozen, state.params),
                         tokenizer, stop_tokens=s.stop_tokens)

@@ -53,8 +53,8 @@ LAYERS = (
     ('types',), ('params',), ('lora',), ('nn',), ('models', 'divergences', 'chunks'),
     ('estimators',), ('objective', 'diagnostics'), ('sample',), ('score',), ('credit',),
     ('update', 'flops'),
-    ('sharding', 'optim', 'tokenizer', 'tensors', 'checkpoint', 'metrics'), ('hf',), ('foreign',),
-    ('tasks', 'teachers', 'data'), ('evaluate', 'config'),
+    ('sharding', 'optim', 'tokenizer', 'tensors', 'checkpoint', 'metrics'), ('hf',),
+    ('foreign', 'peft'), ('tasks', 'teachers', 'data'), ('evaluate', 'config'),
     ('checks', 'presets'), ('report', 'build'), ('doctor',),
     ('train',), ('diagnose',), ('pipeline', 'export'), ('__main__',))
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import tiny
 
-from opd_jax import build, checks, hf, lora, models, params, sample, tensors, tokenizer
+from opd_jax import build, checks, hf, lora, models, params, peft, sample, tensors, tokenizer
 
 CONFIG = qwen3_config(vocab_size=64)
 MODEL = models.build(CONFIG)
@@ -474,8 +474,8 @@ class TestExport:
     monkeypatch.setattr(tensors, 'stream', None)  # refused before any work
     for export in (lambda: hf.write_checkpoint(path, MODEL, PARAMS,
                                                tokenizer.character_tokenizer()),
-                   lambda: hf.write_adapter(path, MODEL, adapters(SETTINGS), SETTINGS,
-                                            tokenizer.character_tokenizer(), '')):
+                   lambda: peft.write_adapter(path, MODEL, adapters(SETTINGS), SETTINGS,
+                                              tokenizer.character_tokenizer(), '')):
       with pytest.raises(FileExistsError, match='x exists already; allowed'):
         export()
     assert [p.name for p in tmp_path.iterdir()] == ['x']
@@ -520,8 +520,8 @@ class TestExport:
     broken = tokenizer.character_tokenizer()
     broken.__class__ = Broken
     for write in (lambda: hf.write_checkpoint(tmp_path / 'x', MODEL, PARAMS, broken),
-                  lambda: hf.write_adapter(tmp_path / 'x', MODEL, adapters(SETTINGS), SETTINGS,
-                                           broken, '')):
+                  lambda: peft.write_adapter(tmp_path / 'x', MODEL, adapters(SETTINGS), SETTINGS,
+                                             broken, '')):
       with pytest.raises(hf.ExportError, match='x could not be written.*No space left'):
         write()
       assert not list(tmp_path.iterdir())
@@ -577,8 +577,8 @@ def adapters(settings, seed=1):
 
 @pytest.fixture
 def adapter(tmp_path):
-  hf.write_adapter(tmp_path / 'adapter', MODEL, adapters(SETTINGS), SETTINGS,
-                   tokenizer.character_tokenizer(), 'acme/base')
+  peft.write_adapter(tmp_path / 'adapter', MODEL, adapters(SETTINGS), SETTINGS,
+                     tokenizer.character_tokenizer(), 'acme/base')
   return tmp_path / 'adapter'
 
 
@@ -590,8 +590,8 @@ class TestAdapters:
   def test_there_and_back(self, tmp_path, targets, read_as):
     settings = lora.Settings(rank=3, alpha=4.5, targets=targets)
     values = adapters(settings)
-    hf.write_adapter(tmp_path / 'x', MODEL, values, settings, tokenizer.character_tokenizer(), '')
-    again, read = hf.read_adapter(tmp_path / 'x', MODEL)
+    peft.write_adapter(tmp_path / 'x', MODEL, values, settings, tokenizer.character_tokenizer(), '')
+    again, read = peft.read_adapter(tmp_path / 'x', MODEL)
     assert again == dataclasses.replace(settings, targets=read_as)
     assert_same(read(), jax.tree.map(np.asarray, values))
     assert_same(read(jnp.bfloat16), cast(values, jnp.bfloat16))
@@ -599,10 +599,10 @@ class TestAdapters:
         tokenizer.character_tokenizer().get_vocab())
 
   def test_files(self, adapter):
-    config = json.loads((adapter / hf.ADAPTER_CONFIG).read_text())
+    config = json.loads((adapter / peft.CONFIG).read_text())
     assert config['target_modules'] == ['q_proj', 'v_proj'] and config['r'] == 2
     assert config['lora_alpha'] == 3 and config['base_model_name_or_path'] == 'acme/base'
-    stored = raw(adapter / hf.ADAPTER_WEIGHTS)
+    stored = raw(adapter / peft.WEIGHTS)
     assert len(stored) == 2 * 2 * 2
     q = adapters(SETTINGS)['layers']['q']
     name = 'base_model.model.model.layers.1.self_attn.q_proj'
@@ -614,22 +614,22 @@ class TestAdapters:
       dict(num_attention_heads=4)], ids=str)
   def test_another_base(self, adapter, changes):
     base = models.build(dict(CONFIG, **changes))
-    message = refusal(ValueError, hf.read_adapter, adapter, base)
-    assert str(adapter / hf.ADAPTER_WEIGHTS) in message and 'q_proj' in message
+    message = refusal(ValueError, peft.read_adapter, adapter, base)
+    assert str(adapter / peft.WEIGHTS) in message and 'q_proj' in message
 
   def test_modules_of_another_base(self, adapter):
-    file = adapter / hf.ADAPTER_WEIGHTS
+    file = adapter / peft.WEIGHTS
     write_raw(file, {n.replace('self_attn', 'attn'): t for n, t in raw(file).items()})
-    message = refusal(ValueError, hf.read_adapter, adapter, MODEL)
+    message = refusal(ValueError, peft.read_adapter, adapter, MODEL)
     assert 'not for this qwen3' in message and 'layers.0.attn.q_proj' in message
     assert 'layers/gate' in message
 
   def test_the_name_of_another_base_is_a_warning(self, adapter, recwarn):
-    hf.read_adapter(adapter, MODEL, base_name='models/base')
-    hf.read_adapter(adapter, MODEL)
+    peft.read_adapter(adapter, MODEL, base_name='models/base')
+    peft.read_adapter(adapter, MODEL)
     assert not recwarn.list
     with pytest.warns(UserWarning, match="made for 'acme/base'.*put on 'models/other'"):
-      hf.read_adapter(adapter, MODEL, base_name='models/other')
+      peft.read_adapter(adapter, MODEL, base_name='models/other')
 
   @pytest.mark.parametrize(('field', 'value'), [
       ('peft_type', 'IA3'), ('peft_type', None), ('task_type', 'SEQ_CLS'), ('bias', 'lora_only'),
@@ -640,30 +640,30 @@ class TestAdapters:
       ('r', 0), ('r', 2.5), ('r', True), ('lora_alpha', 'much'), ('lora_alpha', -1),
       ('target_modules', ['q_proj'])])
   def test_other_methods(self, adapter, field, value):
-    change_json(adapter / hf.ADAPTER_CONFIG, **{field: value})
-    message = refusal(ValueError, hf.read_adapter, adapter, MODEL)
+    change_json(adapter / peft.CONFIG, **{field: value})
+    message = refusal(ValueError, peft.read_adapter, adapter, MODEL)
     assert f'{field}={value!r}' in message and 'allowed' in message
 
   def test_another_rank(self, adapter):
-    change_json(adapter / hf.ADAPTER_CONFIG, r=4)
-    message = refusal(ValueError, hf.read_adapter, adapter, MODEL)
+    change_json(adapter / peft.CONFIG, r=4)
+    message = refusal(ValueError, peft.read_adapter, adapter, MODEL)
     assert 'r=4' in message and '(2, 16) in the file, (4, 16) expected' in message
 
   def test_damage(self, adapter):
-    file = adapter / hf.ADAPTER_WEIGHTS
+    file = adapter / peft.WEIGHTS
     stored = raw(file)
     first = next(iter(stored))
     write_raw(file, {n: t for n, t in stored.items() if n != first})
-    assert f"missing tensors ['{first}']" in refusal(ValueError, hf.read_adapter, adapter, MODEL)
+    assert f"missing tensors ['{first}']" in refusal(ValueError, peft.read_adapter, adapter, MODEL)
     write_raw(file, {**stored, first: ('F32', stored[first][1], b'\xff' * len(stored[first][2]))})
-    _, read = hf.read_adapter(adapter, MODEL)
+    _, read = peft.read_adapter(adapter, MODEL)
     assert f'{first} has NaN' in refusal(ValueError, read)
     file.write_bytes(file.read_bytes()[:-1])
-    assert 'whole safetensors file' in refusal(ValueError, hf.read_adapter, adapter, MODEL)
+    assert 'whole safetensors file' in refusal(ValueError, peft.read_adapter, adapter, MODEL)
     file.unlink()
-    assert file.name in refusal(FileNotFoundError, hf.read_adapter, adapter, MODEL)
-    (adapter / hf.ADAPTER_CONFIG).unlink()
-    assert hf.ADAPTER_CONFIG in refusal(FileNotFoundError, hf.read_adapter, adapter, MODEL)
+    assert file.name in refusal(FileNotFoundError, peft.read_adapter, adapter, MODEL)
+    (adapter / peft.CONFIG).unlink()
+    assert peft.CONFIG in refusal(FileNotFoundError, peft.read_adapter, adapter, MODEL)
 
 
 # --- against transformers and PEFT ---
@@ -729,12 +729,12 @@ class TestAgainstTransformers:
 
   @pytest.mark.parametrize('targets', ['all', 'layers/(q|v)'])
   def test_an_adapter_opens_in_peft_with_the_same_logits(self, originals, tmp_path, targets):
-    peft = pytest.importorskip('peft')
+    library = pytest.importorskip('peft')
     settings = lora.Settings(rank=2, alpha=3.0, targets=targets)
     values = adapters(settings)
-    hf.write_adapter(tmp_path / 'x', MODEL, values, settings, tokenizer.character_tokenizer(),
-                     str(originals / 'single'))
-    model = peft.PeftModel.from_pretrained(opened(originals / 'single'), tmp_path / 'x')
+    peft.write_adapter(tmp_path / 'x', MODEL, values, settings, tokenizer.character_tokenizer(),
+                       str(originals / 'single'))
+    model = library.PeftModel.from_pretrained(opened(originals / 'single'), tmp_path / 'x')
     joined = lora.join(lora.Frozen(PARAMS, settings.scale), values)
     want = torch_logits(model)
     assert error(logits(PARAMS), want) > 0.05  # the adapter does something
@@ -746,16 +746,16 @@ class TestAgainstTransformers:
       (['q_proj', 'v_proj'], 'layers/q|layers/v'), ('all-linear', 'all'),
       (r'.*\.(gate|up|down)_proj', 'mlp')])
   def test_an_adapter_that_peft_made(self, originals, tmp_path, modules, targets):
-    peft, torch = pytest.importorskip('peft'), pytest.importorskip('torch')
+    library, torch = pytest.importorskip('peft'), pytest.importorskip('torch')
     torch.manual_seed(0)
-    model = peft.get_peft_model(opened(originals / 'single'), peft.LoraConfig(
+    model = library.get_peft_model(opened(originals / 'single'), library.LoraConfig(
         r=3, lora_alpha=5, target_modules=modules, task_type='CAUSAL_LM', lora_dropout=0.1))
     with torch.no_grad():
       for name, parameter in model.named_parameters():
         if 'lora_' in name:
           parameter.normal_()
     model.save_pretrained(tmp_path / 'x')
-    settings, read = hf.read_adapter(tmp_path / 'x', MODEL, str(originals / 'single'))
+    settings, read = peft.read_adapter(tmp_path / 'x', MODEL, str(originals / 'single'))
     assert settings == lora.Settings(rank=3, alpha=5.0, targets=targets)
     joined = lora.join(lora.Frozen(PARAMS, settings.scale), jax.tree.map(jnp.asarray, read()))
     assert error(logits(joined), torch_logits(model)) < LIMIT

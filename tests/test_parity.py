@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from opd_jax import hf, lora, models, sample, tokenizer
+from opd_jax import hf, lora, models, peft, sample, tokenizer
 from opd_jax import params as params_lib
 
 LIMIT = 1e-4
@@ -134,7 +134,7 @@ def test_an_export_opens_in_transformers_with_the_same_logits(live, tmp_path):
 
 @needs_torch
 def test_an_adapter_on_every_linear_layer_does_in_peft_what_it_does_here(live, tmp_path):
-  peft = pytest.importorskip('peft')
+  library = pytest.importorskip('peft')
   torch_model, path = live
   model = models.build(hf.read_config(path))
   base = hf.read_params(path, model)
@@ -143,11 +143,11 @@ def test_an_adapter_on_every_linear_layer_does_in_peft_what_it_does_here(live, t
   adapter = params_lib.unflatten({
       name: (0.2 * rng.standard_normal(spec.shape)).astype(np.float32)
       for name, spec in params_lib.flatten(specs).items()})
-  hf.write_adapter(tmp_path / 'adapter', model, adapter, settings,
-                   tokenizer.character_tokenizer(), str(path))
+  peft.write_adapter(tmp_path / 'adapter', model, adapter, settings,
+                     tokenizer.character_tokenizer(), str(path))
   tokens, valid = _ragged()
   plain = make_reference.logits(torch_model, tokens, valid)[valid]
-  wrapped = peft.PeftModel.from_pretrained(torch_model, tmp_path / 'adapter')
+  wrapped = library.PeftModel.from_pretrained(torch_model, tmp_path / 'adapter')
   try:
     want = make_reference.logits(wrapped.eval(), tokens, valid)[valid]
   finally:

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from opd_jax import tasks
-from opd_jax.tasks import prompts
+from opd_jax.tasks import _graders, prompts
 
 ROWS = [{'question': f'What is {i} plus one?', 'solution': f'It is {i + 1}.', 'level': i % 5,
          'source': 'math' if i % 2 else 'code', 'checked': i % 3 == 0} for i in range(40)]
@@ -319,9 +319,9 @@ class TestGrade:
     assert [prompts.grade(example, t) for t in wrong] == [0.0] * len(wrong)
 
   def test_numbers_are_compared_exactly(self):
-    assert not prompts.same_answer('0.3333333333333333', '1/3')
-    assert prompts.same_answer('12345678901234567891', '12,345,678,901,234,567,891')
-    assert not prompts.same_answer('12345678901234567891', '12345678901234567890')
+    assert not _graders.same_answer('0.3333333333333333', '1/3')
+    assert _graders.same_answer('12345678901234567891', '12,345,678,901,234,567,891')
+    assert not _graders.same_answer('12345678901234567891', '12345678901234567890')
 
   def test_a_long_text_takes_no_time(self):
     # A student writes what it likes: digits without end, braces that never close.

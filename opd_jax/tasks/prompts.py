@@ -1,4 +1,4 @@
-r"""Prompts of any data set that `datasets` can read: a hub name, a file, a folder.
+"""Reads prompts from any data set that `datasets` can read: a hub name, a file, a folder.
 
     c.task = config_lib.task_config(
         'prompts', source='problems.jsonl', prompt_column='problem', answer_column='solution',
@@ -7,11 +7,8 @@ r"""Prompts of any data set that `datasets` can read: a hub name, a file, a fold
 Rows go through: filters, held-out rows set aside, training rows that are also evaluation rows left
 out. What became of how many is in the log. A row has a `prompt` (a text, or the messages of a
 conversation that ends with the user's turn), perhaps an `answer` and a `completion`, and the name
-of the `grader`, so that `grade` needs nothing else.
-
-Graders compare two numbers as numbers (1,000 is 1000.0, \frac{1}{2} is 0.5) and anything else as
-text, whatever its case and white space. They look for the answer in the same way in the completion
-and in the answer column, so that a worked solution will do there.
+of the `grader`, so that `grade` needs nothing else. What graders find and how they
+compare is in `_graders.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +16,6 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 import dataclasses
-import fractions
 import json
 import operator
 import pathlib
@@ -29,7 +25,9 @@ from typing import Any
 import datasets
 import numpy as np
 
-GRADERS = ('none', 'exact', 'boxed', 'last_number')
+from opd_jax.tasks import _graders
+
+GRADERS = ('none', *_graders.FIND)
 READERS = {'.jsonl': 'json', '.json': 'json', '.parquet': 'parquet', '.csv': 'csv'}
 OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     '==': operator.eq, '!=': operator.ne, '<': operator.lt, '<=': operator.le, '>': operator.gt,
@@ -160,7 +158,7 @@ def _check(o):
 
 
 def example_options(folder: pathlib.Path) -> dict[str, Any]:
-  """Writes a small data set into `folder`; the knobs to read it with."""
+  """Writes a small data set into `folder`; returns the knobs to read it with."""
   rows = [{'question': f'What is {a} plus {b}?', 'answer': f'{a} + {b} = {a + b}'}
           for a in range(15) for b in range(15)]
   (folder / 'sums.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
@@ -169,7 +167,7 @@ def example_options(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def load(split: str, options: Options) -> datasets.Dataset:
-  """The examples of 'eval' or 'train'.
+  """Reads the examples of 'eval' or 'train'.
 
   Raises:
     ValueError: another split; a source, split or column that is not there, a filter that does not
@@ -389,67 +387,12 @@ def _filter(table, part):
 
 
 def prompt(example: dict[str, Any]) -> str | list[dict[str, str]]:
-  """The text, or the conversation."""
+  """Returns the text, or the conversation."""
   return example['prompt']
 
 
 def grade(example: dict[str, Any], text: str) -> float | None:
-  """1.0 if the completion has the right answer, else 0.0; None without an answer to compare."""
+  """Returns 1.0 for the right answer, else 0.0; None without an answer to compare."""
   if example['grader'] == 'none':
     return None
-  find = {'exact': str.strip, 'boxed': last_box, 'last_number': last_number}[example['grader']]
-  found = find(text)
-  wanted = find(example['answer'])
-  return float(found is not None and
-               same_answer(found, example['answer'] if wanted is None else wanted))
-
-
-def last_box(text: str) -> str | None:
-  r"""What is between the braces of the last \boxed{...}; None without one that is closed."""
-  start = text.rfind(r'\boxed{')
-  if start < 0:
-    return None
-  depth = 0
-  for i in range(start + len(r'\boxed'), len(text)):
-    depth += {'{': 1, '}': -1}.get(text[i], 0)
-    if not depth:
-      return text[start + len(r'\boxed{'):i].strip()
-  return None
-
-
-NUMBER = r'(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+'
-
-
-def last_number(text: str) -> str | None:
-  """The last number of a text: 3, -1,000.5 or 3/4. A minus after a word or a number ('7-3') is an
-  operation."""
-  found = re.findall(rf'(?:(?<![\w)\]}}.])[-\u2212])?(?:{NUMBER})(?:/(?:{NUMBER}))?', text)
-  return found[-1] if found else None
-
-
-def same_answer(a: str, b: str) -> bool:
-  """Whether two answers are equal: as numbers where both are, else as texts."""
-  numbers = _number(a), _number(b)
-  if None not in numbers:
-    return numbers[0] == numbers[1]
-  a, b = (re.sub(r' ?([^\w ]) ?', r'\1', _plain(x)) for x in (a, b))  # '(1, 2)' is '( 1,2 )'
-  return a == b
-
-
-def _plain(text):
-  r"""Without what changes nothing in LaTeX ($, \left, thin spaces), case and white space."""
-  text = re.sub(r'\$|\\[!,;: ]|\\(?:left|right)(?![a-zA-Z])', '', text)
-  text = re.sub(r'\\[dt]frac', r'\\frac', text)
-  return ' '.join(text.casefold().split()).rstrip('.')
-
-
-def _number(text):
-  """As a fraction, exactly; None if it is no number (or too long to be meant as one)."""
-  text = _plain(text).replace('\u2212', '-').replace(r'\%', '').removesuffix('%')
-  text = re.sub(r'\{,\}|(?<=\d),(?=\d{3}(?!\d))', '', text)
-  text = re.sub(r'\\frac\{(-?[\d.]+)\}\{(-?[\d.]+)\}', r'\1/\2', text).strip()
-  match = re.fullmatch(r'([+-]?(?:\d+\.?\d*|\.\d+))(?:/(-?(?:\d+\.?\d*|\.\d+)))?', text)
-  if match is None or len(text) > 100:
-    return None
-  below = fractions.Fraction(match[2] or 1)
-  return fractions.Fraction(match[1]) / below if below else None
+  return _graders.grade(example['grader'], example['answer'], text)

@@ -1,4 +1,4 @@
-"""A Flax module (Linen or NNX) as student or teacher.
+"""Makes a student or a teacher of a Flax module (Linen or NNX).
 
 The core uses no module system: a model is three functions and a table (`types.Model`). This file
 makes them of a module that is called as module(tokens [B, S], positions [B, S], valid [B, S]), with
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-import functools
 import importlib
 from typing import Any
 
@@ -34,6 +33,7 @@ from opd_jax.sample import positions_of
 from opd_jax.types import Head, Model, Params
 
 FAMILY = 'flax'
+_INPUTS = tuple(jax.ShapeDtypeStruct((2, 3), d) for d in (jnp.int32, jnp.int32, jnp.bool_))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ def from_linen(module: linen.Module, variables: dict[str, Any], config: Config, 
                head: Callable[[Params], jax.Array] | None = None,
                apply: Callable[..., jax.Array] | None = None, decoding: Decoding | None = None
                ) -> tuple[Model, Params]:
-  """A Linen module as a model.
+  """Makes a model of a Linen module.
 
   Args:
     module: not bound.
@@ -100,8 +100,7 @@ def from_linen(module: linen.Module, variables: dict[str, Any], config: Config, 
     ValueError: collections other than 'params', parameters that are not floating-point, or a module
       that cannot be called as above or returns another shape.
   """
-  others = sorted(set(variables) - {'params'})
-  if others or 'params' not in variables:
+  if set(variables) != {'params'}:
     raise ValueError(f"the module's collections are {sorted(variables)}; allowed: ['params'] only "
                      '(nothing that changes from call to call, such as batch_stats)')
   boxed = _flatten_boxed(variables['params'])
@@ -109,11 +108,7 @@ def from_linen(module: linen.Module, variables: dict[str, Any], config: Config, 
   axes = {name: leaf.names if isinstance(leaf, linen.Partitioned) else None
           for name, leaf in boxed.items()}
 
-  def call(params, tokens, positions, valid):
-    if apply is not None:
-      return apply(params, tokens, positions, valid)
-    return module.apply({'params': params}, tokens, positions, valid)
-
+  call = apply or (lambda params, *inputs: module.apply({'params': params}, *inputs))
   config = dataclasses.replace(config, source=(module, head, apply, decoding))
   return _model(config, params, axes, call, head, decoding), params
 
@@ -122,7 +117,7 @@ def from_nnx(module: nnx.Module, config: Config, *,
              head: Callable[[nnx.Module], jax.Array] | None = None,
              apply: Callable[..., jax.Array] | None = None, decoding: Decoding | None = None
              ) -> tuple[Model, Params]:
-  """An NNX module as a model.
+  """Makes a model of an NNX module.
 
   Args:
     module: it is left as it is; the model works on copies made from the parameters.
@@ -159,9 +154,8 @@ def from_nnx(module: nnx.Module, config: Config, *,
     flat = flatten(params)
     return nnx.merge(graph, jax.tree.unflatten(structure, [flat[name] for name in names]))
 
-  def call(params, tokens, positions, valid):
-    args = merge(params), tokens, positions, valid
-    return apply(*args) if apply else args[0](*args[1:])
+  def call(params, *inputs):
+    return apply(merge(params), *inputs) if apply else merge(params)(*inputs)
 
   matrix = None if head is None else lambda params: head(merge(params))
   config = dataclasses.replace(config, source=(graph, head, apply, decoding))
@@ -184,29 +178,27 @@ def _model(config: Config, params: Params, axes: dict[str, Any], apply: Callable
   _check_call(config, params, apply, head)
   decoding = decoding or _run_again(apply)
 
+  written = {
+      'model_type': FAMILY, 'vocab_size': config.vocab_size,
+      'max_position_embeddings': config.max_position_embeddings,
+      'note': 'The weights of a Flax module, named by their path in it. It takes the code that '
+              'made the module to load them: see student.factory of opd_jax.'}
+
   def forward(params, tokens, positions, valid, cache):
     if cache is None:
       return apply(params, tokens, positions, valid), None
     return decoding.forward(params, tokens, positions, valid, cache)
 
-  def to_hf():
-    return {'model_type': FAMILY, 'vocab_size': config.vocab_size,
-            'max_position_embeddings': config.max_position_embeddings,
-            'note': 'The weights of a Flax module, named by their path in it. It takes the code '
-                    'that made the module to load them: see student.factory of opd_jax.'}
-
   return Model(family=FAMILY, config=config, vocab_in_use=config.vocab_size,
                specs=_specs(params, axes, head), forward=forward,
                head=lambda params: Head(head(params) if head else None, config.vocab_size),
-               init_cache=decoding.init_cache, unstack=lambda params: params, to_hf=to_hf)
+               init_cache=decoding.init_cache, unstack=lambda params: params, to_hf=written.copy)
 
 
 def _check_call(config, params, apply, head):
   """Traces the module once, without computing anything."""
-  rows = jax.ShapeDtypeStruct((2, 3), jnp.int32)
-  valid = jax.ShapeDtypeStruct((2, 3), jnp.bool_)
   try:
-    out = jax.eval_shape(apply, params, rows, rows, valid)
+    out = jax.eval_shape(apply, params, *_INPUTS)
     shape = tuple(out.shape)
   except Exception as e:  # whatever the module raises, or that it returns no array
     first_line = (str(e).splitlines() or [''])[0]
@@ -214,17 +206,15 @@ def _check_call(config, params, apply, head):
         f'the module failed when called ({type(e).__name__}: {first_line}); allowed: '
         'module(tokens [B, S], positions [B, S], valid [B, S]) -> array, deterministic, without '
         'random keys and state; `apply` may adapt another signature') from e
+  allowed, width = '(2, 3, D), hidden states', shape[-1:]
   if head is None:
+    width = config.vocab_size,
     allowed = f'(2, 3, {config.vocab_size}), the logits, or hidden states and a `head`'
-    good = shape == (2, 3, config.vocab_size)
-  else:
-    allowed, good = '(2, 3, D), hidden states', len(shape) == 3 and shape[:2] == (2, 3)
-  if not good or not jnp.issubdtype(out.dtype, jnp.floating):
+  if shape != (2, 3, *width) or not jnp.issubdtype(out.dtype, jnp.floating):
     raise ValueError(f'the module returns {out.dtype} {shape} for tokens (2, 3); allowed: '
                      f'floating-point {allowed}')
   if head is not None:
-    matrix = tuple(jax.eval_shape(head, params).shape)
-    wanted = (shape[-1], config.vocab_size)
+    matrix, wanted = tuple(jax.eval_shape(head, params).shape), (*width, config.vocab_size)
     if matrix != wanted:
       raise ValueError(f'head returns {matrix}; allowed: {wanted}, the hidden width and vocab_size')
 
@@ -268,16 +258,14 @@ def _run_again(apply):
 
   def init_cache(batch, length):
     zeros = jnp.zeros((batch, length), jnp.int32)
-    return {'tokens': zeros, 'positions': zeros, 'valid': jnp.zeros((batch, length), bool),
-            'index': jnp.int32(0)}
+    return {'rows': (zeros, zeros, zeros.astype(bool)), 'index': jnp.int32(0)}
 
   def forward(params, tokens, positions, valid, cache):
-    index, new = cache['index'], dict(tokens=tokens, positions=positions, valid=valid)
-    rows = {name: jax.lax.dynamic_update_slice_in_dim(cache[name], x.astype(cache[name].dtype),
-                                                      index, axis=1) for name, x in new.items()}
-    out = apply(params, rows['tokens'], rows['positions'], rows['valid'])
-    out = jax.lax.dynamic_slice_in_dim(out, index, tokens.shape[1], axis=1)
-    return out, {**rows, 'index': index + tokens.shape[1]}
+    index = cache['index']
+    rows = tuple(jax.lax.dynamic_update_slice_in_dim(row, x.astype(row.dtype), index, axis=1)
+                 for row, x in zip(cache['rows'], (tokens, positions, valid), strict=True))
+    out = jax.lax.dynamic_slice_in_dim(apply(params, *rows), index, tokens.shape[1], axis=1)
+    return out, {'rows': rows, 'index': index + tokens.shape[1]}
 
   return Decoding(init_cache, forward)
 
@@ -295,13 +283,11 @@ def check(model: Model, params: Params) -> None:
   # Padding is told by `valid` alone: the slots hold a token like any other.
   rows = np.full((3, 6), 4 % model.vocab_in_use, np.int32)
   rows[0, :4], rows[1, 2:], rows[2, :4], rows[2, 4:] = first, first, first, first[-1]
-  valid = np.ones((3, 6), bool)
-  valid[1, :2] = False
-  hidden, _ = model.forward(params, jnp.asarray(rows), positions_of(jnp.asarray(valid)),
-                            jnp.asarray(valid), None)
+  valid = jnp.arange(6)[None] >= jnp.array([[0], [2], [0]])
+  hidden, _ = model.forward(params, jnp.asarray(rows), positions_of(valid), valid, None)
   tolerance = 1e-3 if jnp.finfo(hidden.dtype).bits >= 32 else 0.1
   logits = np.asarray(model.head(params).logits(hidden)[..., :model.vocab_in_use], np.float64)
-  if not np.isfinite(logits[valid]).all():
+  if not np.isfinite(logits[np.asarray(valid)]).all():
     raise ValueError('the logits of the module are not finite; allowed: finite logits for every '
                      'token that is valid')
   wanted, scale = logits[0, :4], np.abs(logits[0, :4]).max()
@@ -314,7 +300,7 @@ def check(model: Model, params: Params) -> None:
 
 
 def load(factory: str, path: str, dtype: Any, key: jax.Array) -> hf.LoadedModel:
-  """A model from code that is named in a config, with weights from a directory.
+  """Opens a model of code that is named in a config, with weights from a directory.
 
   The name is the user's, and is never read from a directory: a downloaded file cannot run code.
 
@@ -333,15 +319,11 @@ def load(factory: str, path: str, dtype: Any, key: jax.Array) -> hf.LoadedModel:
   """
   make, compute = _find(factory), jnp.dtype(dtype)
   model = _describe(make, compute)
-  if path:
-    kind = hf.read_config(path).get('model_type')
-    if kind != FAMILY:
-      raise ValueError(f'model_type={kind!r} in config.json; allowed: {FAMILY!r}, or no factory')
-    tokenizer = tokenizer_lib.load(path)
-    stop_tokens = tokenizer_lib.stop_tokens(path, tokenizer)
-  else:
-    tokenizer = tokenizer_lib.character_tokenizer()
-    stop_tokens = (tokenizer.eos_token_id,)
+  kind = hf.read_config(path).get('model_type') if path else FAMILY
+  if kind != FAMILY:
+    raise ValueError(f'model_type={kind!r} in config.json; allowed: {FAMILY!r}, or no factory')
+  tokenizer = tokenizer_lib.load(path) if path else tokenizer_lib.character_tokenizer()
+  stop_tokens = tokenizer_lib.stop_tokens(path, tokenizer) if path else (tokenizer.eos_token_id,)
   model = models.limit_vocabulary(model, max(tokenizer.get_vocab().values()) + 1)
 
   def read(dtype=jnp.float32, shardings=None):
@@ -368,7 +350,7 @@ def _find(factory):
 
 
 def _describe(make, dtype):
-  """The model that the factory makes; its parameters are traced, not computed."""
+  """Makes the factory's model and checks its dtype; parameters are traced, not computed."""
   made = []
 
   def run(key):
@@ -385,18 +367,12 @@ def _describe(make, dtype):
   except TypeError as e:
     raise ValueError(f'the factory failed ({e}); allowed: a function (key, dtype)') from e
   model, = made
-  _check_dtype(model, dtype)
-  return dataclasses.replace(model, config=dataclasses.replace(model.config, source=make))
-
-
-def _check_dtype(model, dtype):
-  rows = jax.ShapeDtypeStruct((1, 2), jnp.int32)
   params = abstract_params(model.specs)
-  out, _ = jax.eval_shape(functools.partial(model.forward, cache=None), params, rows, rows,
-                          jax.ShapeDtypeStruct((1, 2), jnp.bool_))
+  out, _ = jax.eval_shape(model.forward, params, *_INPUTS, None)
   # Modules that return logits widen them, which is right.
   has_head = jax.eval_shape(model.head, params).matrix is not None
   allowed = {dtype} if has_head else {dtype, jnp.dtype(jnp.float32)}
   if out.dtype not in allowed:
     raise ValueError(f'the module returns {out.dtype} with compute.dtype={str(dtype)!r}; allowed: '
                      f'{sorted(map(str, allowed))}, by the dtype that the factory is given')
+  return dataclasses.replace(model, config=dataclasses.replace(model.config, source=make))

@@ -1,10 +1,11 @@
-"""A sum over tokens whose terms need a row of the vocabulary, one chunk of tokens at a time.
+"""What needs a row of the vocabulary at each token, one chunk of tokens at a time.
 
-`sum_over_chunks` makes the gradient of a chunk together with its value, as fused linear
-cross-entropy kernels do (Hsu et al. 2024, Liger Kernel, arXiv 2410.10989): the logits of a token
-are computed once, exist for one chunk only, and what is kept for the backward pass is the gradient
-by the hidden states and by the head. Recomputing the logits (`jax.checkpoint`) would cost a third
-more products as wide as the vocabulary.
+Everything that does so cuts its tokens here (`_Cut`): the loss, the scorer, evaluation, gates.
+`map_over_chunks` is for what nobody differentiates. `sum_over_chunks` makes the gradient of a chunk
+together with its value, as fused linear cross-entropy kernels do (Hsu et al. 2024, Liger Kernel,
+arXiv 2410.10989): the logits of a token are computed once, exist for one chunk only, and what is
+kept for the backward pass is the gradient by the hidden states and by the head. Recomputing the
+logits (`jax.checkpoint`) would cost a third more products as wide as the vocabulary.
 """
 
 from __future__ import annotations
@@ -22,6 +23,22 @@ from opd_jax.types import Head
 
 # (head, constants, hidden [n, D], *arrays [n, ...]) -> (losses [n], {name: [n]})
 ChunkFn = Callable[..., tuple[Array, dict[str, Array]]]
+
+
+def map_over_chunks(fn: Callable[..., dict[str, Array]], chunk_tokens: int, *arrays: Any
+                    ) -> dict[str, Array]:
+  """Applies `fn` to chunks of arrays [B, C, ...]; its outputs [n] come back as [B, C].
+
+  Not for what is differentiated: the rows of the vocabulary of all chunks would be kept for it.
+
+  Args:
+    fn: (*arrays [n, ...]) -> {name: [n]}, for tokens in any order and of any rows.
+    chunk_tokens: the largest n, at least 1.
+    arrays: pytrees of [B, C, ...] (None too), the first an array.
+  """
+  cut = _Cut(*arrays[0].shape[:2], chunk_tokens)
+  out = jax.lax.map(lambda xs: fn(*xs), jax.tree.map(cut.split, arrays))
+  return {name: cut.join(a) for name, a in out.items()}
 
 
 def sum_over_chunks(fn: ChunkFn, chunk_tokens: int, head: Head, constants: Any,

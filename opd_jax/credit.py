@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import optax
 
-from opd_jax import estimators
+from opd_jax import chunks, estimators
 from opd_jax import score as score_lib
 from opd_jax.objective import Objective
 from opd_jax.types import Batch, Head
@@ -193,7 +193,7 @@ def teachability(o: Objective, batch: Batch, student_head: Head, teacher_head: H
     reachable = jnp.sum(jnp.exp(jnp.take_along_axis(other, top, axis=1)), axis=1)
     return {'score': jnp.sum(jnp.exp(own) * (own - other), axis=1) * reachable}
 
-  out = score_lib.map_token_chunks(chunk, chunk_tokens, batch.student.hidden, batch.teacher.hidden)
+  out = chunks.map_over_chunks(chunk, chunk_tokens, batch.student.hidden, batch.teacher.hidden)
   return score_lib.to_rows(out['score'], batch.rollout)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array
 import numpy as np
 import scipy.stats
 
-from opd_jax import data, diagnostics, divergences, sample, score, sharding
+from opd_jax import chunks, data, diagnostics, divergences, sample, score, sharding
 from opd_jax.types import Model, Params, Rollout
 
 OVERLAP = ('overlap_count', 'overlap_mass', 'mass_outside')
@@ -59,13 +59,13 @@ def compare(params: Params, teacher_params: Params | None, rollout: Rollout, *, 
   teacher_logprobs, teacher_entropy, kl = sum_v p_S (log p_S - log p_T), and for each k asked for
   what `diagnostics.overlap` says, as overlap_count_K and so on. Without a teacher only the first
   two."""
-  arrays = [score.completion_hidden(model, params, rollout), rollout.completion_targets]
+  mine, theirs = score.completion_hidden(model, params, rollout), None
   head = model.head(params)
-  teacher_head = teacher.head(teacher_params) if teacher is not None else None
   if teacher is not None:
-    arrays.append(score.completion_hidden(teacher, teacher_params, rollout))
+    theirs = score.completion_hidden(teacher, teacher_params, rollout)
+    teacher_head = teacher.head(teacher_params)
 
-  def chunk(mine, targets, theirs=None):
+  def chunk(mine, targets, theirs):
     own = score.log_softmax(mine, head, temperature)
     out = {'logprobs': score.pick(own, targets), 'entropy': score.entropy_of(own)}
     if theirs is not None:
@@ -78,7 +78,7 @@ def compare(params: Params, teacher_params: Params | None, rollout: Rollout, *, 
         out |= {f'{name}_{k}': value for name, value in both.items()}
     return out
 
-  out = score.map_token_chunks(chunk, chunk_tokens, *arrays)
+  out = chunks.map_over_chunks(chunk, chunk_tokens, mine, rollout.completion_targets, theirs)
   return {name: score.to_rows(x, rollout) for name, x in out.items()}
 
 

@@ -1,18 +1,18 @@
 """From hidden states to log-probabilities, in chunks of tokens, and `teacher_logprob_fn`.
 
-A vocabulary-sized row exists only for `chunk_tokens` tokens at a time, forwards and backwards
-(`jax.checkpoint`): nothing here ever holds a [B, T, V] array.
+A vocabulary-sized row exists only for `chunk_tokens` tokens at a time: nothing here ever holds a
+[B, T, V] array.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from opd_jax import chunks
 from opd_jax.sample import positions_of
 from opd_jax.types import Head, Model, Params, Rollout, Scores
 
@@ -40,27 +40,6 @@ def entropy_of(logprobs: Float[Array, 'n V']) -> Float[Array, 'n']:
 def pick(logprobs: Float[Array, 'n V'], targets: Int[Array, 'n']) -> Float[Array, 'n']:
   """logprobs[i, targets[i]]."""
   return jnp.take_along_axis(logprobs, targets[:, None], axis=-1)[:, 0]
-
-
-def map_token_chunks(fn: Callable[..., dict[str, Array]], chunk_tokens: int, *arrays: Array
-                     ) -> dict[str, Array]:
-  """Applies `fn` to [n, ...] chunks of arrays [B, C, ...]; returns its outputs as [B, C].
-
-  The backward pass recomputes each chunk, so memory is that of one chunk whatever B and C are.
-  """
-  batch, length = arrays[0].shape[:2]
-  total = batch * length
-  chunk = min(chunk_tokens, total)
-  count = -(-total // chunk)
-
-  def split(a):
-    flat = a.reshape(total, *a.shape[2:])
-    flat = jnp.pad(flat, ((0, count * chunk - total),) + ((0, 0),) * (flat.ndim - 1))
-    return flat.reshape(count, chunk, *a.shape[2:])
-
-  body = jax.checkpoint(lambda xs: fn(*xs))
-  out = jax.lax.map(body, tuple(map(split, arrays)))
-  return {name: a.reshape(-1)[:total].reshape(batch, length) for name, a in out.items()}
 
 
 def completion_hidden(model: Model, params: Params, rollout: Rollout) -> Float[Array, 'B C D']:
@@ -138,7 +117,7 @@ def teacher_logprob_fn(params: Params, rollout: Rollout, *, model: Model, temper
       logprobs = log_softmax(hidden, head, temperature)
       return {'logprobs': pick(logprobs, targets), 'entropy': entropy_of(logprobs)}
 
-    out = map_token_chunks(chunk, chunk_tokens, hidden, rows.completion_targets)
+    out = chunks.map_over_chunks(chunk, chunk_tokens, hidden, rows.completion_targets)
     return Scores(logprobs=to_rows(out['logprobs'], rows), entropy=to_rows(out['entropy'], rows),
                   hidden=kept)
 

@@ -1,9 +1,10 @@
-"""A step of several objectives on a 2x2 mesh and on one device: for the child of test_mesh.py."""
+"""Steps and scores on a mesh of four devices and on one device: for the child of test_mesh.py."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 from conftest import make_rollout, quick_jit
 import jax
@@ -13,9 +14,9 @@ import optax
 import tabular
 
 from opd_jax import config as config_lib
-from opd_jax import presets, score, sharding, update
+from opd_jax import credit, evaluate, presets, score, sharding, update
 from opd_jax.objective import Objective
-from opd_jax.types import TrainState
+from opd_jax.types import Batch, Scores, TrainState
 
 PROMPTS = [[5, 9, 1, 2], [5, 9, 1, 2], [7], [7], [3, 3, 8], [3, 3, 8], [4], [4]]
 ROWS = [[3, 1, 4, 1, 0], [9, 0], [6, 5, 3, 8, 9], [7, 9, 0], [0], [8, 6, 2, 6, 4], [1, 11], [2, 0]]
@@ -77,4 +78,46 @@ def differences() -> dict[str, float]:
       moved = max(np.abs(np.asarray(want[k] - params[k])).max() for k in params)
       out[name] = float(max(np.abs(np.asarray(got[k]) - np.asarray(want[k])).max()
                             for k in params) / moved)
+  return out
+
+
+# What `top_k` looks at (of a chunk, some sqrt(k V) candidates a token) is sorted on every device
+# for all of them. That is not of hidden states, nor of rows of the vocabulary.
+COLLECTIVE = re.compile(r'= \S+ (?:all-gather|all-reduce|all-to-all|collective-permute|'
+                        r'reduce-scatter)(?:-start)?\((?!.*/top_k")')
+
+
+def scoring() -> dict[str, dict[str, float]]:
+  """Of each program that looks at the vocabulary and is not differentiated, with its rows over four
+  devices and the parameters on each: its collectives but for those of top_k, and the operations of
+  a device relative to those of the same program on one device. (A loop's body counts once, on
+  both.)"""
+  model = tabular.model(64, 40, 16)
+  mesh = sharding.make_mesh(dict(data=4, fsdp=1, tensor=1, expert=1))
+  params = tabular.random_params(model, 0, jnp.float32)
+  rollout = make_rollout(PROMPTS, [[1] * 30] * 8, prompt_width=5, room=30)
+  hidden = jnp.zeros((8, 30, 16))
+  o = Objective(token_gate='teachability', token_top_k=3, token_keep=0.5)
+
+  def teachability(params, rollout, hidden):
+    scores = Scores(None, None, hidden)
+    return credit.teachability(o, Batch(rollout, scores, scores), model.head(params),
+                               model.head(params), 16)
+
+  programs = {
+      'score': (functools.partial(
+          score.teacher_logprob_fn, model=model, temperature=1.0, want_hidden=True,
+          want_logprobs=True, chunk_tokens=16, microbatch_rows=4), ()),
+      'compare': (lambda params, rollout: evaluate.compare(
+          params, params, rollout, model=model, teacher=model, temperature=1.0,
+          teacher_temperature=1.0, chunk_tokens=16, overlap_top_ks=(3,)), ()),
+      'teachability': (teachability, (hidden,))}
+  out, whole, rows = {}, sharding.replicated(mesh), sharding.by_rows(mesh)
+  for name, (program, more) in programs.items():
+    one = jax.jit(program).lower(params, rollout, *more).compile()
+    with jax.set_mesh(mesh):
+      placed = (sharding.put(params, whole), sharding.put((rollout, *more), rows))
+      four = jax.jit(program, out_shardings=rows).lower(placed[0], *placed[1]).compile()
+    out[name] = {'collectives': len(COLLECTIVE.findall(four.as_text())),
+                 'flops': four.cost_analysis()['flops'] / one.cost_analysis()['flops']}
   return out

@@ -1,4 +1,4 @@
-"""A sum over chunks of tokens is the sum over all tokens, and so is its gradient."""
+"""A sum over chunks of tokens is the sum over all tokens, and so is its gradient; and a map."""
 
 from __future__ import annotations
 
@@ -92,6 +92,22 @@ def test_tokens_keep_their_places_and_no_chunk_is_larger_than_asked():
     assert total == batch * length  # each once, padding not at all
     np.testing.assert_array_equal(out['place'], place)
     np.testing.assert_array_equal(out['hidden'], hidden[..., 1])
+
+
+def test_a_map_is_that_of_all_tokens_at_once():
+  x, seen = jnp.arange(35.0).reshape(5, 7), []
+
+  def fn(x, absent, wide):
+    assert absent is None
+    seen.append(x.shape[0])
+    return {'one': x + 1, 'two': wide[:, 0] * wide[:, 1]}
+
+  for chunk_tokens in (1, 2, 4, 10, 35, 99):
+    seen.clear()
+    out = chunks.map_over_chunks(fn, chunk_tokens, x, None, jnp.stack([x, x], axis=-1))
+    assert max(seen) <= chunk_tokens
+    np.testing.assert_array_equal(out['one'], x + 1)
+    np.testing.assert_array_equal(out['two'], x**2)
 
 
 def test_padding_reaches_nothing_though_zeros_there_would_be_infinite():

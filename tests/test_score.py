@@ -92,24 +92,6 @@ def test_microbatches_change_nothing(tiny_model, rollout, rows, want_hidden):
     np.testing.assert_allclose(a, b, atol=1e-5)  # as above; hidden states are of order 3
 
 
-def test_chunked_gradients_equal_dense_gradients(tiny_model):
-  # In one float32 program a chunk's gradient is summed in another order than the whole's.
-  model, params = tiny_model
-  hidden = jnp.asarray(np.random.RandomState(0).standard_normal((3, 5, 16)), jnp.float32)
-  targets = jnp.asarray(np.random.RandomState(1).randint(0, 48, (3, 5)))
-
-  def loss(hidden, head, chunk_tokens):
-    out = score.map_token_chunks(
-        lambda h, y: {'x': score.pick(score.log_softmax(h, head, 0.9), y)**2},
-        chunk_tokens, hidden, targets)
-    return jnp.sum(out['x'] * jnp.arange(15.0).reshape(3, 5))
-
-  grads = [quick_jit(jax.grad(functools.partial(loss, chunk_tokens=n), (0, 1)))(
-      hidden, model.head(params)) for n in (4, 15)]
-  for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)  # sums of 15 terms of order 100
-
-
 def test_bfloat16_logits_are_accumulated_and_kept_in_float32():
   # Rounded to bfloat16, logits of order 10 would be off by 0.03: nats, and a token's whole
   # advantage late in training.
@@ -121,14 +103,6 @@ def test_bfloat16_logits_are_accumulated_and_kept_in_float32():
   got = jax.jit(score.log_softmax, static_argnums=2)(hidden, Head(head, 100), 0.7)
   assert got.dtype == jnp.float32
   np.testing.assert_allclose(got, want, atol=1e-4)  # float32 sums of 64 terms, logits of order 20
-
-
-def test_map_token_chunks_drops_its_padding_and_keeps_the_order():
-  x = jnp.arange(15.0).reshape(3, 5)
-  for chunk in (1, 4, 15, 99):
-    out = score.map_token_chunks(lambda a: {'one': a + 1, 'two': 2 * a}, chunk, x)
-    np.testing.assert_array_equal(out['one'], x + 1)
-    np.testing.assert_array_equal(out['two'], 2 * x)
 
 
 def test_split_rows_and_join_rows_are_inverse(rollout):

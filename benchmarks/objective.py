@@ -36,7 +36,7 @@ import optax  # noqa: E402
 
 from opd_jax import __main__ as launcher  # noqa: E402
 from opd_jax import models, params, score, types, update  # noqa: E402
-from opd_jax.objective import Objective  # noqa: E402
+from opd_jax.objective import Objective, wants  # noqa: E402
 
 ROWS, PROMPT, NEW, VOCAB = 32, 32, 128, 32768
 STUDENT, TEACHER = (256, 768, 4), (512, 1536, 8)  # width, feed-forward width, layers
@@ -77,11 +77,12 @@ def step_flops(objective: Objective) -> dict[str, float]:
   """The operations of each part of a learning step."""
   student, teacher = forward_flops(STUDENT), forward_flops(TEACHER)
   out = {'score_teacher': teacher, 'update': 3 * (student + head_flops(STUDENT))}
-  if objective.needs_hidden:
+  asked = wants(objective)
+  if asked['teacher'].hidden:
     out['update'] += head_flops(TEACHER)
   else:
     out['score_teacher'] += head_flops(TEACHER)
-  if objective.needs_student_scores:
+  if asked['student']:
     out['score_student'] = student + head_flops(STUDENT)
   return out
 
@@ -94,10 +95,9 @@ class Step:
     student, teacher = make_model(*STUDENT), make_model(*TEACHER)
     sizes = dict(microbatch_rows=microbatch_rows, chunk_tokens=chunk_tokens)
 
-    def scorer(model):
+    def scorer(model, known):
       return jax.jit(functools.partial(
-          score.teacher_logprob_fn, model=model, temperature=1.0, want_hidden=o.needs_hidden,
-          want_logprobs=o.needs_teacher_logprobs or o.needs_student_scores, **sizes))
+          score.teacher_logprob_fn, model=model, temperature=1.0, wants=known, **sizes))
 
     def draw(model, seed):  # by NumPy: to compile the initializers would take longer than to train
       rng, flat = np.random.default_rng(seed), params.flatten(model.specs)
@@ -107,12 +107,14 @@ class Step:
           for name, spec in flat.items()})
 
     optimizer = optax.adam(1e-5)
-    self.score_teacher, self.score_student = scorer(teacher), scorer(student)
+    asked = wants(o)
+    self.score_teacher = scorer(teacher, asked['teacher'])
+    self.score_student = scorer(student, asked['student']) if asked['student'] else None
     self.update = jax.jit(functools.partial(
         update.update_fn, model=student, optimizer=optimizer, objective=o, group_size=1,
         on_policy=True, **sizes), donate_argnums=0)
     self.teacher_params, trained = draw(teacher, 1), draw(student, 0)
-    self.teacher_head = teacher.head(self.teacher_params) if o.needs_hidden else None
+    self.teacher_head = teacher.head(self.teacher_params) if asked['teacher'].hidden else None
     self.state = types.TrainState(jnp.int32(0), trained, optimizer.init(trained))
     tokens = np.random.RandomState(0).randint(0, VOCAB, (ROWS, PROMPT + NEW))
     mask = np.zeros((ROWS, PROMPT + NEW - 1), np.float32)
@@ -134,7 +136,7 @@ class Step:
 
     own = None
     theirs = timed('score_teacher', self.score_teacher, self.teacher_params, self.rollout)
-    if self.objective.needs_student_scores:
+    if self.score_student is not None:
       own = timed('score_student', self.score_student, self.state.params, self.rollout)
     self.state, _ = timed('update', self.update, self.state,
                           types.Batch(self.rollout, theirs, own), types.Heads(self.teacher_head))

@@ -126,7 +126,7 @@ def _check_samples(c, o):
         f'{c.sample.top_k}: it compares with the policy before truncation, so that the samples '
         "would count as the policy's own; allowed: 'ratio' or 'truncated'")
   later = c.optimizer.updates_per_batch > 1 and o.advantages == 'kept'
-  if later and o.needs_student_hidden:
+  if later and objective_lib.wants(o)['student'].hidden:
     raise ConfigError(
         f'objective.advantages={o.advantages!r} with optimizer.updates_per_batch='
         f'{c.optimizer.updates_per_batch}, objective.baseline={o.baseline!r}, token_gate='
@@ -285,7 +285,7 @@ def _check_reference(c):
   o, kind = make_objective(c), c.reference.kind
   if kind not in teachers.names():
     raise ConfigError(f'reference.kind={kind!r}; allowed: {teachers.names()}')
-  if o.needs_reference != (kind != teachers.NONE):
+  if bool(objective_lib.wants(o)['reference']) != (kind != teachers.NONE):
     raise ConfigError(
         f'reference.kind={kind!r} with objective.reference_coef={o.reference_coef}, extrapolation='
         f"{o.extrapolation}; allowed: one of {teachers.names()[1:]} with a coefficient above 0 or "

@@ -47,8 +47,8 @@ from opd_jax import (
 )
 from opd_jax import config as config_lib
 from opd_jax.build import Setup
-from opd_jax.objective import Objective
-from opd_jax.types import Heads, Params, Rollout
+from opd_jax.objective import Objective, wants
+from opd_jax.types import Heads, Params, Rollout, Scores
 
 RESULT = 'diagnose.json'
 OWN, PLAIN, K2, EXACT = 'this config', 'sampled', 'sampled, k2 direct', 'exact reverse KL'
@@ -214,9 +214,10 @@ def estimators(c: ConfigDict, s: Setup, probe: Probe, console: Console
     config's own objective has.
   """
   names = objectives(c, s.objective, evaluate.clamp_top_k(c.diagnose.top_k, s.student.model))
-  rows_of = functools.lru_cache(maxsize=None)(functools.partial(_scorers, c, s, probe))
+  # A program for each that differs, and not for each objective.
+  scorer = functools.cache(functools.partial(train.compile_scorer, c, s, probe.microbatch_rows))
   products = jax.jit(_products, out_shardings=sharding.replicated(s.mesh))
-  exact, _, exact_seconds = gradients(c, s, probe, names[EXACT], rows_of)
+  exact, _, exact_seconds = gradients(c, s, probe, names[EXACT], scorer)
   reference = np.asarray(products(exact, exact), np.float64)
   plain_flops = step_flops(s, probe, names[PLAIN])
   out, rates = [], {}
@@ -224,7 +225,7 @@ def estimators(c: ConfigDict, s: Setup, probe: Probe, console: Console
     with console.status(name):
       grads, seconds = exact, exact_seconds
       if name != EXACT:
-        grads, metrics, seconds = gradients(c, s, probe, o, rows_of)
+        grads, metrics, seconds = gradients(c, s, probe, o, scorer)
       own, cross = (np.asarray(products(grads, other), np.float64) for other in (grads, exact))
     if name == OWN:
       rates = {n: float(np.mean([m[n] for m in metrics])) for n in RATES if n in metrics[0]}
@@ -236,14 +237,13 @@ def estimators(c: ConfigDict, s: Setup, probe: Probe, console: Console
 
 
 def gradients(c: ConfigDict, s: Setup, probe: Probe, o: Objective,
-              rows_of: Callable[..., train.RowPrograms]
+              scorer: Callable[..., Callable[..., Scores]]
               ) -> tuple[list[Params], list[dict[str, Any]], float]:
   """The gradient of an objective on each batch, the metrics of each, and the median of the seconds
   that scoring and gradient took together (compiled before)."""
-  rows = dataclasses.replace(rows_of(
-      hidden=o.needs_hidden or o.needs_student_hidden or o.needs_reference_hidden,
-      logprobs=(o.needs_teacher_logprobs or o.needs_student_scores
-                or o.needs_reference_logprobs)), objective=o)
+  rows = train.RowPrograms(
+      'student', False, o, None,
+      {name: scorer(*program) for name, program in train.scorer_programs(s, o).items()}, None)
   heads = Heads(teacher=s.teacher.model.head(probe.weights.teacher),
                 reference=s.reference and s.reference.model.head(probe.weights.reference))
   scalar = sharding.replicated(s.mesh)
@@ -267,18 +267,6 @@ def gradients(c: ConfigDict, s: Setup, probe: Probe, o: Objective,
   return list(grads), list(metrics), float(np.median(seconds))
 
 
-def _scorers(c: ConfigDict, s: Setup, probe: Probe, hidden: bool, logprobs: bool
-             ) -> train.RowPrograms:
-  """The loop's scorers for objectives that need the hidden states, the log-probs or both: they see
-  nothing else of an objective, so that there are three sets of programs and not one for each."""
-  stand_in = dataclasses.replace(
-      Objective(temperature=s.objective.temperature,
-                teacher_temperature=s.objective.teacher_temperature),
-      **(dict(baseline='exact') if hidden and logprobs else
-         dict(route='direct', support='full', importance='none') if hidden else {}))
-  return train.compile_rows(c, s, 'student', stand_in, probe.microbatch_rows, None)
-
-
 def _products(a: list[Params], b: list[Params]) -> jax.Array:
   """The inner products of two lists of gradients, float32 [len(a), len(b)]."""
   def product(x, y):
@@ -292,11 +280,12 @@ def step_flops(s: Setup, probe: Probe, o: Objective) -> float:
   rollout = probe.rollouts[0]
   lengths = np.asarray(rollout.mask).sum(axis=1) + np.asarray(
       rollout.valid)[:, :rollout.prompt_length].sum(axis=1)
+  asked = wants(o)
   spent = flops.step_flops(
-      s.student.model, s.teacher.model, lengths, source='dataset', teacher_scores=o.needs_teacher,
-      student_rescores=int(o.needs_student_scores), updates=1,
-      adapter_specs=s.adapter and s.adapter.specs,
-      reference=s.reference.model if o.needs_reference else None, extra_heads=o.extra_heads)
+      s.student.model, s.teacher.model, lengths, source='dataset',
+      teacher_scores=bool(asked['teacher']), student_rescores=int(bool(asked['student'])),
+      updates=1, adapter_specs=s.adapter and s.adapter.specs,
+      reference=s.reference.model if asked['reference'] else None, extra_heads=o.extra_heads)
   return sum(spent.values())
 
 

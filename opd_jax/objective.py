@@ -11,6 +11,7 @@ import dataclasses
 import math
 
 from opd_jax import divergences, estimators
+from opd_jax.types import Wants
 
 ROUTES = ('policy_gradient', 'direct')
 ESTIMATORS = ('none', *estimators.DIRECT_SAMPLED)
@@ -197,63 +198,25 @@ class Objective:
 
   @property
   def needs_hidden_in_loss(self) -> bool:
-    """Whether the loss looks at the whole vocabulary."""
+    """Whether the loss looks at the teacher's whole vocabulary."""
     return self.needs_teacher and (self.support != 'sampled' or self.baseline == 'exact'
                                    or self.local.coef != 0.0)
 
   @property
-  def needs_hidden(self) -> bool:
-    """Whether the teacher's hidden states are needed, for the loss or for a gate."""
-    return self.needs_hidden_in_loss or self.needs_teacher and self.token_gate == 'teachability'
-
-  @property
-  def needs_teacher_logprobs(self) -> bool:
-    """Whether the teacher's log-probs of the sampled tokens are needed before the loss."""
-    gates = {self.token_gate, self.row_gate, self.local.gate} & {
-        'teacher_entropy', 'divergence', 'soft_or', 'teacher_likelihood', 'reward_agrees'}
-    return self.needs_teacher and (self.support == 'sampled' or bool(gates))
-
-  @property
-  def needs_student_scores(self) -> bool:
-    """Whether the student scores its own rows before the loss."""
-    signal = self.needs_teacher and self.route == 'policy_gradient'
-    gates = {self.token_gate, self.row_gate} & {
-        'student_entropy', 'divergence', 'soft_or', 'teachability', 'reward_agrees'}
-    return bool(gates) or signal and self.student_logprobs == 'rescored'
-
-  @property
-  def needs_student_hidden(self) -> bool:
-    """Whether its hidden states are needed then too."""
-    exact = self.baseline == 'exact' and self.student_logprobs == 'rescored'
-    return self.needs_teacher and (exact or self.token_gate == 'teachability')
-
-  @property
-  def needs_reference(self) -> bool:
-    """Whether there must be a reference model."""
-    return self.reference_coef != 0.0 or self.extrapolation != 1.0
-
-  @property
-  def needs_reference_hidden(self) -> bool:
-    """Whether the loss needs the reference's hidden states."""
-    return (self.reference_estimator == 'full'
-            or self.extrapolation != 1.0 and self.needs_hidden_in_loss)
-
-  @property
-  def needs_reference_logprobs(self) -> bool:
-    """Whether the reference's log-probs of the sampled tokens are needed."""
-    return (self.reference_estimator in ('k2', 'k3')
-            or self.extrapolation != 1.0 and self.support == 'sampled')
+  def rescored_baseline(self) -> bool:
+    """Whether the loss takes the exact baseline of the student that was scored."""
+    return (self.needs_teacher and self.baseline == 'exact'
+            and self.student_logprobs == 'rescored')
 
   @property
   def extra_heads(self) -> dict[str, int]:
     """How often each model's head is applied to its hidden states beyond once in each forward pass:
     for the log-probs, in the loss, by a gate."""
-    teachable = self.token_gate == 'teachability'
-    teacher = self.needs_teacher_logprobs + self.needs_hidden_in_loss + teachable
-    reference = self.needs_reference_logprobs + self.needs_reference_hidden
-    exact = self.baseline == 'exact' and self.student_logprobs == 'rescored'
-    return {'student': exact + teachable, 'teacher': max(teacher - 1, 0),
-            'reference': max(reference - 1, 0)}
+    asked, teachable = wants(self), self.token_gate == 'teachability'
+    uses = {'teacher': self.needs_hidden_in_loss + teachable,
+            'student': self.rescored_baseline + teachable,
+            'reference': int(asked['reference'].hidden)}
+    return {name: max(asked[name].logprobs + n - 1, 0) for name, n in uses.items()}
 
   @property
   def gated(self) -> bool:
@@ -274,6 +237,32 @@ class Objective:
   def term(self) -> estimators.Term:
     """One term of the divergence."""
     return estimators.term(self.divergence, self.divergence_alpha)
+
+
+def wants(o: Objective) -> dict[str, Wants]:
+  """Says what must be known of 'teacher', 'student' and 'reference' before the loss.
+
+  Gates, signals and returns take log-probs and entropies; the vocabulary is seen through hidden
+  states, by the loss or by a gate. A model of whom nothing is wanted is not asked.
+  """
+  gates = {o.token_gate, o.row_gate, o.local.gate}
+  teachable = o.token_gate == 'teachability'
+  signal = o.needs_teacher and o.route == 'policy_gradient' and o.student_logprobs == 'rescored'
+  extrapolates = o.extrapolation != 1.0
+  teacher = Wants(
+      logprobs=o.support == 'sampled' or bool(gates & {
+          'teacher_entropy', 'divergence', 'soft_or', 'teacher_likelihood', 'reward_agrees'}),
+      hidden=o.needs_hidden_in_loss or teachable)
+  return {
+      'teacher': teacher if o.needs_teacher else Wants(),
+      'student': Wants(
+          logprobs=signal or bool(gates & {
+              'student_entropy', 'divergence', 'soft_or', 'reward_agrees'}),
+          hidden=o.rescored_baseline or teachable),
+      'reference': Wants(
+          logprobs=(o.reference_estimator in ('k2', 'k3')
+                    or extrapolates and o.support == 'sampled'),
+          hidden=o.reference_estimator == 'full' or extrapolates and o.needs_hidden_in_loss)}
 
 
 def check_objective(o: Objective) -> None:
@@ -324,7 +313,7 @@ def check_objective(o: Objective) -> None:
   _refuse_unread(o, 'objective.distill_coef=0', 'route', 'divergence', 'divergence_alpha',
                  'support', 'top_k', 'tail', 'estimator', 'signal', 'shaping', 'shaping_scale',
                  'discount', 'returns', 'baseline', 'local', 'extrapolation')
-  if not o.needs_student_scores:
+  if not wants(o)['student']:
     _refuse_unread(o, 'nothing that the student scores', 'advantages')
 
 
@@ -457,7 +446,7 @@ def _check_signal(o):
   if o.route == 'direct':
     _refuse_unread(o, "route='direct', which has no advantage", 'discount', 'returns', 'signal',
                    'shaping', 'shaping_scale', 'baseline')
-    if not o.needs_student_scores:
+    if not wants(o)['student']:
       _refuse_unread(o, 'nothing that the student scores', 'advantages')
     return
   if not (0.0 < o.shaping_scale < math.inf if o.shaping in ('clip', 'power')

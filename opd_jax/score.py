@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from opd_jax import chunks
 from opd_jax.sample import positions_of
-from opd_jax.types import Head, Model, Params, Rollout, Scores
+from opd_jax.types import Head, Model, Params, Rollout, Scores, Wants
 
 
 def log_softmax(hidden: Float[Array, 'n D'], head: Head, temperature: float
@@ -84,8 +84,7 @@ def join_rows(tree: Any) -> Any:
 
 
 def teacher_logprob_fn(params: Params, rollout: Rollout, *, model: Model, temperature: float,
-                       want_hidden: bool, chunk_tokens: int, microbatch_rows: int,
-                       want_logprobs: bool | None = None) -> Scores:
+                       wants: Wants, chunk_tokens: int, microbatch_rows: int) -> Scores:
   """Grades a rollout with one forward pass of a model that did not (need to) write it.
 
   The same function, and so the same compiled program, scores the student when a policy-gradient
@@ -97,19 +96,21 @@ def teacher_logprob_fn(params: Params, rollout: Rollout, *, model: Model, temper
     rollout: B rows.
     model: static.
     temperature: of the scored distribution.
-    want_hidden: return the hidden states [B, C, D] for a divergence over the vocabulary, and leave
-      the head to the update.
+    wants: what to return; with hidden states alone (for a divergence over the vocabulary) the head
+      is left to the update.
     chunk_tokens: tokens whose vocabulary rows exist at a time.
     microbatch_rows: rows per forward pass, 0 for all.
-    want_logprobs: return the log-probs of the sampled tokens and the entropy; by default, unless
-      hidden states are wanted.
+
+  Raises:
+    ValueError: nothing is wanted.
   """
-  want_logprobs = not want_hidden if want_logprobs is None else want_logprobs
+  if not wants:
+    raise ValueError(f'{wants}: nothing to score for; allowed: logprobs, hidden or both')
 
   def score(rows: Rollout) -> Scores:
     hidden = completion_hidden(model, params, rows)
-    kept = hidden if want_hidden else None
-    if not want_logprobs:
+    kept = hidden if wants.hidden else None
+    if not wants.logprobs:
       return Scores(logprobs=None, entropy=None, hidden=kept)
     head = model.head(params)
 
@@ -122,3 +123,10 @@ def teacher_logprob_fn(params: Params, rollout: Rollout, *, model: Model, temper
                   hidden=kept)
 
   return join_rows(jax.lax.map(score, split_rows(rollout, microbatch_rows)))
+
+
+def only(scores: Scores, wants: Wants) -> Scores:
+  """Drops what is not wanted: a program that models share gives what any of them is asked for."""
+  if not wants.logprobs:
+    scores = scores.replace(logprobs=None, entropy=None)
+  return scores if wants.hidden else scores.replace(hidden=None)

@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 import pathlib
 import signal
 import time
@@ -51,8 +52,8 @@ from opd_jax import (
 )
 from opd_jax import config as config_lib
 from opd_jax.build import Setup
-from opd_jax.objective import Objective
-from opd_jax.types import Batch, Heads, Model, Params, Rollout, TrainState
+from opd_jax.objective import Objective, wants
+from opd_jax.types import Batch, Heads, Model, Params, Rollout, Scores, TrainState, Wants
 
 RESULT, EXPORT, ADAPTER = 'result.json', 'export', 'adapter'
 
@@ -73,9 +74,7 @@ class RowPrograms:
   teacher_mixed: bool  # the student's samples come from a mixture with the teacher
   objective: Objective
   sample: Callable[..., Any] | None
-  score_teacher: Callable[..., Any] | None
-  score_student: Callable[..., Any]
-  score_reference: Callable[..., Any] | None
+  scorers: dict[str, Callable[..., Scores]]  # of the models that the objective asks, by name
   update: Callable[..., Any] | None  # None for rows beside others
 
 
@@ -98,8 +97,7 @@ class Programs:
   def compile_count(self) -> int:
     """How many programs are compiled; one a function that is in use, or something retraces."""
     loop = {f for rows in (self.own, self.off, self.given) if rows is not None
-            for f in (rows.sample, rows.score_teacher, rows.score_student, rows.score_reference,
-                      rows.update) if f is not None}
+            for f in (rows.sample, *rows.scorers.values(), rows.update) if f is not None}
     return sum(f._cache_size() for f in loop)
 
 
@@ -249,7 +247,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
         for update_number in range(c.optimizer.updates_per_batch):
           if update_number and rows.objective.advantages == 'recomputed':
             student = lora.join(frozen, state.params)
-            batch = batch.replace(student=wait(rows.score_student(student, rollout)))
+            batch = batch.replace(student=wait(ask(rows, 'student', student, rollout)))
           gate_key = build_lib.fold_in(
               key, build_lib.GATE, step * c.optimizer.updates_per_batch + update_number)
           state, values = wait(rows.update(state, batch, heads, frozen, beside, gate_key))
@@ -310,28 +308,30 @@ def grade(rows: RowPrograms, s: Setup, examples: data.Examples, indices: np.ndar
           weights: Weights, rollout: Rollout) -> Batch:
   """What the objective of this kind of rows asks for: grades of every token by the teacher, the
   student itself and the reference, or of the whole answer by the verifier."""
-  o = rows.objective
-  teacher = student = reference = rewards = None
-  if o.needs_teacher:
-    teacher = rows.score_teacher(weights.teacher, rollout)
-  if o.needs_student_scores:
-    student = rows.score_student(weights.student, rollout)
-  if o.needs_reference:
-    reference = rows.score_reference(weights.reference, rollout)
-  if o.needs_rewards:
+  scores = {name: ask(rows, name, getattr(weights, name), rollout) for name in rows.scorers}
+  rewards = None
+  if rows.objective.needs_rewards:
     graded, _ = data.grade(s.task, [examples.rows[i] for i in indices], rollout,
                            s.student.tokenizer)
     rewards = sharding.put(graded, sharding.by_rows(s.mesh))
-  return Batch(rollout, teacher, student, reference, rewards)
+  return Batch(rollout, rewards=rewards, **scores)
+
+
+def ask(rows: RowPrograms, name: str, params: Params, rollout: Rollout) -> Scores:
+  """Asks one model what the objective wants to know, and drops what its program gives for others
+  that share it: that would stay in memory until the step is done."""
+  return score.only(rows.scorers[name](params, rollout), wants(rows.objective)[name])
 
 
 def loss_heads(s: Setup, teacher: Params | None, reference: Params | None) -> Heads:
-  """The heads of the models whose hidden states the loss takes."""
-  objectives = [o for o in (s.objective, s.off_objective, s.given_objective) if o is not None]
-  theirs = any(o.needs_hidden for o in objectives)
-  third = any(o.needs_reference_hidden for o in objectives)
-  return Heads(teacher=s.teacher.model.head(teacher) if theirs else None,
-               reference=s.reference.model.head(reference) if third else None)
+  """Returns the heads of the models whose hidden states a loss or a gate takes."""
+  asked = [wants(o) for o in (s.objective, s.off_objective, s.given_objective) if o is not None]
+
+  def head(name, params):
+    hidden = any(of[name].hidden for of in asked)
+    return getattr(s, name).model.head(params) if hidden else None
+
+  return Heads(teacher=head('teacher', teacher), reference=head('reference', reference))
 
 
 def compile_step(c: ConfigDict, s: Setup) -> tuple[Programs, TrainState]:
@@ -375,15 +375,7 @@ def compile_rows(c: ConfigDict, s: Setup, source: str, o: Objective, microbatch_
   rows, student = sharding.by_rows(s.mesh), s.student.model
   mixed = c.sample.teacher_mix if source == 'student' else 0.0
 
-  def scorer(m: Model, temperature: float):
-    return jax.jit(functools.partial(
-        score.teacher_logprob_fn, model=m, temperature=temperature, want_hidden=(
-            o.needs_hidden or o.needs_student_hidden or o.needs_reference_hidden),
-        want_logprobs=(o.needs_teacher_logprobs or o.needs_student_scores
-                       or o.needs_reference_logprobs),
-        chunk_tokens=c.compute.chunk_tokens, microbatch_rows=microbatch_rows), out_shardings=rows)
-
-  sampler = score_teacher = score_reference = None
+  sampler = None
   if source != 'dataset':
     sampler = jax.jit(functools.partial(
         sample.sample_fn, model=s.teacher.model if source == 'teacher' else student,
@@ -391,29 +383,51 @@ def compile_rows(c: ConfigDict, s: Setup, source: str, o: Objective, microbatch_
         top_p=c.sample.top_p, top_k=c.sample.top_k, stop_tokens=s.stop_tokens,
         pad_token=s.pad_token, mix_share=mixed, mix_model=s.teacher.model if mixed else None,
         mix_temperature=o.teacher_temperature), out_shardings=rows)
-  # A teacher of the student's own form is graded by the very same program: then log p_T - log p_S
-  # is exactly zero for a teacher equal to the student, and so is the policy gradient.
-  score_student = scorer(student, o.temperature)
-  if s.teacher is not None:
-    same = s.same_programs and o.teacher_temperature == o.temperature
-    score_teacher = score_student if same else scorer(s.teacher.model, o.teacher_temperature)
-  if s.reference is not None:
-    same = s.runs_students_programs(s.reference)
-    score_reference = score_student if same else scorer(s.reference.model, o.temperature)
-  return RowPrograms(source, mixed > 0.0, o, sampler, score_teacher, score_student, score_reference,
-                     update_fn)
+  scorer = functools.cache(functools.partial(compile_scorer, c, s, microbatch_rows))
+  scorers = {name: scorer(*program) for name, program in scorer_programs(s, o).items()}
+  return RowPrograms(source, mixed > 0.0, o, sampler, scorers, update_fn)
+
+
+def scorer_programs(s: Setup, o: Objective) -> dict[str, tuple[Model, float, Wants]]:
+  """Names the program that scores each model `o` asks, by its form, temperature and wants.
+
+  A teacher or a reference of the student's own form, at its temperature, is scored by the student's
+  own program: then log p_T - log p_S is exactly zero for a teacher equal to the student, and so is
+  the policy gradient. That program gives all that any of them is asked for.
+  """
+  asked = {name: known for name, known in wants(o).items() if known}
+
+  def form(name):
+    loaded = getattr(s, name)
+    temperature = o.teacher_temperature if name == 'teacher' else o.temperature
+    own = (name == 'student'
+           or temperature == o.temperature and s.runs_students_programs(loaded))
+    return (s.student if own else loaded).model, temperature
+
+  return {name: (*form(name), functools.reduce(operator.or_, (
+      known for other, known in asked.items() if form(other) == form(name)))) for name in asked}
+
+
+def compile_scorer(c: ConfigDict, s: Setup, microbatch_rows: int, model: Model, temperature: float,
+                   known: Wants) -> Callable[..., Scores]:
+  """Returns the jitted scorer of one of `scorer_programs`."""
+  return jax.jit(functools.partial(
+      score.teacher_logprob_fn, model=model, temperature=temperature, wants=known,
+      chunk_tokens=c.compute.chunk_tokens, microbatch_rows=microbatch_rows),
+      out_shardings=sharding.by_rows(s.mesh))
 
 
 def count_flops(c: ConfigDict, s: Setup, rows: RowPrograms, lengths: np.ndarray
                 ) -> dict[str, float]:
   """The operations of a step on rows of these lengths, by who spends them."""
   o, updates = rows.objective, c.optimizer.updates_per_batch
-  rescores = o.needs_student_scores * (updates if o.advantages == 'recomputed' else 1)
+  asked = wants(o)
+  rescores = bool(asked['student']) * (updates if o.advantages == 'recomputed' else 1)
   return flops.step_flops(
       s.student.model, s.teacher.model if s.teacher else None, lengths, source=rows.source,
-      teacher_scores=o.needs_teacher, student_rescores=rescores, updates=updates,
+      teacher_scores=bool(asked['teacher']), student_rescores=rescores, updates=updates,
       adapter_specs=s.adapter and s.adapter.specs,
-      reference=s.reference.model if o.needs_reference else None,
+      reference=s.reference.model if asked['reference'] else None,
       teacher_mixed=rows.teacher_mixed, extra_heads=o.extra_heads)
 
 

@@ -69,6 +69,25 @@ class Scores:
   hidden: jax.Array | None  # [B, C, D], the final hidden states that predict the completion
 
 
+@dataclasses.dataclass(frozen=True)
+class Wants:
+  """What must be known of a model's view of a rollout before the loss; false where nothing.
+
+  Attributes:
+    logprobs: of the sampled tokens, and the entropy, which comes with them.
+    hidden: the final hidden states that predict the completion.
+  """
+
+  logprobs: bool = False
+  hidden: bool = False
+
+  def __or__(self, other: Wants) -> Wants:
+    return Wants(self.logprobs or other.logprobs, self.hidden or other.hidden)
+
+  def __bool__(self) -> bool:
+    return self.logprobs or self.hidden
+
+
 @struct.dataclass
 class Batch:
   """A rollout and what is known about it. What an objective does not ask for is None."""
@@ -82,7 +101,7 @@ class Batch:
 
 @struct.dataclass
 class Weighted:
-  """Rows with what the loss takes for each token; what an objective does not ask for is None.
+  """Rows with what the loss takes for each token; what it does not read is None.
 
   The hidden states of the student are those of the program that scored the teacher, for the exact
   baseline, which is then exactly zero for a teacher equal to the student.
@@ -90,7 +109,7 @@ class Weighted:
 
   rollout: Rollout
   weights: jax.Array  # float32 [B, T-1], zero wherever the mask is
-  advantage: jax.Array  # float32 [B, T-1]
+  advantage: jax.Array | None = None  # float32 [B, T-1]
   local_weights: jax.Array | None = None  # float32 [B, T-1]
   teacher_logprobs: jax.Array | None = None  # float32 [B, T-1]
   reference_logprobs: jax.Array | None = None  # float32 [B, T-1]

@@ -31,7 +31,7 @@ import optax
 
 from opd_jax import chunks, credit, diagnostics, estimators, lora
 from opd_jax import score as score_lib
-from opd_jax.objective import Objective
+from opd_jax.objective import Objective, wants
 from opd_jax.types import (
   Batch,
   Head,
@@ -108,11 +108,11 @@ def _chunk_loss(o, head, constants, hidden, a):
   if o.reference_coef:
     out['reference_kl'] = _reference_kl(o, own, reference, logprobs, a, at_chosen)
     terms.append(a['weights'] * o.reference_coef * out['reference_kl'])
-  advantage = a['advantage']
-  if o.baseline == 'exact':
-    # The mean of log p_T - log p_S over the student's next token is minus this.
-    advantage = advantage + coef * jax.lax.stop_gradient(out['divergence'])
   if o.has_policy_gradient:
+    advantage = a['advantage']
+    if o.baseline == 'exact':
+      # The mean of log p_T - log p_S over the student's next token is minus this.
+      advantage = advantage + coef * jax.lax.stop_gradient(out['divergence'])
     terms.append(-a['weights'] * surrogate(o, logprobs, out['logratio'], advantage))
   return at_chosen(sum(terms)), out
 
@@ -151,7 +151,7 @@ def weigh(o: Objective, batch: Batch, coef: Array | float, student_head: Head | 
 
   Args:
     o: the objective.
-    batch: with what `o` asks for.
+    batch: with what `wants(o)` names.
     coef: the present distill_coef.
     student_head: for token_gate='teachability'.
     heads: of teacher and reference.
@@ -190,14 +190,14 @@ def weigh(o: Objective, batch: Batch, coef: Array | float, student_head: Head | 
     return getattr(scores, name) if wanted else None
 
   return Weighted(
-      rollout=batch.rollout, weights=weights, advantage=advantage,
+      rollout=batch.rollout, weights=weights,
+      advantage=advantage if o.has_policy_gradient else None,
       local_weights=None if local is None else local * weights,
       teacher_logprobs=credit.teacher_logprobs(o, batch) if o.estimator != 'none' else None,
       reference_logprobs=take(batch.reference, 'logprobs', o.reference_estimator in ('k2', 'k3')),
       teacher_hidden=take(batch.teacher, 'hidden', o.needs_hidden_in_loss),
-      student_hidden=take(batch.student, 'hidden',
-                          o.baseline == 'exact' and o.student_logprobs == 'rescored'),
-      reference_hidden=take(batch.reference, 'hidden', o.needs_reference_hidden)), metrics
+      student_hidden=take(batch.student, 'hidden', o.rescored_baseline),
+      reference_hidden=take(batch.reference, 'hidden', wants(o)['reference'].hidden)), metrics
 
 
 def gradient(params: Params, batch: Batch, heads: Heads, step: Array, key: PRNGKeyArray | None,
@@ -239,10 +239,9 @@ def update_fn(state: TrainState, batch: Batch, heads: Heads, frozen: lora.Frozen
 
   Args:
     state: donated by the caller's jit.
-    batch: B rows, those of one prompt neighbours (`group_size` of them), with log-probs of the
-      teacher if `objective.needs_teacher_logprobs`, its hidden states if `objective.needs_hidden`,
-      and so on for the student's own scores, the reference and the rewards: what is not needed may
-      be None.
+    batch: B rows, those of one prompt neighbours (`group_size` of them), with what
+      `objective.wants` names of each model, and the rewards if `objective.needs_rewards`: what is
+      not needed may be None.
     heads: of the models whose hidden states are there.
     frozen: what `state.params` are adapters on; None where the state holds the whole model. Not
       donated.

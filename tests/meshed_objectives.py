@@ -16,7 +16,7 @@ import tabular
 from opd_jax import config as config_lib
 from opd_jax import credit, evaluate, presets, score, sharding, update
 from opd_jax.objective import Objective
-from opd_jax.types import Batch, Scores, TrainState
+from opd_jax.types import Batch, Scores, TrainState, Wants
 
 PROMPTS = [[5, 9, 1, 2], [5, 9, 1, 2], [7], [7], [3, 3, 8], [3, 3, 8], [4], [4]]
 ROWS = [[3, 1, 4, 1, 0], [9, 0], [6, 5, 3, 8, 9], [7, 9, 0], [0], [8, 6, 2, 6, 4], [1, 11], [2, 0]]
@@ -59,8 +59,8 @@ def differences() -> dict[str, float]:
     rollout = rollout.replace(sampler_logprobs=-2.0 * rollout.mask)
     optimizer, mesh = optax.sgd(1.0), sharding.make_mesh(sizes)
     scorer = functools.lru_cache(lambda temperature: quick_jit(functools.partial(
-        score.teacher_logprob_fn, model=model, temperature=temperature, want_hidden=True,
-        want_logprobs=True, chunk_tokens=100, microbatch_rows=0)))
+        score.teacher_logprob_fn, model=model, temperature=temperature,
+        wants=Wants(logprobs=True, hidden=True), chunk_tokens=100, microbatch_rows=0)))
     for name in CASES:
       o, beside = _objectives(name)
       batch, heads = tabular.batch(o, cast, rollout, REWARDS, scorer)
@@ -106,8 +106,8 @@ def scoring() -> dict[str, dict[str, float]]:
 
   programs = {
       'score': (functools.partial(
-          score.teacher_logprob_fn, model=model, temperature=1.0, want_hidden=True,
-          want_logprobs=True, chunk_tokens=16, microbatch_rows=4), ()),
+          score.teacher_logprob_fn, model=model, temperature=1.0,
+          wants=Wants(logprobs=True, hidden=True), chunk_tokens=16, microbatch_rows=4), ()),
       'compare': (lambda params, rollout: evaluate.compare(
           params, params, rollout, model=model, teacher=model, temperature=1.0,
           teacher_temperature=1.0, chunk_tokens=16, overlap_top_ks=(3,)), ()),

@@ -200,7 +200,7 @@ def test_memory_is_about_what_the_update_takes(remat):
   with jax.set_mesh(s.mesh):
     prompts = jax.eval_shape(lambda: s.examples.prompts(np.arange(32)))
     rollout = jax.eval_shape(programs.own.sample, state.params, prompts, jax.random.key(0))
-    scores = jax.eval_shape(programs.own.score_teacher, state.params, rollout)
+    scores = jax.eval_shape(programs.own.scorers['teacher'], state.params, rollout)
     head = jax.eval_shape(s.teacher.model.head, state.params)
     update = programs.own.update.lower(state, Batch(rollout, scores), Heads(head)).compile()
   taken = update.memory_analysis().temp_size_in_bytes

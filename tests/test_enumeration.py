@@ -17,7 +17,7 @@ import tabular
 
 from opd_jax import credit, objective, score, update
 from opd_jax.objective import Local, Objective
-from opd_jax.types import Rollout
+from opd_jax.types import Rollout, Wants
 
 VOCAB, EOS, ROOM = 4, 0, 3
 TEMPERATURE, TEACHER_TEMPERATURE = 0.8, 1.3  # each other than 1 and than the other
@@ -105,8 +105,8 @@ class Language:
 @functools.lru_cache
 def _scorer(temperature):
   return quick_jit(functools.partial(
-      score.teacher_logprob_fn, model=MODEL, temperature=temperature, want_hidden=True,
-      want_logprobs=True, chunk_tokens=10_000, microbatch_rows=0))
+      score.teacher_logprob_fn, model=MODEL, temperature=temperature,
+      wants=Wants(logprobs=True, hidden=True), chunk_tokens=10_000, microbatch_rows=0))
 
 
 @functools.lru_cache

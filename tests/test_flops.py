@@ -115,7 +115,10 @@ def test_heads_that_are_applied_again_count():
   plain = flops.step_flops(model, model, lengths, **how)
   for o, student, teacher in (
       (Objective(), 0, 0), (Objective(baseline='exact'), 1, 1),
-      (Objective(route='direct', support='full', importance='none'), 0, 0)):
+      (Objective(route='direct', support='full', importance='none'), 0, 0),
+      (Objective(route='direct', support='full', importance='none', token_gate='teachability',
+                 token_top_k=3, token_keep=0.5), 0, 1),  # the student's once, for the gate
+      (Objective(token_gate='teachability', token_top_k=3, token_keep=0.5), 1, 1)):
     spent = flops.step_flops(model, model, lengths, **how, extra_heads=o.extra_heads)
     assert spent['student'] - plain['student'] == pytest.approx(student * head)
     assert spent['teacher'] - plain['teacher'] == pytest.approx(teacher * head)

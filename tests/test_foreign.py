@@ -35,7 +35,7 @@ from opd_jax import config as config_lib
 from opd_jax import export as export_lib
 from opd_jax import objective as objective_lib
 from opd_jax import params as params_lib
-from opd_jax.types import Batch, Heads, Model, Params, TrainState
+from opd_jax.types import Batch, Heads, Model, Params, TrainState, Wants
 
 VOCAB, LENGTH = 48, 32
 CONFIG = foreign.Config(vocab_size=VOCAB, max_position_embeddings=LENGTH)
@@ -172,8 +172,8 @@ def test_the_sampler_and_the_scorer_agree_whatever_the_padding(kind):
       sample.sample_fn, model=model, max_new_tokens=7, temperature=1.0, top_p=1.0, top_k=0,
       stop_tokens=(1,), pad_token=0))(params, left_padded(ROWS, 6), jax.random.key(0))
   scores = quick_jit(functools.partial(
-      score.teacher_logprob_fn, model=model, temperature=1.0, want_hidden=False, chunk_tokens=8,
-      microbatch_rows=0))(params, rollout)
+      score.teacher_logprob_fn, model=model, temperature=1.0, wants=Wants(logprobs=True),
+      chunk_tokens=8, microbatch_rows=0))(params, rollout)
   assert float(rollout.mask.sum()) > 10
   np.testing.assert_allclose(scores.logprobs, rollout.sampler_logprobs, atol=1e-5)
   # The same rows without the padding on the left (behind a row, a causal model sees nothing).
@@ -196,7 +196,7 @@ def _trained(model, params, objective, teacher=None, steps=8):
   scores = head = None
   if teacher is not None:
     scores = quick_jit(functools.partial(
-        score.teacher_logprob_fn, model=teacher[0], temperature=1.0, want_hidden=True,
+        score.teacher_logprob_fn, model=teacher[0], temperature=1.0, wants=Wants(hidden=True),
         **batching))(teacher[1], rollout)
     head = teacher[0].head(teacher[1])
   step = quick_jit(functools.partial(

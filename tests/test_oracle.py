@@ -9,6 +9,7 @@ from conftest import make_rollout, quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
+from jax.interpreters import partial_eval
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -21,7 +22,7 @@ from opd_jax import checks, divergences, estimators, presets, score, update
 from opd_jax import config as config_lib
 from opd_jax import objective as objective_lib
 from opd_jax.objective import Local, Objective
-from opd_jax.types import TrainState
+from opd_jax.types import TrainState, Wants
 
 VOCAB = 11
 PROMPTS = [[5, 9, 1, 2], [5, 9, 1, 2], [7], [7], [3, 3, 8], [3, 3, 8]]  # in groups of two
@@ -49,20 +50,14 @@ def _model():
 
 
 def _only_what_is_asked_for(o, batch, heads):
-  """None in place of all that the objective's `needs_*` do not name."""
-  def part(scores, logprobs, hidden):
-    if not (logprobs or hidden):
-      return None
-    return scores.replace(hidden=scores.hidden if hidden else None, **(
-        {} if logprobs else dict(logprobs=None, entropy=None)))
-
+  """None in place of all that the objective does not want."""
+  asked = objective_lib.wants(o)
   return batch.replace(
-      teacher=part(batch.teacher, o.needs_teacher_logprobs, o.needs_hidden),
-      student=part(batch.student, o.needs_student_scores, o.needs_student_hidden),
-      reference=part(batch.reference, o.needs_reference_logprobs, o.needs_reference_hidden),
-      rewards=batch.rewards if o.needs_rewards else None), heads.replace(
-          teacher=heads.teacher if o.needs_hidden else None,
-          reference=heads.reference if o.needs_reference_hidden else None)
+      rewards=batch.rewards if o.needs_rewards else None,
+      **{name: score.only(getattr(batch, name), known) if known else None
+         for name, known in asked.items()}), heads.replace(
+             teacher=heads.teacher if asked['teacher'].hidden else None,
+             reference=heads.reference if asked['reference'].hidden else None)
 
 
 @functools.lru_cache
@@ -110,8 +105,8 @@ def _run(o, cast, rollout):
 @functools.lru_cache
 def _scorer(temperature):
   return quick_jit(functools.partial(
-      score.teacher_logprob_fn, model=_model(), temperature=temperature, want_hidden=True,
-      want_logprobs=True, chunk_tokens=1000, microbatch_rows=0))
+      score.teacher_logprob_fn, model=_model(), temperature=temperature,
+      wants=Wants(logprobs=True, hidden=True), chunk_tokens=1000, microbatch_rows=0))
 
 
 def _assert_is_the_oracle(o):
@@ -308,6 +303,38 @@ def test_a_student_equal_to_its_teacher_stays(x64, name, which):
     assert size == float(loss) == 0.0  # no rounding: Adam would make full steps of it
   else:
     assert size < 1e-12
+
+
+# --- what is kept for the loss is what it reads ---
+
+
+def _unread(f, *inputs):
+  """Where in the inputs the arrays are that no output of f depends on. Of log-probs and entropy,
+  which come together, one is enough; and what comes of a rollout is the same for all."""
+  traced = jax.make_jaxpr(f)(*inputs)
+  _, read = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.out_avals))
+  places = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(inputs)]
+  unread = {place for place, is_read in zip(places, read, strict=True) if not is_read}
+  pair = {'logprobs': 'entropy', 'entropy': 'logprobs'}
+  return {place for place in unread if 'rollout' not in place and (
+      (parts := place.rpartition('.'))[0] + '.' + pair.get(parts[2], parts[2])) in unread}
+
+
+@pytest.mark.parametrize('o', [
+    *(pytest.param(Objective(**fields), id=name) for name, fields in GRID.items()),
+    *(pytest.param(_objectives(name)[which], id=f'{name}-{which}') for name, which in EVERY)])
+def test_what_is_held_for_the_loss_is_what_it_reads(x64, o):
+  # What is missing cannot be traced.
+  how = dict(model=_model(), objective=o, chunk_tokens=7)
+  batch, heads = _only_what_is_asked_for(
+      o, *tabular.batch(o, _cast(), _rollout(), REWARDS, _scorer))
+  params, head = _cast().params, _model().head(_cast().params)
+  assert not _unread(lambda batch, heads: update.gradient(
+      params, batch, heads, jnp.int32(STEP), jax.random.key(8), group_size=2, on_policy=True,
+      microbatch_rows=2, **how)[:2], batch, heads)
+  rows = jax.eval_shape(lambda batch, heads: update.weigh(
+      o, batch, 1.0, head, heads, jax.random.key(8), group_size=2, chunk_tokens=7)[0], batch, heads)
+  assert not _unread(lambda rows: update.loss_fn(params, rows, 1.0, heads, **how)[0], rows)
 
 
 # --- a step: given rows beside the student's, and the metrics of gates and schedules ---

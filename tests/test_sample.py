@@ -22,7 +22,7 @@ import pytest
 import scipy.stats
 
 from opd_jax import models, sample, score
-from opd_jax.types import UNUSED_LOGIT, Head, Model
+from opd_jax.types import UNUSED_LOGIT, Head, Model, Wants
 
 # Keys are fixed, so a chi-square test gives the same p-value every time. A right sampler fails a
 # threshold of 1e-3 for one key in a thousand (then choose another key); a wrong probability of a
@@ -347,7 +347,7 @@ def _real(model, jit=quick_jit, **changes):
 @functools.lru_cache
 def _scores(model, temperature, jit=quick_jit):
   return jit(functools.partial(
-      score.teacher_logprob_fn, model=model, temperature=temperature, want_hidden=False,
+      score.teacher_logprob_fn, model=model, temperature=temperature, wants=Wants(logprobs=True),
       chunk_tokens=1000, microbatch_rows=0))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 from conftest import (
     make_rollout,
@@ -20,7 +21,7 @@ import pytest
 from opd_jax import models, score, update
 from opd_jax import objective as objective_lib
 from opd_jax import params as params_lib
-from opd_jax.types import Batch, Head, Heads, Rollout, Scores, Weighted
+from opd_jax.types import Batch, Head, Heads, Rollout, Scores, Wants, Weighted
 
 # A shift by one, wrong padding or another position would show at every length used here.
 PROMPTS = [[5, 9, 11, 2], [7], [3, 3, 8], [1, 2, 30, 41], [17, 9], [20]]
@@ -35,7 +36,7 @@ def rollout():
 
 @functools.lru_cache  # one program for all tests with the same settings
 def _scorer(model, *, jit=quick_jit, **changes):
-  settings = dict(temperature=1.0, want_hidden=False, chunk_tokens=1000, microbatch_rows=0)
+  settings = dict(temperature=1.0, wants=Wants(logprobs=True), chunk_tokens=1000, microbatch_rows=0)
   return jit(functools.partial(
       score.teacher_logprob_fn, model=model, **{**settings, **changes}))
 
@@ -61,7 +62,7 @@ def test_logprobs_and_entropy_against_one_row_at_a_time(tiny_model, rollout, tem
 
 def test_hidden_states_stand_where_they_predict_the_completion(tiny_model, rollout):
   model, params = tiny_model
-  scores = _scorer(model, want_hidden=True)(params, rollout)
+  scores = _scorer(model, wants=Wants(hidden=True))(params, rollout)
   assert scores.logprobs is None and scores.entropy is None
   assert scores.hidden.shape == (len(PROMPTS), ROOM, model.config.hidden_size)
   logits = np.asarray(scores.hidden) @ np.asarray(model.head(params).matrix)
@@ -81,12 +82,12 @@ def test_chunks_change_nothing(tiny_model, rollout, chunk_tokens):
   np.testing.assert_allclose(chunked.entropy, dense.entropy, atol=4e-6)
 
 
-@pytest.mark.parametrize('want_hidden', [False, True])
+@pytest.mark.parametrize('wants', [Wants(logprobs=True), Wants(hidden=True)], ids=str)
 @pytest.mark.parametrize('rows', [1, 2])
-def test_microbatches_change_nothing(tiny_model, rollout, rows, want_hidden):
+def test_microbatches_change_nothing(tiny_model, rollout, rows, wants):
   model, params = tiny_model
-  whole = _scorer(model, want_hidden=want_hidden)(params, rollout)
-  parts = _scorer(model, want_hidden=want_hidden, microbatch_rows=rows)(params, rollout)
+  whole = _scorer(model, wants=wants)(params, rollout)
+  parts = _scorer(model, wants=wants, microbatch_rows=rows)(params, rollout)
   assert jax.tree.structure(whole) == jax.tree.structure(parts)
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)  # as above; hidden states are of order 3
@@ -103,6 +104,23 @@ def test_bfloat16_logits_are_accumulated_and_kept_in_float32():
   got = jax.jit(score.log_softmax, static_argnums=2)(hidden, Head(head, 100), 0.7)
   assert got.dtype == jnp.float32
   np.testing.assert_allclose(got, want, atol=1e-4)  # float32 sums of 64 terms, logits of order 20
+
+
+def test_a_scorer_is_asked_for_something(tiny_model, rollout):
+  with pytest.raises(ValueError, match='nothing to score for; allowed: logprobs, hidden or both'):
+    score.teacher_logprob_fn(tiny_model[1], rollout, model=tiny_model[0], temperature=1.0,
+                             wants=Wants(), chunk_tokens=8, microbatch_rows=0)
+
+
+def test_what_is_wanted_is_what_is_there():
+  everything = Scores(jnp.zeros(1), jnp.ones(1), jnp.zeros(2))
+  for logprobs, hidden in itertools.product((False, True), repeat=2):
+    got = score.only(everything, Wants(logprobs, hidden))
+    assert (got.logprobs is not None, got.entropy is not None, got.hidden is not None) == (
+        logprobs, logprobs, hidden)
+  assert Wants(logprobs=True) | Wants(hidden=True) == Wants(True, True)
+  assert [bool(Wants(*pair)) for pair in itertools.product((False, True), repeat=2)] == [
+      False, True, True, True]
 
 
 def test_split_rows_and_join_rows_are_inverse(rollout):
@@ -143,7 +161,7 @@ def _temporary_bytes(jitted, *args):
 def test_the_loss_never_holds_the_logits_of_the_batch(wide, objective):
   model, params, rollout = wide
   hidden = head = None
-  if objective.needs_hidden:
+  if objective.support != 'sampled':
     hidden, head = jnp.zeros((ROWS, LONG, 16)), Head(jnp.zeros((16, VOCAB)), VOCAB)
 
   def used(chunk_tokens):

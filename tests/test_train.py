@@ -1,11 +1,14 @@
 """The loop, end to end, for every kind of run."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 import json
 import math
+import operator
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -20,11 +23,15 @@ from opd_jax import (
   hf,
   lora,
   metrics,
+  objective,
   optim,
   params,
+  presets,
+  score,
   train,
 )
 from opd_jax.tasks import arithmetic
+from opd_jax.types import Scores, Wants
 
 EVERYWHERE = {'kind', 'step', 'loss', 'grad_norm', 'update_norm', 'entropy_student', 'logprob',
               'length', 'truncation_rate', 'flops', 'compiles', 'perf'}
@@ -53,6 +60,30 @@ def finished(kind):
     result = train.train(c, workdir)
   (workdir / 'output.txt').write_text(out.getvalue())
   return c, workdir, result
+
+
+@pytest.mark.parametrize('own_form', [False, True])
+@pytest.mark.parametrize('name', presets.PRESETS)
+def test_models_that_share_a_program_are_asked_for_what_each_is_asked_alone(name, own_form):
+  """`own_form`: of teacher and reference, that of the student, whose program is then theirs."""
+  o = config.make_objective(presets.apply(tiny.config('opd_sampled'), name))
+  asked = {who: known for who, known in objective.wants(o).items() if known}
+  everyone = functools.reduce(operator.or_, asked.values(), Wants())
+  s = types.SimpleNamespace(
+      **{who: types.SimpleNamespace(model=who) for who in ('student', 'teacher', 'reference')},
+      runs_students_programs=lambda _: own_form)
+  programs = train.scorer_programs(s, o)
+  assert programs == {who: ('student', 1.0, everyone) if own_form else (who, 1.0, known)
+                      for who, known in asked.items()}
+  everything = Scores(logprobs=1, entropy=2, hidden=3)
+  rows = train.RowPrograms('student', False, o, None, dict.fromkeys(
+      programs, lambda params, rollout: everything), None)
+  for who, known in asked.items():
+    assert train.ask(rows, who, None, None) == score.only(everything, known)
+  if own_form:  # at another temperature a teacher of this form has a program of its own
+    warm = train.scorer_programs(s, dataclasses.replace(o, teacher_temperature=2.0))
+    if 'teacher' in asked:
+      assert warm['teacher'] == ('teacher', 2.0, asked['teacher'])
 
 
 @pytest.mark.parametrize('kind', tiny.KINDS)

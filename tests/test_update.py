@@ -28,8 +28,9 @@ from opd_jax import credit, estimators, models, optim, sample, score, update
 from opd_jax import objective as objective_lib
 from opd_jax import params as params_lib
 from opd_jax.objective import Local, Objective
-from opd_jax.types import Batch, Head, Heads, Model, Rollout, Scores, TrainState
+from opd_jax.types import Batch, Head, Heads, Model, Rollout, Scores, TrainState, Wants
 
+LOGPROBS = Wants(logprobs=True)
 SGD = optax.sgd(1.0)  # the step it takes is the gradient
 EXACT = Objective(route='direct', support='full', importance='none')
 SAMPLED = Objective()
@@ -63,10 +64,10 @@ def _state(params, optimizer=SGD):
 
 
 @functools.lru_cache
-def _scorer(model, temperature=1.0, want_hidden=False, want_logprobs=None, jit=quick_jit):
+def _scorer(model, temperature=1.0, wants=LOGPROBS, jit=quick_jit):
   return jit(functools.partial(
-      score.teacher_logprob_fn, model=model, temperature=temperature, want_hidden=want_hidden,
-      want_logprobs=want_logprobs, chunk_tokens=1000, microbatch_rows=0))
+      score.teacher_logprob_fn, model=model, temperature=temperature, wants=wants,
+      chunk_tokens=1000, microbatch_rows=0))
 
 
 def _difference(before, after):
@@ -146,13 +147,13 @@ class Enumeration:
   def gradient_of_rows(self, objective, sampler_params):
     """weights [B, T-1] -> the gradient of the loss with those weights."""
     rollout, _ = self.behaviour(sampler_params)
-    hidden = objective.needs_hidden
-    teacher = _scorer(self.teacher, TEACHER_TEMPERATURE, hidden, objective.needs_teacher_logprobs)(
+    asked = objective_lib.wants(objective)
+    teacher = _scorer(self.teacher, TEACHER_TEMPERATURE, asked['teacher'])(
         self.teacher_params, rollout)
     student = None
-    if objective.needs_student_scores:
-      student = _scorer(self.student, TEMPERATURE, hidden, True)(self.params, rollout)
-    heads = Heads(self.teacher.head(self.teacher_params) if hidden else None)
+    if asked['student']:
+      student = _scorer(self.student, TEMPERATURE, asked['student'])(self.params, rollout)
+    heads = Heads(self.teacher.head(self.teacher_params))
     rows, _ = update.weigh(objective, Batch(rollout, teacher, student), objective.distill_coef,
                            self.student.head(self.params), heads, None, group_size=1,
                            chunk_tokens=50)
@@ -554,14 +555,13 @@ def _oracle_loss(o: Objective, batch: Case, params) -> float:
 def _inputs(o: Objective, batch: Case) -> tuple[Batch, Heads]:
   """The arguments of `update_fn` after the state."""
   teacher = student = head = None
-  if o.needs_teacher:
-    scorer = _scorer(batch.teacher, o.teacher_temperature, o.needs_hidden,
-                     o.needs_teacher_logprobs)
-    teacher = scorer(batch.teacher_params, batch.rollout)
-    head = batch.teacher.head(batch.teacher_params) if o.needs_hidden else None
-  if o.needs_student_scores:
-    student = _scorer(batch.student, o.temperature, o.needs_hidden, True)(
-        batch.params, batch.rollout)
+  asked = objective_lib.wants(o)
+  if asked['teacher']:
+    teacher = _scorer(batch.teacher, o.teacher_temperature, asked['teacher'])(
+        batch.teacher_params, batch.rollout)
+    head = batch.teacher.head(batch.teacher_params) if asked['teacher'].hidden else None
+  if asked['student']:
+    student = _scorer(batch.student, o.temperature, asked['student'])(batch.params, batch.rollout)
   rewards = jnp.asarray(REWARDS, batch.rollout.mask.dtype) if o.needs_rewards else None
   return Batch(batch.rollout, teacher, student, rewards=rewards), Heads(head)
 
@@ -630,7 +630,7 @@ def test_metrics_against_numpy(x64, name):
     graded = np.array([theirs[b, t, r.tokens[b, t + 1]] for b, t in places])
     want |= {'entropy_teacher': entropy(theirs), 'reverse_kl': (chosen - graded).mean()}
     want |= {f'log_ratio_p{q:02d}': np.percentile(graded - chosen, q) for q in (5, 25, 50, 75, 95)}
-  if o.needs_hidden:
+  if o.needs_hidden_in_loss:
     want['divergence'] = np.mean([np.exp(mine[p]) @ (mine[p] - theirs[p]) for p in places])
   if o.importance == 'ppo_clip':
     want['clip_rate'] = np.mean(np.abs(ratio - 1) > o.clip_epsilon)
@@ -804,13 +804,14 @@ def test_self_distillation_is_a_fixed_point_bit_for_bit(loop, fields):
   model, params, prompts, sampler, _ = loop
   optimizer, objective = _adam(), dataclasses.replace(SAMPLED, **fields)
   objective_lib.check_objective(objective)
-  scorer = _scorer(model, 1.0, objective.needs_hidden, True, jit=jax.jit)
+  asked = objective_lib.wants(objective)
+  scorer = _scorer(model, 1.0, asked['teacher'] | asked['student'], jit=jax.jit)
   step = _step(model, objective, optimizer=optimizer, group_size=2, microbatch_rows=3)
   state = _state(params, optimizer)
   for i in range(3):
     rollout = sampler(state.params, prompts, jax.random.key(i))
     teacher, student = scorer(params, rollout), scorer(state.params, rollout)
-    heads = Heads(model.head(params) if objective.needs_hidden else None)
+    heads = Heads(model.head(params) if asked['teacher'].hidden else None)
     state, metrics = step(state, Batch(rollout, teacher, student), heads)
     assert float(metrics['grad_norm']) == 0.0
   same = jax.tree.map(jnp.array_equal, state.params, params)
@@ -898,7 +899,8 @@ def test_one_pinned_step():
   rollout = _sampler(student)(params, left_padded(PROMPTS, 6), jax.random.key(2))
   got = {'tokens': int(jnp.sum(rollout.tokens[:, 6:] * (1 + jnp.arange(8)[None])))}
   for name, exact in (('exact', True), ('sampled', False)):
-    graded = _scorer(teacher, want_hidden=exact)(teacher_params, rollout)
+    asked = Wants(hidden=True) if exact else LOGPROBS
+    graded = _scorer(teacher, wants=asked)(teacher_params, rollout)
     own = None if exact else _scorer(student)(params, rollout)
     head = teacher.head(teacher_params) if exact else None
     state, metrics = quick_jit(functools.partial(

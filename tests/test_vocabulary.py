@@ -14,7 +14,7 @@ import pytest
 
 from opd_jax import divergences, models, sample, score, update
 from opd_jax.params import flatten
-from opd_jax.types import Batch, Head, Heads, TrainState
+from opd_jax.types import Batch, Head, Heads, TrainState, Wants
 
 IN_USE = 11
 PROMPTS = left_padded([[5, 9, 1], [7, 3, 8, 2]], 4)
@@ -72,11 +72,12 @@ def test_no_id_beyond_those_in_use_is_sampled(x64, tied, knobs):
 
 def _step(student, params, teacher, teacher_params, rollout, objective):
   """Loss and gradient of one update (whose SGD step of size one is the gradient)."""
-  exact = objective.needs_hidden
+  exact = objective.support == 'full'
   grade = functools.partial(score.teacher_logprob_fn, temperature=1.0, chunk_tokens=5,
                             microbatch_rows=0)
-  graded = grade(teacher_params, rollout, model=teacher, want_hidden=exact)
-  own = None if exact else grade(params, rollout, model=student, want_hidden=False)
+  graded = grade(teacher_params, rollout, model=teacher,
+                 wants=Wants(logprobs=not exact, hidden=exact))
+  own = None if exact else grade(params, rollout, model=student, wants=Wants(logprobs=True))
   optimizer = optax.sgd(1.0)
   state = TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
   after, metrics = quick_jit(functools.partial(

@@ -28,7 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import hf, models, params, sharding, tokenizer
+from opd_jax import models, sharding
+from opd_jax.data import prompts as prompts_lib
+from opd_jax.files import huggingface
+from opd_jax.models import params
 
 CONFIG = dict(
     model_type='qwen3', vocab_size=32768, hidden_size=2048, intermediate_size=8192,
@@ -44,8 +47,9 @@ def make(path: pathlib.Path) -> None:
   model = models.build(CONFIG)
   values = {name: np.broadcast_to(np.float32(1 / (i + 2)), spec.shape)
             for i, (name, spec) in enumerate(params.flatten(model.specs).items())}
-  hf.write_checkpoint(path, model, params.unflatten(values), tokenizer.character_tokenizer(),
-                      dtype=jnp.bfloat16, max_shard_bytes=2**29)
+  huggingface.write_checkpoint(path, model, params.unflatten(values),
+                               prompts_lib.character_tokenizer(),
+                               dtype=jnp.bfloat16, max_shard_bytes=2**29)
 
 
 def memory() -> dict[str, int]:
@@ -79,16 +83,16 @@ def peak_during(work: Callable[[], Any]) -> tuple[Any, dict[str, int], float]:
 def measure(path: str, devices: int) -> dict[str, float]:
   """Reads the checkpoint, and returns sizes in MiB and the time in seconds."""
   mesh = sharding.make_mesh(MESHES[devices])
-  loaded = hf.load(path, {'dtype': jnp.float32})
+  loaded = huggingface.load(path, {'dtype': jnp.float32})
   shardings = sharding.param_shardings(loaded.model.specs, mesh)
   for device in jax.devices():
     jax.device_put(0, device).block_until_ready()  # whatever starts up, starts up now
   values, peak, seconds = peak_during(lambda: loaded.read(shardings=shardings))
-  _, export, _ = peak_during(lambda: hf.write_checkpoint(
+  _, export, _ = peak_during(lambda: huggingface.write_checkpoint(
       f'{path}_{devices}', loaded.model, values, loaded.tokenizer))
   leaves = jax.tree.leaves(values)
   shards = sum(s.data.nbytes for x in leaves for s in x.addressable_shards)
-  stored = hf.find_tensors(path).values()
+  stored = huggingface.find_tensors(path).values()
   largest = max(int(np.prod(t.shape)) * 2 for t in stored)
   return {
       'devices': devices, 'file': sum(int(np.prod(t.shape)) * 2 for t in stored) / MIB,

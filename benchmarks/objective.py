@@ -35,8 +35,10 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 
 from opd_jax import __main__ as launcher  # noqa: E402
-from opd_jax import models, params, score, types, update  # noqa: E402
-from opd_jax.objective import Objective, wants  # noqa: E402
+from opd_jax import models, types  # noqa: E402
+from opd_jax.algorithm import score, update  # noqa: E402
+from opd_jax.algorithm.objective import Objective, wants  # noqa: E402
+from opd_jax.models import params  # noqa: E402
 
 ROWS, PROMPT, NEW, VOCAB = 32, 32, 128, 32768
 STUDENT, TEACHER = (256, 768, 4), (512, 1536, 8)  # width, feed-forward width, layers
@@ -111,8 +113,9 @@ class Step:
     self.score_teacher = scorer(teacher, asked['teacher'])
     self.score_student = scorer(student, asked['student']) if asked['student'] else None
     self.update = jax.jit(functools.partial(
-        update.update_fn, model=student, optimizer=optimizer, objective=o, group_size=1,
-        on_policy=True, **sizes), donate_argnums=0)
+        update.update_fn, model=student, optimizer=optimizer,
+        terms=(update.Term(name, o, microbatch_rows=microbatch_rows),), chunk_tokens=chunk_tokens),
+        donate_argnums=0)
     self.teacher_params, trained = draw(teacher, 1), draw(student, 0)
     self.teacher_head = teacher.head(self.teacher_params) if asked['teacher'].hidden else None
     self.state = types.TrainState(jnp.int32(0), trained, optimizer.init(trained))
@@ -139,7 +142,8 @@ class Step:
     if self.score_student is not None:
       own = timed('score_student', self.score_student, self.state.params, self.rollout)
     self.state, _ = timed('update', self.update, self.state,
-                          types.Batch(self.rollout, theirs, own), types.Heads(self.teacher_head))
+                          (types.Batch(self.rollout, theirs, own),),
+                          types.Heads(self.teacher_head))
     spent['step'] = tuple(map(sum, zip(*spent.values(), strict=True)))
     return spent
 

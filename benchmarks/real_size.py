@@ -27,7 +27,9 @@ import tokenizers
 from tokenizers import decoders, pre_tokenizers
 import transformers
 
-from opd_jax import hf, models, params
+from opd_jax import models
+from opd_jax.files import huggingface
+from opd_jax.models import params
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 QWEN3_06B = dict(
@@ -67,7 +69,7 @@ def make_checkpoint(path: pathlib.Path, seed: int) -> None:
       std = 3.0 if name == 'embed' else 1.0
       draw = rng.standard_normal(spec.shape, np.float32)
       values[name] = (draw * (std * spec.hf_shape[-1]**-0.5)).astype(ml_dtypes.bfloat16)
-  hf.write_checkpoint(path, model, params.unflatten(values), make_tokenizer())
+  huggingface.write_checkpoint(path, model, params.unflatten(values), make_tokenizer())
 
 
 def run(name: str, *command: object) -> None:

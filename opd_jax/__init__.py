@@ -3,8 +3,8 @@
 The three pure functions of the method; the loop that joins them is `opd_jax.train`.
 """
 
-from opd_jax.sample import sample_fn
-from opd_jax.score import teacher_logprob_fn
-from opd_jax.update import reverse_kl_update
+from opd_jax.algorithm.sample import sample_fn
+from opd_jax.algorithm.score import teacher_logprob_fn
+from opd_jax.algorithm.update import reverse_kl_update
 
 __all__ = ['reverse_kl_update', 'sample_fn', 'teacher_logprob_fn']

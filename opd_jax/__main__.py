@@ -1,42 +1,95 @@
-"""`opd <command>`: the console. Flags live here and nowhere else.
-
-    opd train --config experiments/quickstart.py [--workdir DIR] [--config.FIELD=VALUE ...]
-    opd evaluate --config experiments/quickstart.py --stage opd --model DIR [--teacher DIR]
-    opd doctor --config experiments/quickstart.py [--stage opd]
-    opd diagnose --config experiments/quickstart.py --stage opd [--workdir DIR]
-    opd report --config experiments/dense_vs_rl.py:tiny,seeds=3 --workdir DIR
-    opd export --workdir runs/quickstart/seed_0/opd --output DIR [--format adapter] [--step N]
-"""
+"""`opd COMMAND`: the console. Flags live here and nowhere else; `opd --help` lists the commands."""
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import functools
 import logging
 import os
 import pathlib
 import platform
 import re
 import sys
+import textwrap
+from typing import Any
 
 # glibc hands XLA's per-step buffers back to the kernel and faults them in again; these settings
 # keep them. They only work when set before the process starts.
 _MALLOC = {'MALLOC_ARENA_MAX': '1', 'MALLOC_MMAP_MAX_': '0',
            'MALLOC_TRIM_THRESHOLD_': str(2**33), 'MALLOC_TOP_PAD_': str(2**28)}
-COMMANDS = ('train', 'evaluate', 'doctor', 'diagnose', 'report', 'export')
-# Flags that only some commands read; with others they would have no effect.
-_ONLY = {'stage': ('evaluate', 'doctor', 'diagnose'),
-         'model': ('evaluate',), 'teacher': ('evaluate',), 'output': ('export',),
-         'format': ('export',), 'step': ('export',), 'dtype': ('export',),
-         'config': ('train', 'evaluate', 'doctor', 'diagnose', 'report')}
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """A command, for its help and for what it may be given.
+
+  Attributes:
+    does: what, in a line.
+    flags: those that it reads; with others they would have no effect.
+    required: those of them that it cannot do without.
+    example: a command line.
+  """
+
+  does: str
+  flags: tuple[str, ...]
+  required: tuple[str, ...]
+  example: str
+
+
+COMMANDS = {
+    'train': Command(
+        'trains a run, or every stage of a pipeline, from the start or from where it stopped',
+        ('config', 'workdir'), ('config',), 'opd train --config experiments/quickstart.py'),
+    'doctor': Command(
+        'checks in seconds whether student, teacher and config belong together',
+        ('config', 'workdir', 'stage'), ('config',),
+        'opd doctor --config experiments/quickstart.py --stage opd'),
+    'diagnose': Command(
+        'compares gradient estimators on the two models of a run, before any training',
+        ('config', 'workdir', 'stage'), ('config',),
+        'opd diagnose --config experiments/quickstart.py --stage opd'),
+    'evaluate': Command(
+        "evaluates a Hugging Face directory on a run's held-out problems, as the run would",
+        ('config', 'workdir', 'stage', 'model', 'teacher'), ('config',),
+        'opd evaluate --config experiments/quickstart.py --stage opd --model DIR'),
+    'report': Command(
+        'writes the tables and the picture of a finished pipeline again',
+        ('config', 'workdir'), ('config',),
+        'opd report --config experiments/dense_vs_rl.py:tiny,seeds=3 --workdir DIR'),
+    'export': Command(
+        "writes a run's checkpoint as a directory that others open",
+        ('workdir', 'output', 'format', 'step', 'dtype'), ('workdir', 'output'),
+        'opd export --workdir runs/quickstart/seed_0/opd --output DIR --format adapter'),
+}
+FLAGS = {
+    'config': ('FILE or FILE:ARGUMENT', 'the experiment; --config.FIELD=VALUE changes a field of '
+               'it, such as --config.optimizer.learning_rate=1e-4 (fields: opd_jax/config.py)'),
+    'workdir': ('DIR', 'where the run lives; runs/EXPERIMENT unless given'),
+    'stage': ('NAME', 'of a pipeline'),
+    'model': ('DIR', 'the Hugging Face directory to evaluate'),
+    'teacher': ('DIR', 'another, to measure the reverse KL to'),
+    'output': ('DIR', 'the directory to make'),
+    'format': ('full | adapter', "the whole model (unless given), or a PEFT directory"),
+    'step': ('N', 'of which checkpoint; the newest unless given'),
+    'dtype': ('float32 | bfloat16', 'of the weights; as they are kept unless given'),
+}
 
 
 def main() -> None:
-  """Entry point of the console command."""
-  if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-    asked = sys.argv[1:2]
-    if asked and asked[0] not in ('-h', '--help'):
-      print(f'error: command {asked[0]!r}; allowed: {list(COMMANDS)}', file=sys.stderr)
-    print(__doc__, file=sys.stderr)
-    sys.exit(0 if asked and asked[0] in ('-h', '--help') else 2)
+  """Runs the console command."""
+  command, rest = (sys.argv[1:] or [''])[0], sys.argv[2:]
+  if command in ('-h', '--help'):
+    print(overview())
+    sys.exit(0)
+  if command not in COMMANDS:
+    if command:
+      print(f'error: command {command!r}; allowed: {list(COMMANDS)}', file=sys.stderr)
+    print(overview(), file=sys.stderr)
+    sys.exit(2)
+  if {'-h', '--help'} & set(rest):
+    print(help_of(command))
+    sys.exit(0)
   keep_allocations()
   # Before anything imports them: they ask for torch, which is not needed, draw a bar for every file
   # and say twice what an error will say.
@@ -44,9 +97,46 @@ def main() -> None:
                       ('HF_DATASETS_DISABLE_PROGRESS_BARS', '1')):
     os.environ.setdefault(name, value)
   from absl import app
-  command = sys.argv.pop(1)
-  define_flags(command)
-  app.run(lambda argv: sys.exit(dispatch(command, argv)), flags_parser=parse_flags)
+  del sys.argv[1]
+  define_flags()
+  app.run(lambda argv: sys.exit(dispatch(command, argv)),
+          flags_parser=functools.partial(parse_flags, command))
+
+
+def overview() -> str:
+  """Writes the help of `opd` itself."""
+  commands = '\n'.join(f'  opd {name:9} {c.does}' for name, c in COMMANDS.items())
+  return (f'On-policy distillation of language models in JAX.\n\n{commands}\n\n'
+          '`opd COMMAND --help` says what its flags are. To begin with:\n\n'
+          f'  {COMMANDS["train"].example}\n')
+
+
+def help_of(command: str) -> str:
+  """Writes the help of a command."""
+  c = COMMANDS[command]
+  lines = []
+  for name in c.flags:
+    value, what = FLAGS[name]
+    needed = ' (required)' if name in c.required else ''
+    lines += [f'  --{name} {value}{needed}', *textwrap.wrap(
+        what, 92, initial_indent=' ' * 6, subsequent_indent=' ' * 6)]
+  listed = f'\n{experiments()}' if 'config' in c.flags else ''
+  return f'opd {command}: {c.does}.\n\n' + '\n'.join(lines) + (
+      f'\n\nExample:\n\n  {c.example}\n{listed}')
+
+
+def experiments() -> str:
+  """Lists the experiment files here, or where the package was cloned, with what each one is."""
+  cloned = pathlib.Path(__file__).resolve().parent.parent / 'experiments'
+  folder = next((f for f in (pathlib.Path('experiments'), cloned) if f.is_dir()), None)
+  if folder is None:
+    return 'There is no folder experiments/ here.'
+  lines = []
+  for file in sorted(folder.glob('*.py')):
+    text = ast.get_docstring(ast.parse(file.read_text())) or ''
+    what = ' '.join(text.split('\n\n')[0].split()).partition('. ')[0].rstrip('.')
+    lines += textwrap.wrap(f'{file}: {what}', 96, initial_indent='  ', subsequent_indent=' ' * 6)
+  return 'Experiments:\n\n' + '\n'.join(lines) + '\n'
 
 
 def keep_allocations() -> None:
@@ -60,29 +150,30 @@ def keep_allocations() -> None:
   os.execv(sys.executable, [sys.executable, '-m', 'opd_jax', *sys.argv[1:]])
 
 
-def define_flags(command: str) -> None:
-  """Every flag of every command."""
+def define_flags() -> None:
+  """Defines every flag of every command."""
   from absl import flags
   from ml_collections import config_flags
-  config_flags.DEFINE_config_file('config', None, 'Experiment config, FILE or FILE:ARGUMENT.',
-                                  lock_config=True)
-  flags.DEFINE_string('workdir', None, 'Where the run lives; default: runs/EXPERIMENT.')
-  flags.DEFINE_string('stage', None, 'evaluate, doctor, diagnose: the stage of a pipeline.')
-  flags.DEFINE_string('model', '', 'evaluate: the Hugging Face directory to evaluate.')
-  flags.DEFINE_string('teacher', '', 'evaluate: another, to measure the reverse KL to.')
-  flags.DEFINE_string('output', None, 'export: the directory to make.')
-  flags.DEFINE_string('format', 'full', "export: 'full' or 'adapter'.")
-  flags.DEFINE_string('dtype', '', "export: 'float32' or 'bfloat16'; default: as they are kept.")
-  flags.DEFINE_integer('step', -1, 'export: of which checkpoint; -1 for the newest.')
-  for name in ('config',) if command in _ONLY['config'] else ('workdir', 'output'):
-    flags.mark_flag_as_required(name)
+  config_flags.DEFINE_config_file('config', None, FLAGS['config'][1], lock_config=True)
+  for name in ('workdir', 'stage', 'output'):
+    flags.DEFINE_string(name, None, FLAGS[name][1])
+  for name, default in (('model', ''), ('teacher', ''), ('format', 'full'), ('dtype', '')):
+    flags.DEFINE_string(name, default, FLAGS[name][1])
+  flags.DEFINE_integer('step', -1, FLAGS['step'][1])
 
 
-def parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(command: str, argv: list[str]) -> list[str]:
   """Parses the command line; a mistake in it is one line, not a traceback."""
   from absl import flags
   try:
     rest = flags.FLAGS(argv)
+    missing = [name for name in COMMANDS[command].required if flags.FLAGS[name].value is None]
+    if missing:
+      print(f'error: {command!r} needs ' + ' and '.join(f'--{n} {FLAGS[n][0]}' for n in missing)
+            + f'; for example: {COMMANDS[command].example}', file=sys.stderr)
+      if 'config' in missing:
+        print(f'\n{experiments()}', file=sys.stderr)
+      sys.exit(2)
     if flags.FLAGS['config'].value is not None:
       _ = flags.FLAGS.config.name  # a file that cannot be read is noticed only here
     return rest
@@ -99,7 +190,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def unknown_field(argv: list[str]) -> str:
-  """Which --config.FIELD of the command line does not exist, and what does in its place."""
+  """Finds which --config.FIELD of the command line does not exist, and what does in its place."""
   import runpy
   words = [word for flag in argv for word in flag.split('=', 1)]
   words = ['--config' if word == '-config' else word for word in words]
@@ -117,7 +208,7 @@ def unknown_field(argv: list[str]) -> str:
 
 
 def set_up_jax() -> None:
-  """The compilation cache: a second start of the same programs compiles nothing."""
+  """Sets up the compilation cache: a second start of the same programs compiles nothing."""
   import jax
   if not jax.config.jax_compilation_cache_dir:
     root = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
@@ -133,43 +224,52 @@ def dispatch(command: str, argv: list[str]) -> int:
   """Runs a command; returns the exit status. Errors of the user's making are one line."""
   from absl import flags
 
-  from opd_jax import config as config_lib
   if len(argv) > 1:
     print(f'error: unexpected arguments {argv[1:]}', file=sys.stderr)
     return 2
-  for name, commands in _ONLY.items():
-    if flags.FLAGS[name].present and command not in commands:
-      print(f'error: --{name} has no effect with {command!r}; allowed: with {list(commands)}',
+  for name in FLAGS:
+    if flags.FLAGS[name].present and name not in COMMANDS[command].flags:
+      commands = [other for other, c in COMMANDS.items() if name in c.flags]
+      print(f'error: --{name} has no effect with {command!r}; allowed: with {commands}',
             file=sys.stderr)
       return 2
-  c, given = flags.FLAGS.config, flags.FLAGS.workdir
-  workdir = pathlib.Path(given or pathlib.Path('runs') / c.name)
   set_up_jax()
-  from opd_jax import build, checkpoint, export, hf, pipeline, report, train
+  from opd_jax.errors import ConfigError
+  from opd_jax.files.checkpoint import DamagedError
+  from opd_jax.files.huggingface import ExportError
+  from opd_jax.run.interrupts import PreemptedError
   try:
-    if command == 'train':
-      (pipeline.run if config_lib.is_pipeline(c) else train.train)(c, workdir)
-      print(f'done: {workdir}')
-    elif command == 'report':
-      report.write(c, workdir)
-    elif command == 'doctor':
-      return 0 if pipeline.examine(c, flags.FLAGS.stage, workdir) else 1
-    elif command == 'diagnose':
-      pipeline.measure(c, flags.FLAGS.stage, workdir, write=given is not None)
-    elif command == 'export':
-      step = export.export(workdir, pathlib.Path(flags.FLAGS.output), flags.FLAGS.format,
-                           flags.FLAGS.step, flags.FLAGS.dtype)
-      print(f'step {step}: {flags.FLAGS.output}')
-    else:
-      build.evaluate_model(pipeline.pick_stage(c, flags.FLAGS.stage), flags.FLAGS.model,
-                           flags.FLAGS.teacher)
-  except (config_lib.ConfigError, FloatingPointError, checkpoint.DamagedError,
-          hf.ExportError) as e:
+    return run_command(command, flags.FLAGS)
+  except (ConfigError, FloatingPointError, DamagedError, ExportError) as e:
     print(f'error: {e}', file=sys.stderr)
     return 2
-  except train.PreemptedError as e:
+  except PreemptedError as e:
     print(e, file=sys.stderr)
     return 143  # what a shell reports for a process that SIGTERM ended
+
+
+def run_command(command: str, flags: Any) -> int:
+  """Runs a command with its flags; returns the exit status."""
+  from opd_jax import experiment, train
+  from opd_jax.tools import evaluate_model, export, pipeline
+  c, given = flags.config, flags.workdir
+  workdir = pathlib.Path(given or experiment.default_workdir(c))
+  if command == 'train':
+    (pipeline.run if experiment.is_pipeline(c) else train.train)(c, workdir)
+    print(f'done: {workdir}')
+  elif command == 'report':
+    pipeline.write_report(c, workdir)
+  elif command == 'doctor':
+    return 0 if pipeline.examine(c, flags.stage, workdir) else 1
+  elif command == 'diagnose':
+    pipeline.measure(c, flags.stage, workdir, write=given is not None)
+  elif command == 'export':
+    step = export.export(workdir, pathlib.Path(flags.output), flags.format, flags.step,
+                         flags.dtype)
+    print(f'step {step}: {flags.output}')
+  else:
+    evaluate_model.evaluate_model(experiment.pick_stage(c, flags.stage), flags.model,
+                                  flags.teacher)
   return 0
 
 

@@ -267,7 +267,7 @@ def apply(c: ConfigDict, name: str) -> ConfigDict:
 
 
 def table() -> str:
-  """All of them as a Markdown table."""
+  """Shows all of them as a Markdown table."""
   lines = ['| preset | paper | cell | per token | fields | headline of the paper |',
            '|---|---|---|---|---|---|']
   for name, p in PRESETS.items():

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from opd_jax.params import ParamSpec, flatten, unflatten
+from opd_jax.models.params import ParamSpec, flatten, unflatten
 
 MESH_AXES = ('data', 'fsdp', 'tensor', 'expert')
 
@@ -21,7 +21,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
-  """A mesh with the axes `MESH_AXES`; one size may be -1, for all devices that are left.
+  """Makes a mesh with the axes `MESH_AXES`; one size may be -1, for all devices that are left.
 
   Axes are Auto (GSPMD propagates): a user's divergence must not need sharding annotations.
 
@@ -43,7 +43,7 @@ def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
 
 
 def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-  """Logical axes to a PartitionSpec.
+  """Turns logical axes into a PartitionSpec.
 
   Raises:
     ValueError: two axes of one array on the same mesh axis, or an unknown logical axis.
@@ -59,22 +59,22 @@ def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The sharding of scalars and of everything small."""
+  """Makes the sharding of scalars and of everything small."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def by_rows(mesh: Mesh) -> NamedSharding:
-  """The sharding of a batch: rows over data and fsdp."""
+  """Makes the sharding of a batch: rows over data and fsdp."""
   return NamedSharding(mesh, partition_spec(('batch',)))
 
 
 def row_shards(mesh: Mesh) -> int:
-  """Into how many parts a batch is split."""
+  """Counts the parts into which a batch is split."""
   return mesh.shape['data'] * mesh.shape['fsdp']
 
 
 def param_shardings(specs: dict[str, Any], mesh: Mesh) -> Any:
-  """One NamedSharding per parameter, from its table.
+  """Makes one NamedSharding per parameter, from its table.
 
   Raises:
     ValueError: an axis that its mesh axis does not divide; names the parameter.
@@ -91,7 +91,7 @@ def param_shardings(specs: dict[str, Any], mesh: Mesh) -> Any:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-  """Host arrays to devices. Every process holds the whole array and feeds only its own shard."""
+  """Puts host arrays on devices. Every process has the whole array and feeds only its own shard."""
   def one(x, sharding):
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

@@ -1,113 +1,37 @@
 """The training loop. Read from top to bottom, it is the algorithm:
 
-    prompts -> sample_fn (the student writes) -> teacher_logprob_fn (the teacher grades every token)
-            -> update_fn (the student moves towards the teacher) -> metrics
+    prompts -> write (the student writes) -> grade (the teacher grades every token)
+            -> update (the student moves towards the teacher) -> the book
 
 Supervised learning takes its rows from a data set or from the teacher, reinforcement learning takes
-its weights from a verifier; they are the same loop. Some batches, or some rows of each, may come
-from elsewhere than the student. What is not here: a replay buffer, a value
+its weights from a verifier; they are the same loop. Who writes which rows for what is a `Stream`
+(data/streams.py); who grades them is a `Grader` (teachers/); the compiled functions are in
+programs.py, and what they compute in algorithm/. What is not here: a replay buffer, a value
 network, a rollout server. The student that samples is the student that is updated, one step later.
-
-With low-rank adapters, the train state holds the adapters and `frozen` the base beneath them; the
-student is the two joined, which copies nothing.
-
-Every jax.jit of the loop is in `compile_step`. The random key of a step is fold_in(seed, step).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-import dataclasses
-import functools
-import json
-import math
-import operator
 import pathlib
-import signal
-import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
-import numpy as np
-import optax
 
-from opd_jax import build as build_lib
-from opd_jax import (
-  checkpoint,
-  checks,
-  data,
-  doctor,
-  flops,
-  hf,
-  lora,
-  metrics,
-  params,
-  peft,
-  sample,
-  score,
-  sharding,
-  update,
-)
+from opd_jax import build, load
 from opd_jax import config as config_lib
-from opd_jax.build import Setup
-from opd_jax.objective import Objective, wants
-from opd_jax.types import Batch, Heads, Model, Params, Rollout, Scores, TrainState, Wants
-
-RESULT, EXPORT, ADAPTER = 'result.json', 'export', 'adapter'
-
-
-class NonFiniteError(FloatingPointError):
-  """The loss or the gradient is not finite; the message has the step."""
-
-
-class PreemptedError(Exception):
-  """SIGTERM or SIGINT arrived; a checkpoint of the step it interrupted is on disk."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RowPrograms:
-  """The compiled functions of one kind of rows: who writes them, who grades them."""
-
-  source: str  # 'student', 'teacher' or 'dataset'
-  teacher_mixed: bool  # the student's samples come from a mixture with the teacher
-  objective: Objective
-  sample: Callable[..., Any] | None
-  scorers: dict[str, Callable[..., Scores]]  # of the models that the objective asks, by name
-  update: Callable[..., Any] | None  # None for rows beside others
-
-
-@dataclasses.dataclass(frozen=True)
-class Programs:
-  """The compiled functions of the loop.
-
-  Attributes:
-    own: for the batches of data.source.
-    off: for those that the student does not write; None without.
-    given: for the rows beside; None without.
-    init: makes the train state.
-  """
-
-  own: RowPrograms
-  off: RowPrograms | None
-  given: RowPrograms | None
-  init: Callable[..., Any]
-
-  def compile_count(self) -> int:
-    """How many programs are compiled; one a function that is in use, or something retraces."""
-    loop = {f for rows in (self.own, self.off, self.given) if rows is not None
-            for f in (rows.sample, *rows.scorers.values(), rows.update) if f is not None}
-    return sum(f._cache_size() for f in loop)
-
-
-@dataclasses.dataclass
-class Weights:
-  """The parameters that a step looks at; the student's are those of the step."""
-
-  student: Params
-  teacher: Params | None
-  reference: Params | None
+from opd_jax.build import Parts
+from opd_jax.config import Run
+from opd_jax.data import streams as streams_lib
+from opd_jax.doctor import examine as doctor
+from opd_jax.files import checkpoint, huggingface, peft
+from opd_jax.files import workdir as workdir_lib
+from opd_jax.models import lora
+from opd_jax.programs import Graders, Programs, compile_programs
+from opd_jax.run import flops
+from opd_jax.run.book import Book, new_history
+from opd_jax.run.interrupts import Interrupts, PreemptedError
+from opd_jax.types import Params, TrainState
 
 
 def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -125,386 +49,168 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     NonFiniteError: with the step; the last good checkpoint is kept.
     PreemptedError: after saving.
   """
-  workdir = pathlib.Path(workdir)
-  # --- Check, and return at once if there is nothing to do ---
-  checks.validate(c)
-  build_lib.check_workdir(c, workdir)
-  if (workdir / RESULT).exists():
-    return json.loads((workdir / RESULT).read_text())
+  run, settings, workdir = config_lib.parse(c), config_lib.to_dict(c), pathlib.Path(workdir)
+  workdir_lib.check(workdir, settings)
+  if (done := workdir_lib.result(workdir)) is not None:
+    return done
 
-  # --- Build: models, data, programs; then the newest checkpoint, or a fresh state ---
-  s = build_lib.build(c)
-  findings = doctor.examine(c, s)
-  doctor.require(c, findings)
-  programs, state_shape = compile_step(c, s)
-  store = checkpoint.Checkpoints(
-      workdir / 'checkpoints', keep_latest=c.checkpoint.keep_latest,
-      keep_best=c.checkpoint.keep_best, best_metric=c.checkpoint.best_metric,
-      checksums=jax.jit(checkpoint.checksums))
-  frozen = build_lib.read_frozen(s)
-  teacher_params = build_lib.read_teacher(s, frozen)
-  reference_params = build_lib.read_teacher(s, frozen, 'reference')
-  heads = loss_heads(s, teacher_params, reference_params)
-  restored = store.restore_latest(state_shape)
-  if restored is None:
-    state = programs.init(build_lib.read_trained(s))
-    host = {'step': 0, 'flops': {'student': 0.0, 'sampling': 0.0, 'teacher': 0.0},
-            'evals': [], 'config': config_lib.to_dict(c)}
-  else:
-    state, host = restored
-  start = host['step']
-  writer = metrics.Writer(workdir, start if restored else None)
-  display = metrics.Display(c.name, c.steps, c.log.plain_every_steps)
-  if restored:
-    display.say(f'{c.name}: resumed from the checkpoint of step {start}')
-  key = jax.random.key(c.seed)
-  # On several fake CPU devices, programs with collectives must not be in flight together.
-  crowded = jax.default_backend() == 'cpu' and s.mesh.size > 1
-  blocking = c.compute.block == 'always' or (c.compute.block == 'auto' and crowded)
-  wait = jax.block_until_ready if blocking else lambda x: x
-  clock = metrics.Clock()
+  # Models, tokenizers and data, opened and held against each other. No weight has been read, and
+  # nothing compiled: whatever is wrong with a pairing shows here, in seconds.
+  parts = build.open_parts(run)
+  findings = doctor.require(run, doctor.examine(run, parts))
+  programs = compile_programs(run, parts)
 
-  def rows_of(step: int) -> RowPrograms:
-    """Of the batch whose update produced `step`: whether the student writes it."""
-    mine = data.is_on_policy(c.seed, step - 1, c.data.on_policy_fraction)
-    return programs.own if mine else programs.off
+  # Weights. `base` is what adapters are trained on (None without). Only the train state changes.
+  base = parts.read_base()
+  graders = programs.connect(base)
+  store = open_checkpoints(run, programs, workdir)
+  state, book = restore(run, programs, store, workdir, new_history(settings))
+  step, key = book.history['step'], jax.random.key(run.seed)
 
-  def evaluation(step: int, title: str | None) -> dict[str, Any]:
-    began = time.perf_counter()
-    values, shown = s.evaluator(lora.join(frozen, state.params), teacher_params,
-                                c.log.transcripts if title else 0)
-    row = {**values, 'flops': dict(host['flops'])}
-    writer.write('eval', step, row)
-    display.evaluation(step, values)
-    display.transcripts(title or '', shown)
-    host['evals'].append({'step': step, **row})
-    clock.pause(time.perf_counter() - began)
-    return values
-
-  def process(step: int, values: dict[str, Any]) -> None:
-    """The metrics of the update that produced `step`: checked, counted, written, shown."""
-    values = jax.device_get(values)
-    lengths, row = values.pop('lengths'), {}
-    for rows, lengths_of in ((rows_of(step), lengths + values.pop('prompt_lengths')),
-                             (programs.given, values.pop('given_lengths', 0)
-                              + values.pop('given_prompt_lengths', 0))):
-      if rows is not None:
-        for name, amount in count_flops(c, s, rows, lengths_of).items():
-          host['flops'][name] += amount
-    row = {name: float(v) for name, v in values.items()}
-    # Of no tokens there is no quantile.
-    row = {n: v for n, v in row.items() if not (n.startswith('log_ratio') and math.isnan(v))}
-    check_finite(row, step, c.log.max_sampler_gap)
-    row |= {'length': float(lengths.mean()), 'flops': dict(host['flops']),
-            'compiles': programs.compile_count(), 'perf': clock.read(1, int(lengths.sum()))}
-    if step % c.log.every_steps == 0:
-      writer.write('train', step, row)
-    display.progress(step, row)
-
-  def save(step: int, values: dict[str, Any] | None) -> None:
-    host['step'] = step
-    best = None
-    if values is not None and c.checkpoint.keep_best:
-      best = {c.checkpoint.best_metric: values[c.checkpoint.best_metric]}
-    store.save(state, step, host, best)
-
-  # --- The loop ---
-  with Interrupts() as interrupted, jax.set_mesh(s.mesh):
-    try:
-      findings += doctor.examine_rollouts(c, s, lora.join(frozen, state.params), teacher_params)
-      doctor.settle(c, findings, workdir, display.say)
-      # Only now: a start that was refused must not keep the directory from the corrected config.
-      build_lib.claim_workdir(c, workdir)
-      if restored is None:
-        writer.write('data', 0, s.data_report)
-        display.data(s.data_report)
-        if s.teacher_evaluator is not None:
-          host['teacher'], _ = s.teacher_evaluator(teacher_params, None, 0)
-          if 'sampled_accuracy' in host['teacher']:  # the task grades
-            display.say(f"{c.name}: the teacher's sampled accuracy is "
-                        f"{host['teacher']['sampled_accuracy']:.3f}, greedy "
-                        f"{host['teacher']['greedy_accuracy']:.3f}")
-        evaluation(0, 'before training:')
-      step, pending, reached = start, None, host.get('stopped_at') is not None
-      while step < c.steps and not reached:
-        weights = Weights(lora.join(frozen, state.params), teacher_params, reference_params)
-        rows = rows_of(step + 1)
-        # The rows: written by the student, by the teacher, or given.
-        indices = s.examples.indices(step, c.data.prompts_per_step).repeat(
-            c.data.samples_per_prompt)
-        step_key = build_lib.fold_in(key, build_lib.SAMPLE, step)
-        rollout = wait(write(rows, s, s.examples, indices, weights, step_key))
-        # The grades: of every token by the teacher, or of the whole answer by the verifier.
-        batch = wait(grade(rows, s, s.examples, indices, weights, rollout))
-        beside = None
-        if programs.given is not None:
-          indices = s.given.indices(step, c.given.prompts_per_step)
-          step_key = build_lib.fold_in(key, build_lib.GIVEN, step)
-          beside = wait(write(programs.given, s, s.given, indices, weights, step_key))
-          beside = wait(grade(programs.given, s, s.given, indices, weights, beside))
-        # The step.
-        first = {}
-        for update_number in range(c.optimizer.updates_per_batch):
-          if update_number and rows.objective.advantages == 'recomputed':
-            student = lora.join(frozen, state.params)
-            batch = batch.replace(student=wait(ask(rows, 'student', student, rollout)))
-          gate_key = build_lib.fold_in(
-              key, build_lib.GATE, step * c.optimizer.updates_per_batch + update_number)
-          state, values = wait(rows.update(state, batch, heads, frozen, beside, gate_key))
-          first = first or {name: v for name, v in values.items() if name.startswith('gap')}
-        values |= first  # later updates move away from the sampler on purpose
-        step += 1
-        # Read the metrics of the previous step while the device works on this one, unless the host
-        # must look at this one anyway.
-        if pending is not None:
-          process(*pending)
-        pending = (step, values)
-        due = bool(c.eval.every_steps) and step % c.eval.every_steps == 0
-        stop = interrupted()
-        if due or step % c.checkpoint.every_steps == 0 or step == c.steps or stop:
-          process(*pending)
-          pending, latest = None, None
-          if due or step == c.steps:
-            middle = c.steps // 2 <= step < c.steps // 2 + max(c.eval.every_steps, 1)
-            title = 'after training:' if step == c.steps else 'halfway:' if middle else None
-            latest = evaluation(step, title)
-            if 0 < c.eval.stop_at_sampled_accuracy <= latest.get('sampled_accuracy', 0.0):
-              reached, host['stopped_at'] = True, step
-              display.say(f'{c.name}: sampled accuracy {latest["sampled_accuracy"]:.3f} reached '
-                          f'{c.eval.stop_at_sampled_accuracy} at step {step}; stopping')
-          began = time.perf_counter()
-          save(step, latest)
-          clock.pause(time.perf_counter() - began)
-        if stop:
-          store.wait()
-          raise PreemptedError(f'{c.name}: interrupted at step {step}; its checkpoint is in '
-                          f'{workdir / "checkpoints"}; the same command resumes')
-      result = finish(c, s, state, frozen, host, workdir)
-      if interrupted():  # during the last evaluation: do not go on to another stage
-        raise PreemptedError(f'{c.name}: interrupted after its last step, and finished; the same '
-                             'command goes on')
-    finally:
-      store.close()
-      writer.close()
-      display.close()
+  with Interrupts() as interrupted, book, store, jax.set_mesh(parts.mesh):
+    student = lora.join(base, state.params)
+    findings += doctor.examine_rollouts(run, parts, student, teacher_params(graders))
+    doctor.settle(run, findings, workdir, book.say)
+    # Only now: a start that was refused must not keep the directory from the corrected config.
+    workdir_lib.claim(workdir, settings)
+    if not book.begun:
+      book.begin(parts.report, evaluate_teacher(programs, graders))
+      evaluate_student(book, programs, student, graders, 0)
+    while step < run.steps and not book.reached_goal:
+      state, metrics = take_step(run, programs, state, base, graders, step, key)
+      step += 1
+      book.train(step, metrics)
+      # The host looks at the student only where it has to; elsewhere it waits for no device.
+      stop, due = interrupted(), is_evaluated(run, step)
+      if due or stop or step % run.checkpoint.every_steps == 0:
+        book.flush()
+        student = lora.join(base, state.params)
+        values = evaluate_student(book, programs, student, graders, step) if due else None
+        save(run, store, book, state, step, values)
+      if stop:
+        store.wait()
+        raise PreemptedError(f'{run.name}: interrupted at step {step}, which is saved')
+    result = finish(run, parts, state, base, book, workdir)
+    if interrupted():  # during the last evaluation: do not go on to another stage
+      raise PreemptedError(f'{run.name}: interrupted after its last step, and finished')
   return result
 
 
-def write(rows: RowPrograms, s: Setup, examples: data.Examples, indices: np.ndarray,
-          weights: Weights, key: jax.Array) -> Rollout:
-  """The rollouts of some examples, by whoever writes this kind of rows."""
-  rows_sharding = sharding.by_rows(s.mesh)
-  if rows.source == 'dataset':
-    return sharding.put(examples.given(indices), rows_sharding)
-  prompts = sharding.put(examples.prompts(indices), rows_sharding)
-  if rows.source == 'teacher':
-    return rows.sample(weights.teacher, prompts, key)
-  if rows.teacher_mixed:
-    return rows.sample(weights.student, prompts, key, mix_params=weights.teacher)
-  return rows.sample(weights.student, prompts, key)
+def take_step(run: Run, programs: Programs, state: TrainState, base: lora.Frozen | None,
+              graders: Graders, step: int, key: jax.Array) -> tuple[TrainState, dict[str, Any]]:
+  """Takes a step of the algorithm: rows are written and graded, and the student moves.
 
-
-def grade(rows: RowPrograms, s: Setup, examples: data.Examples, indices: np.ndarray,
-          weights: Weights, rollout: Rollout) -> Batch:
-  """What the objective of this kind of rows asks for: grades of every token by the teacher, the
-  student itself and the reference, or of the whole answer by the verifier."""
-  scores = {name: ask(rows, name, getattr(weights, name), rollout) for name in rows.scorers}
-  rewards = None
-  if rows.objective.needs_rewards:
-    graded, _ = data.grade(s.task, [examples.rows[i] for i in indices], rollout,
-                           s.student.tokenizer)
-    rewards = sharding.put(graded, sharding.by_rows(s.mesh))
-  return Batch(rollout, rewards=rewards, **scores)
-
-
-def ask(rows: RowPrograms, name: str, params: Params, rollout: Rollout) -> Scores:
-  """Asks one model what the objective wants to know, and drops what its program gives for others
-  that share it: that would stay in memory until the step is done."""
-  return score.only(rows.scorers[name](params, rollout), wants(rows.objective)[name])
-
-
-def loss_heads(s: Setup, teacher: Params | None, reference: Params | None) -> Heads:
-  """Returns the heads of the models whose hidden states a loss or a gate takes."""
-  asked = [wants(o) for o in (s.objective, s.off_objective, s.given_objective) if o is not None]
-
-  def head(name, params):
-    hidden = any(of[name].hidden for of in asked)
-    return getattr(s, name).model.head(params) if hidden else None
-
-  return Heads(teacher=head('teacher', teacher), reference=head('reference', reference))
-
-
-def compile_step(c: ConfigDict, s: Setup) -> tuple[Programs, TrainState]:
-  """The jitted functions of the loop, and the abstract train state with its shardings.
-
-  Output shardings are pinned: left to the compiler they may differ from the inputs', and the second
-  step would compile everything again.
+  Everything random is a function of (seed, step): a run that was killed draws the same again.
   """
-  scalar = sharding.replicated(s.mesh)
-  abstract = abstract_state(s.trained_specs, s.optimizer, s.mesh)
-  state = jax.tree.map(lambda x: x.sharding, abstract)
-  batching = dict(chunk_tokens=c.compute.chunk_tokens, microbatch_rows=c.compute.microbatch_rows)
+  student = lora.join(base, state.params)
+  streams = streams_lib.of_step(programs.parts.streams, run.seed, step)
+  batches = []
+  for stream in streams:
+    examples = programs.parts.examples[stream.name]
+    indices = examples.indices(step, stream.prompts).repeat(stream.samples)
+    purpose = load.BESIDE if stream.name == streams_lib.GIVEN else load.SAMPLE
+    rollout = programs.write(stream, student, graders, indices, load.fold_in(key, purpose, step))
+    batches.append(programs.grade(stream, student, graders, indices, rollout))
 
-  def update_of(objective: Objective, source: str):
-    return jax.jit(
-        functools.partial(update.update_fn, model=s.student.model, optimizer=s.optimizer,
-                          objective=objective, group_size=c.data.samples_per_prompt,
-                          on_policy=source == 'student', given_objective=s.given_objective,
-                          **batching),
-        donate_argnums=0, out_shardings=(state, scalar))
-
-  def rows_of(source: str, objective: Objective | None, microbatch_rows: int, beside: bool = False):
-    if objective is None:
-      return None
-    return compile_rows(c, s, source, objective, microbatch_rows,
-                        None if beside else update_of(objective, source))
-
-  init_fn = jax.jit(functools.partial(init_state, s.optimizer), donate_argnums=0,
-                    out_shardings=state)
-  microbatch = c.compute.microbatch_rows
-  return Programs(own=rows_of(c.data.source, s.objective, microbatch),
-                  off=rows_of(c.data.off_policy_source, s.off_objective, microbatch),
-                  given=rows_of(c.given.source, s.given_objective,
-                                math.gcd(microbatch, c.given.prompts_per_step), beside=True),
-                  init=init_fn), abstract
+  # Usually one update. Several reuse the rows: then the policy has moved from the one that wrote
+  # them, for which the importance ratio corrects, and advantages may be recomputed.
+  gaps: dict[str, Any] = {}
+  updates = run.optimizer.updates_per_batch
+  for n in range(updates):
+    if n and streams[0].objective.advantages == 'recomputed':
+      student = lora.join(base, state.params)
+      batches[0] = batches[0].replace(
+          student=programs.rescore(streams[0], student, batches[0].rollout))
+    gate_key = load.fold_in(key, load.GATE, step * updates + n)
+    state, metrics = programs.update(state, streams, batches, graders, base, gate_key)
+    # Later updates move away from the sampler on purpose: only the first gap means something.
+    gaps = gaps or {name: v for name, v in metrics.items() if name.startswith('gap')}
+  return state, metrics | gaps
 
 
-def compile_rows(c: ConfigDict, s: Setup, source: str, o: Objective, microbatch_rows: int,
-                 update_fn: Callable[..., Any] | None) -> RowPrograms:
-  """Sampler and scorers of one kind of rows."""
-  rows, student = sharding.by_rows(s.mesh), s.student.model
-  mixed = c.sample.teacher_mix if source == 'student' else 0.0
-
-  sampler = None
-  if source != 'dataset':
-    sampler = jax.jit(functools.partial(
-        sample.sample_fn, model=s.teacher.model if source == 'teacher' else student,
-        max_new_tokens=c.data.max_new_tokens, temperature=c.sample.temperature,
-        top_p=c.sample.top_p, top_k=c.sample.top_k, stop_tokens=s.stop_tokens,
-        pad_token=s.pad_token, mix_share=mixed, mix_model=s.teacher.model if mixed else None,
-        mix_temperature=o.teacher_temperature), out_shardings=rows)
-  scorer = functools.cache(functools.partial(compile_scorer, c, s, microbatch_rows))
-  scorers = {name: scorer(*program) for name, program in scorer_programs(s, o).items()}
-  return RowPrograms(source, mixed > 0.0, o, sampler, scorers, update_fn)
+def teacher_params(graders: Graders) -> Params | None:
+  """Picks the parameters of a teacher in this process; None without one."""
+  return graders['teacher'].params if 'teacher' in graders else None
 
 
-def scorer_programs(s: Setup, o: Objective) -> dict[str, tuple[Model, float, Wants]]:
-  """Names the program that scores each model `o` asks, by its form, temperature and wants.
-
-  A teacher or a reference of the student's own form, at its temperature, is scored by the student's
-  own program: then log p_T - log p_S is exactly zero for a teacher equal to the student, and so is
-  the policy gradient. That program gives all that any of them is asked for.
-  """
-  asked = {name: known for name, known in wants(o).items() if known}
-
-  def form(name):
-    loaded = getattr(s, name)
-    temperature = o.teacher_temperature if name == 'teacher' else o.temperature
-    own = (name == 'student'
-           or temperature == o.temperature and s.runs_students_programs(loaded))
-    return (s.student if own else loaded).model, temperature
-
-  return {name: (*form(name), functools.reduce(operator.or_, (
-      known for other, known in asked.items() if form(other) == form(name)))) for name in asked}
+def evaluate_teacher(programs: Programs, graders: Graders) -> dict[str, Any] | None:
+  """Evaluates the teacher on the held-out problems, if there is one that can write."""
+  if programs.teacher_evaluator is None:
+    return None
+  return programs.teacher_evaluator(graders['teacher'].params, None, 0)[0]
 
 
-def compile_scorer(c: ConfigDict, s: Setup, microbatch_rows: int, model: Model, temperature: float,
-                   known: Wants) -> Callable[..., Scores]:
-  """Returns the jitted scorer of one of `scorer_programs`."""
-  return jax.jit(functools.partial(
-      score.teacher_logprob_fn, model=model, temperature=temperature, wants=known,
-      chunk_tokens=c.compute.chunk_tokens, microbatch_rows=microbatch_rows),
-      out_shardings=sharding.by_rows(s.mesh))
+def evaluate_student(book: Book, programs: Programs, student: Params, graders: Graders, step: int
+                     ) -> dict[str, Any]:
+  """Evaluates the student on the held-out problems, and writes it into the book."""
+  return book.evaluation(step, lambda transcripts: programs.evaluator(
+      student, teacher_params(graders), transcripts))
 
 
-def count_flops(c: ConfigDict, s: Setup, rows: RowPrograms, lengths: np.ndarray
-                ) -> dict[str, float]:
-  """The operations of a step on rows of these lengths, by who spends them."""
-  o, updates = rows.objective, c.optimizer.updates_per_batch
-  asked = wants(o)
-  rescores = bool(asked['student']) * (updates if o.advantages == 'recomputed' else 1)
-  return flops.step_flops(
-      s.student.model, s.teacher.model if s.teacher else None, lengths, source=rows.source,
-      teacher_scores=bool(asked['teacher']), student_rescores=rescores, updates=updates,
-      adapter_specs=s.adapter and s.adapter.specs,
-      reference=s.reference.model if asked['reference'] else None,
-      teacher_mixed=rows.teacher_mixed, extra_heads=o.extra_heads)
+def is_evaluated(run: Run, step: int) -> bool:
+  """Tells whether the student that `step` updates have made is evaluated."""
+  every = run.eval.every_steps
+  return step == run.steps or bool(every) and step % every == 0
 
 
-def init_state(optimizer: optax.GradientTransformation, trained: Any) -> TrainState:
-  """The train state before the first step."""
-  return TrainState(step=jnp.int32(0), params=trained, opt_state=optimizer.init(trained))
+def open_checkpoints(run: Run, programs: Programs, workdir: pathlib.Path
+                     ) -> checkpoint.Checkpoints:
+  """Opens the checkpoints of a run."""
+  return checkpoint.Checkpoints(
+      workdir / 'checkpoints', keep_latest=run.checkpoint.keep_latest,
+      keep_best=run.checkpoint.keep_best, best_metric=run.checkpoint.best_metric,
+      checksums=programs.checksums)
 
 
-def abstract_state(specs: dict[str, Any], optimizer: optax.GradientTransformation,
-                   mesh: jax.sharding.Mesh) -> TrainState:
-  """Shapes, dtypes and shardings of a train state; moments are sharded as their parameters."""
-  abstract = jax.eval_shape(functools.partial(init_state, optimizer),
-                            params.abstract_params(specs))
-  weights, scalar = sharding.param_shardings(specs, mesh), sharding.replicated(mesh)
-  shardings = TrainState(
-      step=scalar, params=weights, opt_state=optax.tree_utils.tree_map_params(
-          optimizer, lambda _, sharding: sharding, abstract.opt_state, weights,
-          transform_non_params=lambda _: scalar))
-  return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                      abstract, shardings)
+def restore(run: Run, programs: Programs, store: checkpoint.Checkpoints, workdir: pathlib.Path,
+            fresh: dict[str, Any]) -> tuple[TrainState, Book]:
+  """Restores the newest checkpoint and the book that goes with it; without one, the state before
+  training and a book with the history `fresh`."""
+  parts, restored = programs.parts, store.restore_latest(programs.state)
+  state, history = restored or (programs.init(load.read_trained(parts)), fresh)
+  return state, Book(
+      run, workdir, history, restored=restored is not None,
+      operations=lambda step, lengths: count_operations(run, parts, step - 1, lengths),
+      compile_count=programs.compile_count)
 
 
-def check_finite(row: dict[str, float], step: int, max_gap: float) -> None:
-  """Stops the run rather than train on nonsense.
-
-  Raises:
-    NonFiniteError: the loss or the gradient norm is not finite.
-    FloatingPointError: sampler and scorer disagree by more than `log.max_sampler_gap`.
-  """
-  bad = {n: row[n] for n in ('loss', 'grad_norm', 'update_norm') if not math.isfinite(row[n])}
-  if bad:
-    raise NonFiniteError(f'step {step}: {bad} is not finite; training stopped, the last good '
-                         'checkpoint is kept')
-  # A NaN gap stops too; rows that the student did not write have none.
-  if max_gap and 'gap_max' in row and not row['gap_max'] <= max_gap:
-    raise FloatingPointError(
-        f"step {step}: sampler and scorer differ by {row['gap_max']:.3g} nats; log.max_sampler_gap"
-        f'={max_gap}')
+def save(run: Run, store: checkpoint.Checkpoints, book: Book, state: TrainState, step: int,
+         values: dict[str, Any] | None) -> None:
+  """Saves a checkpoint; `values` are of an evaluation at this step, None without."""
+  book.history['step'], metric = step, run.checkpoint.best_metric
+  with book.pause():
+    best = {metric: values[metric]} if values is not None and run.checkpoint.keep_best else None
+    store.save(state, step, book.history, best)
 
 
-class Interrupts:
-  """Turns SIGTERM and the first SIGINT into a flag that the loop reads between steps."""
-
-  def __enter__(self) -> Callable[[], bool]:
-    seen: list[int] = []
-    self._old = {}
-
-    def handle(number, frame):
-      seen.append(number)
-      signal.signal(number, self._old[number])  # a second one ends the process
-
-    try:
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._old[number] = signal.signal(number, handle)
-    except ValueError:  # not the main thread: the caller's business
-      pass
-    return lambda: bool(seen)
-
-  def __exit__(self, *exc: Any) -> None:
-    for number, old in self._old.items():
-      signal.signal(number, old)
+def count_operations(run: Run, parts: Parts, step: int, lengths: dict[str, Any]
+                     ) -> dict[str, float]:
+  """Counts the operations of a step, by who spends them; `lengths` are metrics of its update."""
+  total = {'student': 0.0, 'sampling': 0.0, 'teacher': 0.0}
+  streams = streams_lib.of_step(parts.streams, run.seed, step)
+  for i, stream in enumerate(streams):
+    prefix = f'{stream.name}_' if i else ''
+    tokens = lengths[f'{prefix}lengths'] + lengths[f'{prefix}prompt_lengths']
+    spent = flops.stream_flops(
+        stream, tokens, student=parts.student.model, teacher=parts.teacher and parts.teacher.model,
+        reference=parts.reference and parts.reference.model,
+        adapter_specs=parts.adapter and parts.adapter.specs,
+        updates=run.optimizer.updates_per_batch)
+    total = {name: total[name] + spent[name] for name in total}
+  return total
 
 
-def finish(c: ConfigDict, s: Setup, state: TrainState, frozen: lora.Frozen | None,
-           host: dict[str, Any], workdir: pathlib.Path) -> dict[str, Any]:
+def finish(run: Run, parts: Parts, state: TrainState, base: lora.Frozen | None, book: Book,
+           workdir: pathlib.Path) -> dict[str, Any]:
   """Writes the final model as a Hugging Face directory, then result.json, which ends the run."""
-  tokenizer = build_lib.final_tokenizer(c, s.student, s.teacher)
-  if s.adapter is not None and not (workdir / ADAPTER).exists():
-    peft.write_adapter(workdir / ADAPTER, s.student.model, state.params, s.adapter.settings,
-                       tokenizer, c.student.path)
-  if c.checkpoint.export == 'full' and not (workdir / EXPORT).exists():
-    hf.write_checkpoint(workdir / EXPORT, s.student.model, lora.join(frozen, state.params),
-                        tokenizer, stop_tokens=s.stop_tokens)
-  result = {'name': c.name, 'seed': c.seed, 'steps': host['step'], 'flops': host['flops'],
-            'before': host['evals'][0], 'after': host['evals'][-1], 'evals': host['evals'],
-            'teacher': host.get('teacher')}
-  partial = workdir / f'.{RESULT}.partial'
-  partial.write_text(json.dumps(result, indent=2) + '\n')
-  partial.rename(workdir / RESULT)
+  tokenizer = build.final_tokenizer(run, parts.student, parts.teacher)
+  export, adapter = workdir / workdir_lib.EXPORT, workdir / workdir_lib.ADAPTER
+  if parts.adapter is not None and not adapter.exists():
+    peft.write_adapter(adapter, parts.student.model, state.params, parts.adapter.settings,
+                       tokenizer, run.student.path)
+  if run.checkpoint.export == 'full' and not export.exists():
+    huggingface.write_checkpoint(export, parts.student.model, lora.join(base, state.params),
+                                 tokenizer, stop_tokens=parts.stop_tokens)
+  result = book.result()
+  workdir_lib.write_json(workdir / workdir_lib.RESULT, result)
   return result

@@ -140,7 +140,7 @@ class Head:
   softcap: float = struct.field(pytree_node=False, default=0.0)  # Gemma 2 (2408.00118); 0: none
 
   def logits(self, hidden: jax.Array) -> jax.Array:
-    """[..., D] to [..., V]: a product in the dtype of `hidden`, summed in float32 at least."""
+    """Maps [..., D] to [..., V]: a product in the dtype of `hidden`, summed in float32 at least."""
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     logits = hidden.astype(wide)
     if self.matrix is not None:

@@ -44,7 +44,7 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 # JAX rebuilds its dataclasses with shardings and shapes as leaves, which the check would refuse.
 install_import_hook(
     [f'opd_jax.{name}' for name in
-     ('params', 'nn', 'divergences', 'sample', 'score', 'update', 'models')],
+     ('models.params', 'models.nn', 'models.decoder', 'models.families', 'algorithm')],
     'beartype.beartype')
 
 from collections.abc import Callable  # noqa: E402
@@ -54,7 +54,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from opd_jax import models  # noqa: E402
-from opd_jax import params as params_lib  # noqa: E402
+from opd_jax.models import params as params_lib  # noqa: E402
 from opd_jax.types import Model, Params, Prompts, Rollout  # noqa: E402
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-FOLDER = pathlib.Path(__file__).parent / 'data'
+FOLDER = pathlib.Path(__file__).parent / 'references'
 
 _COMMON = dict(
     vocab_size=64, hidden_size=24, intermediate_size=28, num_hidden_layers=3, rms_norm_eps=1e-6,

@@ -12,10 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tabular
+import tiny
 
 from opd_jax import config as config_lib
-from opd_jax import credit, evaluate, presets, score, sharding, update
-from opd_jax.objective import Objective
+from opd_jax import presets, sharding
+from opd_jax.algorithm import score, signals, update
+from opd_jax.algorithm.objective import Objective
+from opd_jax.data import streams
+from opd_jax.run import evaluate
 from opd_jax.types import Batch, Scores, TrainState, Wants
 
 PROMPTS = [[5, 9, 1, 2], [5, 9, 1, 2], [7], [7], [3, 3, 8], [3, 3, 8], [4], [4]]
@@ -31,21 +35,22 @@ def _objectives(name):
   """(of own rows, of given ones or None)."""
   if name == 'teachability':
     return Objective(token_gate='teachability', token_top_k=3, token_keep=0.5), None
-  c = presets.apply(config_lib.default_config(), name)
-  o = config_lib.make_objective(c)
+  c = tiny.config('opd_sampled', teacher__kind='initial_student')
+  run = config_lib.parse(presets.apply(c, name))
+  o = run.objective
   small = (dataclasses.replace(part, top_k=min(part.top_k, 9)) for part in (o, o.local))
-  return dataclasses.replace(next(small), local=next(small)), config_lib.make_given_objective(c)
+  given = streams.given_objective(run) if run.given.source != 'none' else None
+  return dataclasses.replace(next(small), local=next(small)), given
 
 
-def _put(mesh, state, batch, heads, given):
+def _put(mesh, state, batches, heads):
   """As the loop does it: rows over the data axes, a head over its width and the vocabulary."""
   whole = sharding.replicated(mesh)
   head = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('fsdp', 'tensor'))
   params = {'table': whole, 'head': head}
   return (TrainState(step=sharding.put(state.step, whole), opt_state=state.opt_state,
                      params=sharding.put(state.params, params)),
-          sharding.put(batch, sharding.by_rows(mesh)), sharding.put(heads, head),
-          None, sharding.put(given, sharding.by_rows(mesh)))
+          sharding.put(batches, sharding.by_rows(mesh)), sharding.put(heads, head), None)
 
 
 def differences() -> dict[str, float]:
@@ -65,15 +70,18 @@ def differences() -> dict[str, float]:
       o, beside = _objectives(name)
       batch, heads = tabular.batch(o, cast, rollout, REWARDS, scorer)
       state = TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+      terms = tuple(update.Term(stream, objective, group_size, own, microbatch_rows=4)
+                    for stream, objective, group_size, own in (
+                        (streams.OWN, o, 2, True), (streams.GIVEN, beside, 1, False))
+                    if objective is not None)
       # Without the metrics, which nobody reads here, it compiles in half the time.
-      step = quick_jit(lambda *inputs, o=o, beside=beside: update.update_fn(
-          *inputs, model=model, optimizer=optimizer, objective=o, group_size=2,
-          given_objective=beside, on_policy=True, chunk_tokens=8, microbatch_rows=4)[0].params)
-      inputs = (state, batch, heads, None, batch if beside else None)
+      step = quick_jit(lambda *inputs, terms=terms: update.update_fn(
+          *inputs, model=model, optimizer=optimizer, terms=terms, chunk_tokens=8)[0].params)
+      inputs = (state, (batch,) * len(terms), heads, None)
       # One program at a time: collectives of several can deadlock on so few processors.
       want = jax.block_until_ready(step(*inputs, jax.random.key(3)))
       with jax.set_mesh(mesh):
-        placed = jax.block_until_ready(_put(mesh, *inputs[:3], inputs[4]))
+        placed = jax.block_until_ready(_put(mesh, *inputs[:3]))
         got = jax.block_until_ready(step(*placed, jax.random.key(3)))
       moved = max(np.abs(np.asarray(want[k] - params[k])).max() for k in params)
       out[name] = float(max(np.abs(np.asarray(got[k]) - np.asarray(want[k])).max()
@@ -101,7 +109,7 @@ def scoring() -> dict[str, dict[str, float]]:
 
   def teachability(params, rollout, hidden):
     scores = Scores(None, None, hidden)
-    return credit.teachability(o, Batch(rollout, scores, scores), model.head(params),
+    return signals.teachability(o, Batch(rollout, scores, scores), model.head(params),
                                model.head(params), 16)
 
   programs = {

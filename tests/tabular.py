@@ -13,7 +13,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax.objective import Objective
+from opd_jax.algorithm.objective import Objective
 from opd_jax.types import Batch, Head, Heads, Model, Params, Rollout, Scores
 
 

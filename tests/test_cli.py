@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import tiny
 
-from opd_jax import config, hf, params, tokenizer
+from opd_jax import config
 from opd_jax.__main__ import COMMANDS
+from opd_jax.data import prompts as prompts_lib
+from opd_jax.files import huggingface
+from opd_jax.models import params
 
 EXPERIMENT = '''
 from opd_jax import config
@@ -41,7 +44,7 @@ def folder(tmp_path_factory):
   (path / 'argument.py').write_text(EXPERIMENT)
   (path / 'broken.py').write_text('import nonsense_module\n')
   tiny.write_model(path / 'base')
-  tiny.write_model(path / 'other', alphabet=tokenizer.ALPHABET[::-1])
+  tiny.write_model(path / 'other', alphabet=prompts_lib.ALPHABET[::-1])
   (path / 'half').mkdir()  # a directory, but no checkpoint
   return path
 
@@ -194,7 +197,7 @@ class TestExport:
     done = tiny.opd('export', '--workdir', 'moved', '--output', 'out16', '--dtype', 'bfloat16',
                     cwd=folder)
     assert done.returncode == 0, done.stderr
-    whole, half = (params.flatten(hf.load(folder / d, {}).read()) for d in ('run/export', 'out16'))
+    whole, half = (params.flatten(huggingface.load(folder / d, {}).read()) for d in ('run/export', 'out16'))
     for name in whole:
       np.testing.assert_array_equal(half[name], whole[name].astype(ml_dtypes.bfloat16), name)
 

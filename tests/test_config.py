@@ -12,22 +12,13 @@ from ml_collections import ConfigDict
 import pytest
 import tiny
 
-from opd_jax import (
-  build,
-  checks,
-  config,
-  credit,
-  data,
-  estimators,
-  models,
-  pipeline,
-  presets,
-  tasks,
-  teachers,
-  tokenizer,
-  train,
-)
-from opd_jax import objective as objective_lib
+from opd_jax import build, config, models, presets, rules, tasks, teachers, train
+from opd_jax.algorithm import objective as objective_lib
+from opd_jax.algorithm import signals
+from opd_jax.algorithm import support as support_lib
+from opd_jax.data import examples as examples_lib
+from opd_jax.data import prompts as prompts_lib
+from opd_jax.tools import pipeline
 
 EXPERIMENTS = sorted(p for p in (tiny.ROOT / 'experiments').glob('*.py') if p.stem[0] != '_')
 
@@ -50,15 +41,15 @@ def named_arguments():
 
 def check(c):
   if config.is_pipeline(c):
-    checks.validate_pipeline(c)
+    rules.validate_pipeline(c)
   else:
-    checks.validate(c)
+    rules.validate(c)
 
 
 def refused(c, *parts, pipeline=False):
   """The config is refused, by a message with all of these parts and what is allowed."""
   with pytest.raises(config.ConfigError) as e:
-    (checks.validate_pipeline if pipeline else checks.validate)(c)
+    (rules.validate_pipeline if pipeline else rules.validate)(c)
   for part in (*parts, 'allowed'):
     assert part in str(e.value), f'{part!r} is not in {e.value}'
   return str(e.value)
@@ -149,7 +140,7 @@ class TestFields:
     values = tiny.config('sft').to_dict()
     del values['eval']['pass_k']
     with pytest.raises(config.ConfigError, match=r'eval\.pass_k is missing'):
-      checks.validate(ConfigDict(values))
+      rules.validate(ConfigDict(values))
 
   @pytest.mark.parametrize(('field', 'value', 'allowed'), [
       ('steps', 'many', 'int'), ('steps', 2.0, 'int'), ('steps', True, 'int'),
@@ -172,17 +163,17 @@ class TestFields:
   @pytest.mark.parametrize(('field', 'value', 'names'), [
       ('task__name', 'algebra', tasks.names()),
       ('teacher__kind', 'oracle', teachers.names()),
-      ('objective__divergence', 'jeffreys', estimators.names()),
+      ('objective__divergence', 'jeffreys', support_lib.names()),
       ('objective__route', 'straight', objective_lib.ROUTES),
-      ('objective__support', 'half', estimators.SUPPORTS),
+      ('objective__support', 'half', support_lib.SUPPORTS),
       ('objective__importance', 'weights', objective_lib.IMPORTANCE),
       ('objective__reduction', 'mean', objective_lib.REDUCTIONS),
       ('objective__reward_baseline', 'critic', objective_lib.REWARD_BASELINES),
       ('objective__student_logprobs', 'cached', objective_lib.STUDENT_LOGPROBS),
       ('data__source', 'web', config.SOURCES),
-      ('data__overlong', 'skip', data.OVERLONG),
-      ('prompt__template', 'chatml', tokenizer.TEMPLATES),
-      ('prompt__thinking', 'yes', tokenizer.THINKING),
+      ('data__overlong', 'skip', examples_lib.OVERLONG),
+      ('prompt__template', 'chatml', prompts_lib.TEMPLATES),
+      ('prompt__thinking', 'yes', prompts_lib.THINKING),
       ('optimizer__name', 'lion', ('adamw', 'sgd')),
       ('optimizer__schedule', 'step', ('constant', 'linear', 'cosine')),
       ('compute__dtype', 'float16', ('float32', 'bfloat16')),
@@ -195,8 +186,8 @@ class TestFields:
     c = tiny.config('sft')
     c.student.fresh.model_type = 'gpt2'
     with pytest.raises(config.ConfigError, match="'gpt2'") as e:
-      checks.validate(c)
-    assert 'model_type' in str(e.value) and str(models.families()) in str(e.value)
+      rules.validate(c)
+    assert 'model_type' in str(e.value) and str(models.names()) in str(e.value)
 
   def test_unknown_task_option(self):
     c = tiny.config('sft')
@@ -231,7 +222,7 @@ class TestFields:
     values = c.to_dict()
     values['task']['options'][field] = value
     with pytest.raises(config.ConfigError, match=f'{field}='):
-      checks.validate(ConfigDict(values))
+      rules.validate(ConfigDict(values))
 
 
 class TestBatch:
@@ -251,7 +242,7 @@ class TestBatch:
   def test_a_group_that_does_not_divide_the_rows_cannot_be_reshaped(self):
     import jax.numpy as jnp
     with pytest.raises(TypeError, match='reshape'):
-      credit.group_advantage(jnp.zeros(10), 4, 'group_mean')
+      signals.group_advantage(jnp.zeros(10), 4, 'group_mean')
 
 
 class TestRoles:
@@ -450,7 +441,7 @@ class TestRoles:
     if c.teacher.kind == 'checkpoint':
       c.teacher.path = str(tmp_path)
     with pytest.raises(config.ConfigError) as e:
-      checks.validate(c)
+      rules.validate(c)
       build.build(c)  # what only the models or the data can tell
     for part in (*parts, 'allowed'):
       assert part in str(e.value), f'{part!r} is not in {e.value}'
@@ -513,7 +504,7 @@ class TestModels:
                        match=rf'{part}\.path=.*broken.*(damaged|read).*allowed'):
       build.build(c)
 
-  @pytest.mark.parametrize('alphabet', [tokenizer.ALPHABET[:-1], tokenizer.ALPHABET[::-1]],
+  @pytest.mark.parametrize('alphabet', [prompts_lib.ALPHABET[:-1], prompts_lib.ALPHABET[::-1]],
                            ids=['smaller', 'other order'])
   def test_vocabulary_mismatch(self, alphabet, tmp_path):
     other = tiny.write_model(tmp_path / 'other', alphabet=alphabet)

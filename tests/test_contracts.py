@@ -26,20 +26,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import opd_jax
-from opd_jax import (
-    divergences,
-    estimators,
-    hf,
-    models,
-    nn,
-    sample,
-    score,
-    sharding,
-    tasks,
-    teachers,
-    tokenizer,
-)
-from opd_jax import params as params_lib
+from opd_jax import models, sharding, tasks, teachers
+from opd_jax.algorithm import divergences, sample, score
+from opd_jax.algorithm import support as support_lib
+from opd_jax.data import prompts as prompts_lib
+from opd_jax.files import huggingface
+from opd_jax.models import nn
+from opd_jax.models import params as params_lib
 from opd_jax.types import UNUSED_LOGIT
 
 PACKAGE = pathlib.Path(opd_jax.__file__).parent
@@ -170,8 +163,8 @@ def test_the_checks_of_the_suite_are_on():
 
 # --- divergences ---
 
-EVERY = [(name, alpha) for name in estimators.names()
-         for alpha in ((0.1, 0.5) if estimators.takes_alpha(name) else (0.0,))]
+EVERY = [(name, alpha) for name in support_lib.names()
+         for alpha in ((0.1, 0.5) if support_lib.takes_alpha(name) else (0.0,))]
 each_divergence = pytest.mark.parametrize(('name', 'alpha'), EVERY)
 
 
@@ -180,13 +173,13 @@ def _logits(*shape, seed=0, scale=2.0):
 
 
 def _divergence(name, alpha):
-  return functools.partial(estimators.full, estimators.term(name, alpha))
+  return functools.partial(support_lib.full, support_lib.term(name, alpha))
 
 
 def test_divergences_are_found_by_listing_their_file():
   functions = [n.name for n in ast.parse((PACKAGE / 'divergences.py').read_text()).body
                if isinstance(n, ast.FunctionDef) and n.name[0] != '_']
-  assert estimators.names() == sorted(functions)
+  assert support_lib.names() == sorted(functions)
   assert {'reverse_kl', 'forward_kl'} <= set(functions)
   # Where a parameter makes sense is said for every one that has it, and for no other.
   assert set(divergences.ALPHAS) == {
@@ -224,7 +217,7 @@ def test_divergence_gradient_equals_finite_differences(x64, name, alpha):
 @each_divergence
 @pytest.mark.parametrize('tail', ['', 'renormalize', 'bucket'])
 def test_divergence_has_no_nan_at_extreme_logits(name, alpha, tail):
-  f = estimators.term(name, alpha)
+  f = support_lib.term(name, alpha)
   one_hot = [[1e4, 0.0, -1e4], [-1e4, 1e4, 0.0], [0.0, 0.0, 0.0], [80.0, -80.0, 80.0],
              [0.0, 1.0, UNUSED_LOGIT]]
   pairs = jnp.asarray([(a, b) for a in one_hot for b in one_hot], jnp.float32)
@@ -235,8 +228,8 @@ def test_divergence_has_no_nan_at_extreme_logits(name, alpha, tail):
   def total(logits):
     student, teacher = jax.nn.log_softmax(logits), jax.nn.log_softmax(pairs[:, 1])
     if not tail:
-      return jnp.sum(estimators.full(f, student, teacher))
-    return jnp.sum(estimators.on_support(f, student, teacher, support='union_top_k', top_k=2,
+      return jnp.sum(support_lib.full(f, student, teacher))
+    return jnp.sum(support_lib.on_support(f, student, teacher, support='union_top_k', top_k=2,
                                          tail=tail))
 
   value, grad = jax.value_and_grad(total)(pairs[:, 0])
@@ -273,7 +266,7 @@ WIDTH = 10
 
 # Each family once, with an untied head where it has one; what a tied head changes is code that all
 # share, and tried on one of them.
-CASES = [(f, ways_to_tie(f)[0]) for f in models.families()] + [('qwen3', True)]
+CASES = [(f, ways_to_tie(f)[0]) for f in models.names()] + [('qwen3', True)]
 
 
 @pytest.fixture(scope='module', params=CASES,
@@ -295,11 +288,11 @@ FLOAT32 = dict(atol=3e-5)
 
 
 def test_families_are_found_by_listing_the_folder():
-  assert models.families() == sorted(
+  assert models.names() == sorted(
       f.stem for f in (PACKAGE / 'models').glob('*.py') if f.stem[0] != '_')
   with pytest.raises(ValueError) as error:
     models.build({'model_type': 'gpt17'})
-  assert "'gpt17'" in str(error.value) and str(models.families()) in str(error.value)
+  assert "'gpt17'" in str(error.value) and str(models.names()) in str(error.value)
 
 
 def test_init_follows_the_table(family):
@@ -469,33 +462,33 @@ def test_config_json_goes_both_ways(family):
 
 @pytest.fixture
 def saved(family, tmp_path):
-  hf.write_checkpoint(tmp_path / 'model', family.model, family.params,
-                      tokenizer.character_tokenizer())
+  huggingface.write_checkpoint(tmp_path / 'model', family.model, family.params,
+                      prompts_lib.character_tokenizer())
   return tmp_path / 'model'
 
 
 def test_checkpoint_round_trip_is_exact(family, saved):
-  loaded = hf.load(saved, {'dtype': jnp.float32})
+  loaded = huggingface.load(saved, {'dtype': jnp.float32})
   assert loaded.model.config == family.model.config
-  assert tokenizer.same_vocabulary(loaded.tokenizer, tokenizer.character_tokenizer())
+  assert prompts_lib.same_vocabulary(loaded.tokenizer, prompts_lib.character_tokenizer())
   want = params_lib.flatten(family.params)
   got = params_lib.flatten(loaded.read())
   assert list(got) == list(want)
   for name in want:
     np.testing.assert_array_equal(got[name], want[name], err_msg=name)
   with pytest.raises(FileExistsError, match='model'):
-    hf.write_checkpoint(saved, family.model, family.params, loaded.tokenizer)
+    huggingface.write_checkpoint(saved, family.model, family.params, loaded.tokenizer)
 
 
 def test_tensors_that_do_not_match_raise_by_name(family, saved):
-  file = saved / hf.WEIGHTS
+  file = saved / huggingface.WEIGHTS
   tensors = load_file(file)
   first, last = min(tensors), max(tensors)
 
   def refusal(changed):
     save_file(changed, file)
     with pytest.raises(ValueError) as error:
-      hf.read_params(saved, family.model)
+      huggingface.read_params(saved, family.model)
     return str(error.value)
 
   message = refusal({k: v for k, v in tensors.items() if k != first})
@@ -508,16 +501,16 @@ def test_tensors_that_do_not_match_raise_by_name(family, saved):
   two = next(k for k, v in tensors.items() if v.ndim == 2 and v.shape[0] != v.shape[1])
   assert two in refusal({**tensors, two: np.ascontiguousarray(tensors[two].T)})
   file.unlink()
-  with pytest.raises(FileNotFoundError, match=hf.WEIGHTS):
-    hf.read_params(saved, family.model)
+  with pytest.raises(FileNotFoundError, match=huggingface.WEIGHTS):
+    huggingface.read_params(saved, family.model)
 
 
 def test_a_bfloat16_checkpoint_is_read_exactly(family, saved):
   from safetensors.flax import load_file as load_jax
   from safetensors.flax import save_file as save_jax
-  half = {k: v.astype(jnp.bfloat16) for k, v in load_jax(saved / hf.WEIGHTS).items()}
-  save_jax(half, saved / hf.WEIGHTS)
-  got = hf.read_params(saved, family.model)
+  half = {k: v.astype(jnp.bfloat16) for k, v in load_jax(saved / huggingface.WEIGHTS).items()}
+  save_jax(half, saved / huggingface.WEIGHTS)
+  got = huggingface.read_params(saved, family.model)
   want = jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16), np.float32), family.params)
   same = jax.tree.map(lambda a, b: a.dtype == np.float32 and np.array_equal(a, b), got, want)
   assert all(jax.tree.leaves(same))
@@ -526,13 +519,13 @@ def test_a_bfloat16_checkpoint_is_read_exactly(family, saved):
 def test_a_stored_copy_of_a_tied_head_is_accepted_and_anything_else_is_not(family, saved):
   if not family.config['tie_word_embeddings']:
     pytest.skip('the head is not tied')
-  tensors = load_file(saved / hf.WEIGHTS)
+  tensors = load_file(saved / huggingface.WEIGHTS)
   embedding = tensors['model.embed_tokens.weight']
-  save_file({**tensors, 'lm_head.weight': embedding.copy()}, saved / hf.WEIGHTS)
-  hf.read_params(saved, family.model)
-  save_file({**tensors, 'lm_head.weight': embedding + 1}, saved / hf.WEIGHTS)
+  save_file({**tensors, 'lm_head.weight': embedding.copy()}, saved / huggingface.WEIGHTS)
+  huggingface.read_params(saved, family.model)
+  save_file({**tensors, 'lm_head.weight': embedding + 1}, saved / huggingface.WEIGHTS)
   with pytest.raises(ValueError, match=r'lm_head\.weight differs'):
-    hf.read_params(saved, family.model)
+    huggingface.read_params(saved, family.model)
 
 
 # --- tasks ---
@@ -628,13 +621,13 @@ def test_teachers_are_found_by_listing_the_folder():
 
 @pytest.mark.parametrize('kind', [n for n in teachers.names() if n != teachers.NONE])
 def test_teacher(kind, tmp_path):
-  characters = tokenizer.character_tokenizer()
+  characters = prompts_lib.character_tokenizer()
   made = []
   for seed, tied in ((0, False), (1, True)):
     model = models.build(family_config('qwen3', tied))
     path = tmp_path / str(seed)
-    hf.write_checkpoint(path, model, sharp_params(model, seed), characters)
-    made.append(hf.load(path, {'dtype': jnp.float32}))
+    huggingface.write_checkpoint(path, model, sharp_params(model, seed), characters)
+    made.append(huggingface.load(path, {'dtype': jnp.float32}))
   student = made[0]
   before = student.read()
   # A kind reads a directory, or refuses one: then it must say so, and do without.
@@ -646,10 +639,10 @@ def test_teacher(kind, tmp_path):
       assert 'teacher.path' in str(error) and 'allowed' in str(error)
   assert loaded, 'neither a directory nor an empty path is accepted'
   for teacher in loaded.values():
-    assert isinstance(teacher, hf.LoadedModel)
+    assert isinstance(teacher, huggingface.LoadedModel)
     shapes = params_lib.abstract_params(teacher.model.specs)
     assert jax.tree.map(jnp.shape, teacher.read()) == jax.tree.map(lambda s: s.shape, shapes)
-    assert tokenizer.same_vocabulary(teacher.tokenizer, characters)
+    assert prompts_lib.same_vocabulary(teacher.tokenizer, characters)
     tokens = jnp.asarray([[5, 6, 7]], jnp.int32)
     params = jax.tree.map(jnp.asarray, teacher.read())
     hidden, _ = teacher.model.forward(params, tokens, jnp.arange(3)[None], jnp.ones((1, 3), bool),

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import tiny
 
-from opd_jax import config, models, sharding, train
+from opd_jax import config, load, models, sharding, train
+from opd_jax.models import params
 
 ADAPTERS = 'adapters'  # exact OPD that trains adapters on every linear layer
 KINDS = ('opd_sampled', 'opd_exact', ADAPTERS)
@@ -27,7 +28,9 @@ CHILD = '''
 import json, pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import jax
-from opd_jax import checkpoint, config, params, train
+from opd_jax import config, train
+from opd_jax.files import checkpoint
+from opd_jax.models import params
 assert len(jax.devices()) == 4
 layout = {}
 save = checkpoint.Checkpoints.save
@@ -100,9 +103,9 @@ def test_evaluations(pair):
 
 def test_final_parameters(pair):
   kind, single, mesh = pair
-  start = train.build_lib.load_student(make(kind)).read()
+  start = load.open_student(config.parse(make(kind))).read()
   a, b = tiny.load_export(single), tiny.load_export(mesh)
-  for name, before in train.params.flatten(start).items():
+  for name, before in params.flatten(start).items():
     moved = np.linalg.norm(a[name] - before)
     if kind == ADAPTERS and name not in [f'layers/{n}' for n in LINEAR]:
       assert moved == 0 and np.array_equal(a[name], b[name])

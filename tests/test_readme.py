@@ -5,7 +5,8 @@ import re
 
 import numpy as np
 
-from opd_jax import config, params, presets
+from opd_jax import config, presets
+from opd_jax.models import params
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()

@@ -2,16 +2,22 @@
 
 import json
 import os
+import pathlib
 import shutil
 import signal
 import threading
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from opd_jax import checkpoint, config, train
+from opd_jax import train
+from opd_jax.files import checkpoint
+from opd_jax.files import workdir as workdir_lib
+from opd_jax.types import TrainState
 
 STEPS, EVERY = 9, 3
 
@@ -95,11 +101,18 @@ class TestKilled:
     assert_same_run(tmp_path, straight)
 
   def test_during_the_export(self, straight, tmp_path, monkeypatch):
+    rename = pathlib.Path.rename
+
+    def killed(path, target):
+      if target.name == workdir_lib.RESULT:  # it never gets its name
+        raise KeyboardInterrupt
+      return rename(path, target)
+
     with monkeypatch.context() as m:
-      m.setattr(json, 'dumps', json.dumps)
-      m.setattr(train.pathlib.Path, 'rename', None)  # result.json never gets its name
-      with pytest.raises((TypeError, config.ConfigError)):
+      m.setattr(pathlib.Path, 'rename', killed)
+      with pytest.raises(KeyboardInterrupt):
         train.train(make(), tmp_path)
+    assert (tmp_path / workdir_lib.EXPORT).exists()
     train.train(make(), tmp_path)
     assert_same_run(tmp_path, straight)
 
@@ -224,9 +237,9 @@ class TestDamaged:
 class TestKept:
 
   def state(self, value):
-    state = train.TrainState(step=np.int32(value), params={'w': np.full(3, value, np.float32)},
-                             opt_state=())
-    return train.jax.tree.map(train.jnp.asarray, state)
+    state = TrainState(step=np.int32(value), params={'w': np.full(3, value, np.float32)},
+                       opt_state=())
+    return jax.tree.map(jnp.asarray, state)
 
   def fill(self, path, accuracies, **options):
     options = dict(keep_latest=2, keep_best=1, best_metric='accuracy') | options
@@ -263,7 +276,7 @@ class TestKept:
     store = self.fill(tmp_path / 'checkpoints', [None])
     store.save(self.state(7), 1, {'step': 7}, None)
     store.wait()
-    state, host = store.restore_latest(train.jax.eval_shape(lambda: self.state(1)))
+    state, host = store.restore_latest(jax.eval_shape(lambda: self.state(1)))
     assert host == {'step': 1} and state.params['w'][0] == 1
     store.close()
 
@@ -285,14 +298,14 @@ class TestKept:
     host['evals'].append({'step': 1})
     counted.set()
     store.wait()
-    _, restored = store.restore_latest(train.jax.eval_shape(lambda: self.state(1)))
+    _, restored = store.restore_latest(jax.eval_shape(lambda: self.state(1)))
     assert restored == {'step': 1, 'flops': {'student': 1.0}, 'evals': [{'step': 0}]}
     store.close()
 
   def test_none_at_all(self, tmp_path):
     store = checkpoint.Checkpoints(tmp_path / 'checkpoints', keep_latest=1, keep_best=0,
                                    best_metric='accuracy')
-    assert store.restore_latest(train.jax.eval_shape(lambda: self.state(1))) is None
+    assert store.restore_latest(jax.eval_shape(lambda: self.state(1))) is None
     store.close()
 
 
@@ -303,14 +316,14 @@ class TestHost:
       return checkpoint.Checkpoints(tmp_path / 'c', keep_latest=3, keep_best=1, best_metric='x')
 
     store = open_store()
-    state = train.TrainState(step=train.jnp.int32(1), params={}, opt_state=())
+    state = TrainState(step=jnp.int32(1), params={}, opt_state=())
     for step in (1, 2):
       store.save(state, step, {'step': step}, {'x': 0.5})
     store.close()
     (tmp_path / 'c' / '2' / 'metrics' / 'metrics').write_text('{"x": ')
     store = open_store()
     assert 'the checkpoint of step 2 is damaged' in capsys.readouterr().err
-    assert store.restore_latest(train.jax.eval_shape(lambda: state))[1] == {'step': 1}
+    assert store.restore_latest(jax.eval_shape(lambda: state))[1] == {'step': 1}
     store.close()
 
   def test_a_half_written_metrics_file_of_an_interrupted_save(self, tmp_path):
@@ -324,7 +337,7 @@ class TestHost:
 
   def test_a_failure_that_is_not_the_files_moves_nothing(self, tmp_path, monkeypatch):
     store = checkpoint.Checkpoints(tmp_path / 'c', keep_latest=3, keep_best=0, best_metric='x')
-    state = train.TrainState(step=train.jnp.int32(1), params={}, opt_state=())
+    state = TrainState(step=jnp.int32(1), params={}, opt_state=())
     for step in (1, 2):
       store.save(state, step, {'step': step}, None)
     store.wait()
@@ -335,7 +348,7 @@ class TestHost:
     with monkeypatch.context() as patch:
       patch.setattr(ocp.CheckpointManager, 'restore', full)
       with pytest.raises(checkpoint.DamagedError, match='nothing was changed.*another process'):
-        store.restore_latest(train.jax.eval_shape(lambda: state))
+        store.restore_latest(jax.eval_shape(lambda: state))
     assert store.steps() == [1, 2]
-    assert store.restore_latest(train.jax.eval_shape(lambda: state))[1] == {'step': 2}
+    assert store.restore_latest(jax.eval_shape(lambda: state))[1] == {'step': 2}
     store.close()

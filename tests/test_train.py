@@ -1,37 +1,26 @@
 """The loop, end to end, for every kind of run."""
 
 import contextlib
-import dataclasses
 import functools
 import io
 import json
 import math
-import operator
 import shutil
-import types
 
 import jax
 import numpy as np
 import pytest
 import tiny
 
-from opd_jax import (
-  build,
-  checkpoint,
-  config,
-  data,
-  hf,
-  lora,
-  metrics,
-  objective,
-  optim,
-  params,
-  presets,
-  score,
-  train,
-)
+from opd_jax import build, config, load, train
+from opd_jax.data import examples as examples_lib
+from opd_jax.data import streams
+from opd_jax.files import checkpoint, huggingface
+from opd_jax.files import workdir as workdir_lib
+from opd_jax.models import lora, params
+from opd_jax.run import book, flops, metrics, optim
+from opd_jax.run.book import NonFiniteError
 from opd_jax.tasks import arithmetic
-from opd_jax.types import Scores, Wants
 
 EVERYWHERE = {'kind', 'step', 'loss', 'grad_norm', 'update_norm', 'entropy_student', 'logprob',
               'length', 'truncation_rate', 'flops', 'compiles', 'perf'}
@@ -51,6 +40,16 @@ EVALUATED = {'sampled_accuracy', 'greedy_accuracy', 'pass_at_2', 'length', 'trun
              'flops'}
 
 
+def parts_of(c):
+  """What a config's run is made of."""
+  return build.open_parts(config.parse(c))
+
+
+def parameters_before(c):
+  """The student's parameters before training, by path."""
+  return params.flatten(load.open_student(config.parse(c)).read())
+
+
 @functools.cache
 def finished(kind):
   """(config, work directory, result) of a short run of each kind. Its output is in output.txt."""
@@ -60,30 +59,6 @@ def finished(kind):
     result = train.train(c, workdir)
   (workdir / 'output.txt').write_text(out.getvalue())
   return c, workdir, result
-
-
-@pytest.mark.parametrize('own_form', [False, True])
-@pytest.mark.parametrize('name', presets.PRESETS)
-def test_models_that_share_a_program_are_asked_for_what_each_is_asked_alone(name, own_form):
-  """`own_form`: of teacher and reference, that of the student, whose program is then theirs."""
-  o = config.make_objective(presets.apply(tiny.config('opd_sampled'), name))
-  asked = {who: known for who, known in objective.wants(o).items() if known}
-  everyone = functools.reduce(operator.or_, asked.values(), Wants())
-  s = types.SimpleNamespace(
-      **{who: types.SimpleNamespace(model=who) for who in ('student', 'teacher', 'reference')},
-      runs_students_programs=lambda _: own_form)
-  programs = train.scorer_programs(s, o)
-  assert programs == {who: ('student', 1.0, everyone) if own_form else (who, 1.0, known)
-                      for who, known in asked.items()}
-  everything = Scores(logprobs=1, entropy=2, hidden=3)
-  rows = train.RowPrograms('student', False, o, None, dict.fromkeys(
-      programs, lambda params, rollout: everything), None)
-  for who, known in asked.items():
-    assert train.ask(rows, who, None, None) == score.only(everything, known)
-  if own_form:  # at another temperature a teacher of this form has a program of its own
-    warm = train.scorer_programs(s, dataclasses.replace(o, teacher_temperature=2.0))
-    if 'teacher' in asked:
-      assert warm['teacher'] == ('teacher', 2.0, asked['teacher'])
 
 
 @pytest.mark.parametrize('kind', tiny.KINDS)
@@ -214,7 +189,7 @@ def test_export_is_the_final_state(kind):
   c, workdir, _ = finished(kind)
   saved = tiny.read_checkpoint(workdir, c.steps)
   exported = tiny.load_export(workdir)
-  start = params.flatten(build.load_student(c).read())
+  start = parameters_before(c)
   assert exported.keys() == start.keys()
   for name, array in exported.items():
     key = '[\'params\']' + ''.join(f"['{part}']" for part in name.split('/'))
@@ -226,7 +201,7 @@ def test_export_is_the_final_state(kind):
 def test_a_finished_run_is_not_run_again(monkeypatch):
   c, workdir, result = finished('sft')
   before = tiny.stamps(workdir)
-  monkeypatch.setattr(build, 'build', None)  # a call raises
+  monkeypatch.setattr(build, 'open_parts', None)  # a call raises
   assert train.train(c, workdir) == result
   assert tiny.stamps(workdir) == before
 
@@ -274,14 +249,14 @@ def test_learning_rate_schedule_covers_the_gradient_steps(tmp_path, monkeypatch)
   monkeypatch.setattr(optim, 'make_schedule', lambda *args: seen.append(args) or make(*args))
   c = tiny.config('sft', steps=5, optimizer__updates_per_batch=2, optimizer__schedule='cosine',
                   optimizer__final_learning_rate=1e-3, optimizer__warmup_steps=3)
-  build.build(c)
+  parts_of(c)
   assert seen[-1] == ('cosine', 1e-2, 1e-3, 3, 10)
 
 
 def test_self_distillation_leaves_every_bit_where_it_was(tmp_path):
   c = tiny.with_models('opd_sampled', teacher__kind='initial_student', teacher__path='')
   result = train.train(c, tmp_path)
-  start, end = params.flatten(build.load_student(c).read()), tiny.load_export(tmp_path)
+  start, end = parameters_before(c), tiny.load_export(tmp_path)
   assert start.keys() == end.keys()
   for name in start:
     assert start[name].tobytes() == end[name].tobytes(), name
@@ -297,7 +272,7 @@ class TestNonFinite:
   @pytest.mark.parametrize('bad', [13, 15])  # 15 is a checkpoint step itself
   def test_stops_with_the_step_and_keeps_the_last_good_checkpoint(self, bad, tmp_path, monkeypatch):
     c, straight, _ = finished('grpo')
-    steps, fold_in, grade = [], build.fold_in, data.grade
+    steps, fold_in, grade = [], load.fold_in, examples_lib.grade
 
     def watched(key, purpose, step):
       steps.append(step + 1)
@@ -308,9 +283,9 @@ class TestNonFinite:
       return (rewards * np.float32('nan') if steps[-1] == bad else rewards), texts
 
     with monkeypatch.context() as m:
-      m.setattr(build, 'fold_in', watched)
-      m.setattr(data, 'grade', poisoned)
-      with pytest.raises(train.NonFiniteError, match=rf'step {bad}: .*loss.*nan'):
+      m.setattr(load, 'fold_in', watched)
+      m.setattr(examples_lib, 'grade', poisoned)
+      with pytest.raises(NonFiniteError, match=rf'step {bad}: .*loss.*nan'):
         train.train(c, tmp_path)
     assert tiny.checkpoint_steps(tmp_path) == [5, 10]
     assert [r['step'] for r in tiny.rows(tmp_path, 'train')] == list(range(1, bad))
@@ -323,9 +298,9 @@ class TestNonFinite:
 
   def test_gradient_alone(self):
     row = {'loss': 1.0, 'grad_norm': math.inf, 'update_norm': 1.0, 'gap_max': 0.0}
-    with pytest.raises(train.NonFiniteError, match="step 7: {'grad_norm': inf}"):
-      train.check_finite(row, 7, 0.0)
-    train.check_finite(row | {'grad_norm': 1.0}, 7, 0.0)
+    with pytest.raises(NonFiniteError, match="step 7: {'grad_norm': inf}"):
+      book.check_finite(row, 7, 0.0)
+    book.check_finite(row | {'grad_norm': 1.0}, 7, 0.0)
 
 
 class TestSamplerGap:
@@ -345,7 +320,7 @@ class TestSamplerGap:
   def test_nan_is_not_below_the_bound(self):
     row = {'loss': 1.0, 'grad_norm': 1.0, 'update_norm': 1.0, 'gap_max': math.nan}
     with pytest.raises(FloatingPointError, match='step 3'):
-      train.check_finite(row, 3, 0.1)
+      book.check_finite(row, 3, 0.1)
 
 
 class TestEarlyStop:
@@ -432,7 +407,7 @@ class TestAdapters:
   def test_the_export_is_the_base_with_the_adapters_added(self, tmp_path):
     c = self._config('opd_exact')
     train.train(c, tmp_path)
-    base = params.flatten(hf.load(c.student.path, {}).read())
+    base = params.flatten(huggingface.load(c.student.path, {}).read())
     merged = tiny.load_export(tmp_path)
     saved = tiny.read_checkpoint(tmp_path, c.steps)
     for name, weight in base.items():
@@ -470,9 +445,9 @@ class TestAdapters:
 
   def test_a_student_that_teaches_itself_shares_its_base(self, tmp_path):
     c = self._config('opd_sampled', teacher__kind='initial_student', teacher__path='')
-    s = build.build(c)
-    frozen = build.read_frozen(s)
-    teacher = params.flatten(build.read_teacher(s, frozen))
+    parts = parts_of(c)
+    frozen = parts.read_base()
+    teacher = params.flatten(load.read_frozen(parts, 'teacher', frozen))
     for name, leaf in params.flatten(frozen.base).items():
       mine = teacher[name].base if isinstance(teacher[name], lora.LoRA) else teacher[name]
       assert mine is leaf, name  # the same array, not a copy
@@ -482,10 +457,10 @@ class TestAdapters:
       assert row['loss'] == row['grad_norm'] == row['update_norm'] == 0.0
 
   def test_the_base_is_kept_in_bfloat16_and_adapters_in_float32(self):
-    s = build.build(self._config('opd_sampled', compute__frozen_dtype='bfloat16'))
-    frozen = build.read_frozen(s)
-    assert {str(x.dtype) for x in jax.tree.leaves(frozen.base)} == {'bfloat16'}
-    assert {str(x.dtype) for x in jax.tree.leaves(build.read_trained(s))} == {'float32'}
+    parts = parts_of(self._config('opd_sampled', compute__frozen_dtype='bfloat16'))
+    base, trained = parts.read_base().base, load.read_trained(parts)
+    assert {str(x.dtype) for x in jax.tree.leaves(base)} == {'bfloat16'}
+    assert {str(x.dtype) for x in jax.tree.leaves(trained)} == {'float32'}
 
   @pytest.mark.parametrize(('fields', 'parts'), [
       (dict(student__lora__rank=-1), ('student.lora.rank=-1',)),
@@ -566,23 +541,22 @@ def mixed():
 def test_batches_are_the_students_or_not_as_seed_and_step_say():
   c, workdir = mixed()[0]
   rows = tiny.rows(workdir, 'train')
-  mine = [data.is_on_policy(c.seed, step, 0.5) for step in range(c.steps)]
+  mine = [streams.step_draw(c.seed, step) < 0.5 for step in range(c.steps)]
   assert 2 <= sum(mine) <= 6  # or nothing is tested
   assert ['gap_max' in r for r in rows] == mine == ['reverse_kl' in r for r in rows]
-  # Sampler and update of both kinds, one scorer each, and nothing compiled twice.
-  assert rows[-1]['compiles'] == 6
+  # Sampler and update of both kinds, one scorer of the teacher for both (they ask the same of it),
+  # and nothing compiled twice.
+  assert rows[-1]['compiles'] == 5
   assert all(r['gap_max'] < 1e-4 for r in rows if 'gap_max' in r)
   # Rows beside: their likelihood rises, and their tokens cost.
   assert rows[-1]['given_loss'] < rows[0]['given_loss']
   assert rows[0]['given_loss'] == pytest.approx(-0.1 * rows[0]['given_logprob'], rel=1e-5)
   assert 0 < rows[0]['given_loss'] < rows[0]['loss']
-  plain = sum(train.count_flops(c, *_programs(c, 'own'), np.full(32, 8.0)).values())
-  assert sum(train.count_flops(c, *_programs(c, 'given'), np.full(32, 8.0)).values()) < plain
-
-
-def _programs(c, name):
-  s = build.build(c)
-  return s, getattr(train.compile_step(c, s)[0], name)
+  parts = parts_of(c)
+  spent = {stream.name: sum(flops.stream_flops(
+      stream, np.full(32, 8.0), student=parts.student.model, teacher=parts.teacher.model,
+      reference=None, adapter_specs=None, updates=1).values()) for stream in parts.streams}
+  assert 0 < spent[streams.GIVEN] < spent[streams.OWN]
 
 
 def test_a_reference_and_a_random_gate():
@@ -600,7 +574,7 @@ def test_mixed_runs_resume_to_the_same_bits(which, tmp_path):
   c, workdir = mixed()[which]
   again = tmp_path / 'again'
   shutil.copytree(workdir, again)
-  for name in (train.RESULT, train.EXPORT, 'checkpoints/8'):
+  for name in (workdir_lib.RESULT, workdir_lib.EXPORT, 'checkpoints/8'):
     path = again / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
   with contextlib.redirect_stdout(io.StringIO()) as out:

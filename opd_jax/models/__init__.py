@@ -1,4 +1,5 @@
-"""Model families, one file per Hugging Face `model_type`, found by that name."""
+"""Models: `build` makes one from a config.json; its family is a file in `families/`, found by the
+`model_type`."""
 
 from __future__ import annotations
 
@@ -9,13 +10,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from opd_jax.models import _decoder
+from opd_jax.models import decoder
 from opd_jax.types import Model
 
 
-def families() -> list[str]:
-  """Lists the names that `build` accepts: the files of this folder."""
-  return sorted(p.stem for p in pathlib.Path(__file__).parent.glob('*.py') if p.stem[0] != '_')
+def names() -> list[str]:
+  """Lists the names that `build` accepts: the files of `families/`."""
+  here = pathlib.Path(__file__).parent / 'families'
+  return sorted(p.stem for p in here.glob('*.py') if p.stem[0] != '_')
 
 
 def build(hf_config: dict[str, Any], *, vocab_in_use: int | None = None, dtype: Any = jnp.float32,
@@ -37,10 +39,10 @@ def build(hf_config: dict[str, Any], *, vocab_in_use: int | None = None, dtype: 
   if family == 'flax':
     raise ValueError("model_type 'flax' is a Flax module, which only its own code can make; "
                      "allowed: with student.factory or teacher.factory='package.module:function'")
-  if family not in families():
-    raise ValueError(f'model_type {family!r} is not implemented; there are: {families()}')
-  module = importlib.import_module(f'opd_jax.models.{family}')
-  model = _decoder.make_model(module.FAMILY, hf_config, dtype, remat, layer_unroll)
+  if family not in names():
+    raise ValueError(f'model_type {family!r} is not implemented; there are: {names()}')
+  module = importlib.import_module(f'opd_jax.models.families.{family}')
+  model = decoder.make_model(module.FAMILY, hf_config, dtype, remat, layer_unroll)
   return model if vocab_in_use is None else limit_vocabulary(model, vocab_in_use)
 
 

@@ -23,12 +23,12 @@ from typing import Any
 
 
 def names() -> list[str]:
-  """The tasks there are: the files of this folder."""
+  """Lists the tasks there are: the files of this folder."""
   return sorted(p.stem for p in pathlib.Path(__file__).parent.glob('*.py') if p.stem[0] != '_')
 
 
 def get(name: str) -> ModuleType:
-  """The task called `name`.
+  """Finds the task called `name`.
 
   Raises:
     ValueError: there is none; lists those there are.
@@ -39,7 +39,7 @@ def get(name: str) -> ModuleType:
 
 
 def options(task: ModuleType, values: dict[str, Any]) -> Any:
-  """The task's Options.
+  """Makes the task's Options.
 
   Raises:
     ValueError: a knob that the task does not have, or a value that it refuses.

@@ -85,14 +85,14 @@ def _steps(problem: str) -> tuple[int, list[int]]:
 
 
 def solve(problem: str) -> int:
-  """The right answer."""
+  """Computes the right answer."""
   start, signed = _steps(problem)
   return start + sum(signed)
 
 
 def write_chain(problem: str, rng: random.Random | None = None, error: float = 0.0) -> str:
-  """The chain of thought and the answer; with `error`, each step is off by 1, 2 or 10 with that
-  probability and the chain carries on from the wrong value. Results are clipped to 0..99."""
+  """Writes the chain of thought and the answer; with `error`, each step is off by 1, 2 or 10 with
+  that probability and the chain carries on from the wrong value. Results are clipped to 0..99."""
   value, signed = _steps(problem)
   parts = []
   for operand in signed:
@@ -106,7 +106,7 @@ def write_chain(problem: str, rng: random.Random | None = None, error: float = 0
 
 
 def load(split: str, options: Options) -> datasets.Dataset:
-  """The examples of 'eval', 'train' (problem, answer) or 'corpus' (and completion).
+  """Makes the examples of 'eval', 'train' (problem, answer) or 'corpus' (and completion).
 
   Raises:
     ValueError: another split.
@@ -139,11 +139,11 @@ def load(split: str, options: Options) -> datasets.Dataset:
 
 
 def prompt(example: dict[str, Any]) -> str:
-  """'92-8-3-3+4='."""
+  """Writes '92-8-3-3+4='."""
   return example['problem'] + '='
 
 
 def grade(example: dict[str, Any], text: str) -> float:
-  """1.0 if the text ends in '#' and the right integer, else 0.0."""
+  """Gives 1.0 if the text ends in '#' and the right integer, else 0.0."""
   match = re.search(r'#(\d+)$', text)
   return float(bool(match) and int(match[1]) == example['answer'])

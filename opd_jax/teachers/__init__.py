@@ -1,32 +1,62 @@
-"""Kinds of teacher, one file each, found by name.
+"""Kinds of teacher, one file each, found by name, and what a teacher is to the loop.
 
 A teacher module offers
-  load(path, student, options, revision) -> hf.LoadedModel, where `student` is the student before
+  load(path, student, options, revision) -> LoadedModel, where `student` is the student before
   training, `options` are the compute options of `models.build`, and `revision` is the commit of a
-  path on the hub, '' elsewhere.
-The teacher's vocabulary must be the student's; `doctor` compares the two.
+  path on the hub, '' elsewhere. Its field `gives` says what can be asked of it; an objective that
+  asks for more is refused at start.
+The teacher's vocabulary must be the student's; the doctor compares the two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+import dataclasses
 import importlib
 import pathlib
 from typing import Any
 
-from opd_jax.hf import LoadedModel
+from opd_jax.data.streams import Stream
+from opd_jax.files.huggingface import LoadedModel
+from opd_jax.types import Head, Params, Rollout, Scores, Wants
 
 NONE = 'none'
 
 
+@dataclasses.dataclass(frozen=True)
+class Grader:
+  """A teacher, or a reference model, as the loop sees it.
+
+  A local model closes over its compiled program and its arrays; whatever else can grade a rollout
+  (a server, a cache) closes over what it needs, and the loop does not know.
+
+  Attributes:
+    gives: what can be asked of it.
+    tokenizer: a Hugging Face tokenizer; of the student's vocabulary.
+    stop_tokens: ids that end a completion of its own.
+    score: (rollout, stream) -> what the stream's objective wants of it, and nothing else; at the
+      objective's temperature.
+    head: of its hidden states; None where it gives none.
+    params: of a model in this process, which may also write; None elsewhere.
+  """
+
+  gives: Wants
+  tokenizer: Any
+  stop_tokens: tuple[int, ...]
+  score: Callable[[Rollout, Stream], Scores]
+  head: Head | None
+  params: Params | None
+
+
 def names() -> list[str]:
-  """The kinds there are: the files of this folder, and 'none'."""
+  """Lists the kinds there are: the files of this folder, and 'none'."""
   here = pathlib.Path(__file__).parent
   return [NONE, *sorted(p.stem for p in here.glob('*.py') if p.stem[0] != '_')]
 
 
 def load(kind: str, path: str, student: LoadedModel, options: dict[str, Any], revision: str = ''
          ) -> LoadedModel:
-  """The teacher of a kind.
+  """Opens the teacher of a kind.
 
   Raises:
     ValueError: there is no such kind; lists those there are.

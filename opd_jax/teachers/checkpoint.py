@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from opd_jax import hf
+from opd_jax.files import huggingface
 
 
-def load(path: str, student: hf.LoadedModel, options: dict[str, Any], revision: str = ''
-         ) -> hf.LoadedModel:
+def load(path: str, student: huggingface.LoadedModel, options: dict[str, Any], revision: str = ''
+         ) -> huggingface.LoadedModel:
   """Reads `path`; the student is not looked at."""
   del student
   if not path:
     raise ValueError("teacher.path='' with teacher.kind='checkpoint'; allowed: a directory")
-  return hf.load(path, options, revision)
+  return huggingface.load(path, options, revision)

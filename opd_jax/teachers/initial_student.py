@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from opd_jax.hf import LoadedModel
+from opd_jax.files.huggingface import LoadedModel
 
 
 def load(path: str, student: LoadedModel, options: dict[str, Any], revision: str = ''

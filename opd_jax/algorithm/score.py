@@ -1,0 +1,132 @@
+"""From hidden states to log-probabilities, in chunks of tokens, and `teacher_logprob_fn`.
+
+A vocabulary-sized row exists only for `chunk_tokens` tokens at a time: nothing here ever holds a
+[B, T, V] array.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from opd_jax.algorithm import vocabulary
+from opd_jax.models.nn import positions_of
+from opd_jax.types import Head, Model, Params, Rollout, Scores, Wants
+
+
+def log_softmax(hidden: Float[Array, 'n D'], head: Head, temperature: float
+                ) -> Float[Array, 'n V']:
+  """log softmax(head(hidden) / temperature), in float32 at least."""
+  return jax.nn.log_softmax(head.logits(hidden) / temperature, axis=-1)
+
+
+def same_width(*logprobs: Float[Array, 'n _']) -> tuple[Float[Array, 'n _'], ...]:
+  """Log-probs of several models over one vocabulary that is padded to different widths.
+
+  The narrowest has every token; what the others have beyond it has probability zero (`Head`).
+  """
+  width = min(x.shape[1] for x in logprobs)
+  return tuple(x[:, :width] for x in logprobs)
+
+
+def entropy_of(logprobs: Float[Array, 'n V']) -> Float[Array, 'n']:
+  """-sum_v p log p, in nats."""
+  return -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+
+
+def pick(logprobs: Float[Array, 'n V'], targets: Int[Array, 'n']) -> Float[Array, 'n']:
+  """logprobs[i, targets[i]]."""
+  return jnp.take_along_axis(logprobs, targets[:, None], axis=-1)[:, 0]
+
+
+def completion_hidden(model: Model, params: Params, rollout: Rollout) -> Float[Array, 'B C D']:
+  """The final hidden states that predict the completion, teacher-forced on the rollout."""
+  # The last token predicts nothing that is scored, and the prompt's predictions are not either.
+  tokens, valid = rollout.tokens[:, :-1], rollout.valid[:, :-1]
+  hidden, _ = model.forward(params, tokens, positions_of(valid), valid, None)
+  return hidden[:, rollout.prompt_length - 1:]
+
+
+def to_rows(completion: Float[Array, 'B C'], rollout: Rollout) -> Float[Array, 'B t']:
+  """[B, C] to the [B, T-1] convention, zero where the mask is."""
+  padded = jnp.pad(completion, ((0, 0), (rollout.prompt_length - 1, 0)))
+  return jnp.where(rollout.mask > 0, padded, 0.0)
+
+
+def to_completion(per_token: Float[Array, 'B t'], rollout: Rollout) -> Float[Array, 'B C']:
+  """The inverse of `to_rows`: the [B, T-1] entries that belong to the completion."""
+  return per_token[:, rollout.prompt_length - 1:]
+
+
+def split_rows(tree: Any, microbatch_rows: int) -> Any:
+  """Leaves [B, ...] to [B / m, m, ...] for a loop over microbatches; m = 0 means all rows.
+
+  Raises:
+    ValueError: m does not divide B.
+  """
+  rows = jax.tree.leaves(tree)[0].shape[0]
+  size = microbatch_rows or rows
+  if rows % size:
+    raise ValueError(f'microbatch_rows={size} does not divide the {rows} rows of the batch')
+  # Interleaved ([m, B/m] swapped), so that a batch sharded over devices by rows stays spread over
+  # all of them in every microbatch.
+  return jax.tree.map(
+      lambda a: a.reshape(size, rows // size, *a.shape[1:]).swapaxes(0, 1), tree)
+
+
+def join_rows(tree: Any) -> Any:
+  """The inverse of `split_rows`."""
+  return jax.tree.map(
+      lambda a: a.swapaxes(0, 1).reshape(a.shape[0] * a.shape[1], *a.shape[2:]), tree)
+
+
+def teacher_logprob_fn(params: Params, rollout: Rollout, *, model: Model, temperature: float,
+                       wants: Wants, chunk_tokens: int, microbatch_rows: int) -> Scores:
+  """Grades a rollout with one forward pass of a model that did not (need to) write it.
+
+  The same function, and so the same compiled program, scores the student when a policy-gradient
+  advantage needs log p_S: only then is log p_T - log p_S exactly zero for a teacher equal to the
+  student.
+
+  Args:
+    params: of `model`.
+    rollout: B rows.
+    model: static.
+    temperature: of the scored distribution.
+    wants: what to return; with hidden states alone (for a divergence over the vocabulary) the head
+      is left to the update.
+    chunk_tokens: tokens whose vocabulary rows exist at a time.
+    microbatch_rows: rows per forward pass, 0 for all.
+
+  Raises:
+    ValueError: nothing is wanted.
+  """
+  if not wants:
+    raise ValueError(f'{wants}: nothing to score for; allowed: logprobs, hidden or both')
+
+  def score(rows: Rollout) -> Scores:
+    hidden = completion_hidden(model, params, rows)
+    kept = hidden if wants.hidden else None
+    if not wants.logprobs:
+      return Scores(logprobs=None, entropy=None, hidden=kept)
+    head = model.head(params)
+
+    def chunk(hidden, targets):
+      logprobs = log_softmax(hidden, head, temperature)
+      return {'logprobs': pick(logprobs, targets), 'entropy': entropy_of(logprobs)}
+
+    out = vocabulary.map_over_chunks(chunk, chunk_tokens, hidden, rows.completion_targets)
+    return Scores(logprobs=to_rows(out['logprobs'], rows), entropy=to_rows(out['entropy'], rows),
+                  hidden=kept)
+
+  return join_rows(jax.lax.map(score, split_rows(rollout, microbatch_rows)))
+
+
+def only(scores: Scores, wants: Wants) -> Scores:
+  """Drops what is not wanted: a program that models share gives what any of them is asked for."""
+  if not wants.logprobs:
+    scores = scores.replace(logprobs=None, entropy=None)
+  return scores if wants.hidden else scores.replace(hidden=None)

@@ -1,0 +1,1 @@
+"""From what a task gives to batches: tokens, order, and who writes them."""

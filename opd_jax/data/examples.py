@@ -1,0 +1,206 @@
+"""Prompts in a deterministic order, as left-padded batches.
+
+What step s trains on is a function of (seed, s) alone: epoch e visits the examples in the order of
+permutation (seed, e). The data position in a checkpoint is therefore the step, and every host
+derives the same batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import numpy as np
+
+from opd_jax.data import prompts as prompts_lib
+from opd_jax.types import Prompts, Rollout
+
+SHOWN = 200  # characters of a text that does not fit
+PLAIN = prompts_lib.Style()
+OVERLONG = ('raise', 'drop', 'cut')
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, size: int) -> np.ndarray:
+  return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+class Examples:
+  """The examples of a split, encoded: prompts, and completions where the split has them.
+
+  Attributes:
+    rows: the examples that are left, as the task made them.
+    report: for the log: how many examples there are, and how many did not fit.
+  """
+
+  def __init__(self, task: Any, dataset: Any, tokenizer: Any, *, max_prompt_tokens: int,
+               max_new_tokens: int, seed: int, style: prompts_lib.Style = PLAIN,
+               overlong: str = 'raise', with_completions: bool = True):
+    """Encodes everything, so that bad examples are found before training starts.
+
+    Args:
+      task: see `tasks`; gives the prompt of a row.
+      dataset: its rows; a column 'completion' is encoded too, `with_completions`.
+      tokenizer: of the student.
+      max_prompt_tokens: room for a prompt.
+      max_new_tokens: room for a completion and the tokens that end it.
+      seed: of the order.
+      style: how prompts become tokens.
+      overlong: what happens to an example that does not fit: 'raise'; 'drop'; or 'cut', which keeps
+        the end of a prompt and the beginning of a completion (which then does not end).
+      with_completions: False leaves completions alone: nobody needs them.
+
+    Raises:
+      ValueError: an empty split, a prompt without tokens, or (overlong='raise') a prompt or
+        completion longer than the room for it.
+    """
+    if not len(dataset):
+      raise ValueError('the split has no examples; allowed: at least one')
+    self.rows = dataset.to_list()
+    self._seed, self._tokenizer = seed, tokenizer
+    self._prompt_room, self._completion_room = max_prompt_tokens, max_new_tokens
+    self.report: dict[str, Any] = {'examples': len(self.rows)}
+    if dataset.info.description:
+      self.report['task'] = dataset.info.description
+    prompts = [task.prompt(r) for r in self.rows]
+    self._prompts = prompts_lib.render(tokenizer, style, prompts)
+    empty = [i for i, ids in enumerate(self._prompts) if not ids]
+    if empty:
+      raise ValueError(f'{len(empty)} of {len(prompts)} prompts encode to no tokens, the first is '
+                       f'{prompts[empty[0]]!r} of example {empty[0]}; allowed: at least one token')
+    self._completions = None
+    if with_completions and 'completion' in dataset.column_names:
+      end = prompts_lib.turn_end(tokenizer, style)
+      texts = [r['completion'] for r in self.rows]
+      self._completions = [ids + end for ids in prompts_lib.encode(tokenizer, texts)]
+    self._ended = np.ones(len(self.rows), bool)
+    self._fit('data.max_prompt_tokens', overlong)
+    if self._completions is not None:
+      self._fit('data.max_new_tokens', overlong)
+    # Lists of Python integers would take nine times the memory.
+    self._prompts, self._completions = (
+        encoded and [np.array(ids, np.int32) for ids in encoded]
+        for encoded in (self._prompts, self._completions))
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  @property
+  def has_completions(self) -> bool:
+    """Whether the split comes with completions, so that `given` works."""
+    return self._completions is not None
+
+  def text(self, index: int) -> str:
+    """Renders what a model is given of one example, special tokens included."""
+    return self._tokenizer.decode(self._prompts[index])
+
+  def first(self, count: int) -> Examples:
+    """Takes the first `count` examples."""
+    out = copy.copy(self)
+    out.report = {**self.report, 'examples': count}
+    out._keep(range(count))
+    return out
+
+  def _keep(self, chosen):
+    self.rows = [self.rows[i] for i in chosen]
+    self._prompts = [self._prompts[i] for i in chosen]
+    self._ended = self._ended[list(chosen)]
+    if self._completions is not None:
+      self._completions = [self._completions[i] for i in chosen]
+
+  def _fit(self, field, overlong):
+    """Does to what is longer than its room what `overlong` says, and puts the count in `report`."""
+    prompts = field == 'data.max_prompt_tokens'
+    room = self._prompt_room if prompts else self._completion_room
+    sizes = [len(ids) for ids in (self._prompts if prompts else self._completions)]
+    long = [i for i, size in enumerate(sizes) if size > room]
+    if long and overlong == 'raise':
+      worst = max(long, key=sizes.__getitem__)
+      text = self.text(worst) if prompts else self.rows[worst]['completion']
+      raise ValueError(
+          f'{field}={room}: {len(long)} of {len(sizes)} examples do not fit, the longest with '
+          f'{sizes[worst]} tokens: {text[:SHOWN]!r}; allowed: at least {sizes[worst]}, or '
+          "data.overlong='drop'")
+    if overlong != 'raise':
+      done = {'drop': 'dropped', 'cut': 'cut'}[overlong]
+      self.report[f'{"prompts" if prompts else "completions"}_too_long_{done}'] = len(long)
+    if long and overlong == 'drop':
+      if len(long) == len(sizes):
+        raise ValueError(f"{field}={room} with data.overlong='drop': none of {len(sizes)} examples "
+                         f'fits; allowed: at least {min(sizes)}')
+      self._keep([i for i, size in enumerate(sizes) if size <= room])
+      self.report['examples'] = len(self.rows)
+    elif long and prompts:
+      self._prompts = [ids[-room:] for ids in self._prompts]
+    elif long:  # without what ends it: an end in the middle of a text is not to be learned
+      self._completions = [ids[:room] for ids in self._completions]
+      self._ended[long] = False
+
+  def indices(self, step: int, count: int) -> np.ndarray:
+    """Picks the examples of a step that takes `count` of them, int [count]."""
+    places = np.arange(step * count, (step + 1) * count)
+    return np.array([_order(self._seed, int(p // len(self)), len(self))[p % len(self)]
+                     for p in places])
+
+  def prompts(self, indices: np.ndarray) -> Prompts:
+    """Makes left-padded prompts, NumPy arrays [B, P]."""
+    tokens = np.full((len(indices), self._prompt_room), prompts_lib.pad_id(self._tokenizer),
+                     np.int32)
+    valid = np.zeros(tokens.shape, bool)
+    for row, i in enumerate(indices):
+      ids = self._prompts[i]
+      tokens[row, self._prompt_room - len(ids):] = ids
+      valid[row, self._prompt_room - len(ids):] = True
+    return Prompts(tokens=tokens, valid=valid)
+
+  def given(self, indices: np.ndarray) -> Rollout:
+    """Puts the split's own completions into the form of a rollout, NumPy arrays.
+
+    Nobody sampled them, so the sampler's log-probs are zero: only an objective with
+    importance='none' may be used.
+    """
+    if self._completions is None:
+      raise ValueError("data.source='dataset' needs a split with completions; this one has columns "
+                       f'{sorted(self.rows[0])}')
+    prompts = self.prompts(indices)
+    room = (len(indices), self._completion_room)
+    tokens = np.full(room, prompts_lib.pad_id(self._tokenizer), np.int32)
+    alive = np.zeros(room, bool)
+    for row, i in enumerate(indices):
+      ids = self._completions[i]
+      tokens[row, :len(ids)] = ids
+      alive[row, :len(ids)] = True
+    mask = np.pad(alive.astype(np.float32), ((0, 0), (self._prompt_room - 1, 0)))
+    return Rollout(tokens=np.concatenate([prompts.tokens, tokens], 1),
+                   valid=np.concatenate([prompts.valid, alive], 1), mask=mask,
+                   sampler_logprobs=np.zeros_like(mask), policy_offset=np.zeros_like(mask),
+                   ended=self._ended[np.asarray(indices)], prompt_length=self._prompt_room)
+
+
+def completions(rollout: Rollout, tokenizer: Any) -> list[str]:
+  """Decodes the text of each row's completion, without special tokens and without what ended it
+  (which a tokenizer need not call special)."""
+  tokens = np.asarray(rollout.tokens)[:, rollout.prompt_length:]
+  alive = np.asarray(rollout.valid)[:, rollout.prompt_length:]
+  written = [t[a][:-1] if end else t[a]
+             for t, a, end in zip(tokens, alive, np.asarray(rollout.ended), strict=True)]
+  return tokenizer.batch_decode(written, skip_special_tokens=True)
+
+
+def has_verifier(task: Any, examples: Examples) -> bool:
+  """Tells whether these examples can be graded."""
+  return task.grade(examples.rows[0], '') is not None
+
+
+def grade(task: Any, rows: list[dict[str, Any]], rollout: Rollout, tokenizer: Any
+          ) -> tuple[np.ndarray, list[str]]:
+  """Asks the verifier for rewards, float32 [B]; returns the texts too. A completion that ran out of
+  room before its stop token has not answered and gets 0; an example that nobody can grade gets NaN.
+  """
+  texts, ended = completions(rollout, tokenizer), np.asarray(rollout.ended)
+  rewards = [task.grade(row, text if end else '') for row, text, end
+             in zip(rows, texts, ended, strict=True)]
+  rewards = [reward if reward is None or end else 0.0
+             for reward, end in zip(rewards, ended, strict=True)]
+  return np.array(rewards, np.float32), texts  # None becomes NaN

@@ -1,0 +1,114 @@
+"""Streams: who writes the rows of a step, on which prompts, and what they are for.
+
+A run has one to three of them: the rows of `config.data`; the batches of those that the student
+does not write (`data.on_policy_fraction`); and rows beside them in every step (`config.given`). The
+loop treats all alike: it writes them, has them graded, and adds their gradients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from opd_jax.algorithm.objective import Objective
+
+SOURCES = ('student', 'teacher', 'dataset')
+FOREIGN = SOURCES[1:]  # writers other than the student
+OWN, OFF_POLICY, GIVEN = 'own', 'off_policy', 'given'
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """A stream of rows.
+
+  Attributes:
+    name: OWN, OFF_POLICY or GIVEN; no two streams of a run have the same.
+    writer: 'student', 'teacher' or 'dataset'.
+    teacher_mix: the teacher's share in the distribution that the student samples from.
+    objective: what the rows are for.
+    split: of the task, where the prompts are from.
+    prompts: of a step.
+    samples: completions of each prompt.
+    steps: the part of 0..1 that a step's draw (`step_draw`) must fall into for the stream to take
+      part, the upper end excluded.
+    microbatch_rows: rows per forward and backward pass, 0 for all of them.
+  """
+
+  name: str
+  writer: str
+  teacher_mix: float
+  objective: Objective
+  split: str
+  prompts: int
+  samples: int
+  steps: tuple[float, float]
+  microbatch_rows: int
+
+  @property
+  def rows(self) -> int:
+    """Rows of a step."""
+    return self.prompts * self.samples
+
+  @property
+  def on_policy(self) -> bool:
+    """Whether the student itself writes."""
+    return self.writer == 'student'
+
+
+def step_draw(seed: int, step: int) -> float:
+  """Draws what decides who writes the batch of a step, uniform in 0..1: the same number on every
+  host and after every restart."""
+  # Four numbers where the order of an epoch is seeded with two: never the same stream.
+  return float(np.random.default_rng((seed, step, 0, 1)).random())
+
+
+def of_step(streams: tuple[Stream, ...], seed: int, step: int) -> tuple[Stream, ...]:
+  """Picks the streams that take part in a step, the first of them the one of `config.data`."""
+  draw = step_draw(seed, step)
+  return tuple(s for s in streams if s.steps[0] <= draw < s.steps[1])
+
+
+def make(run: Any) -> tuple[Stream, ...]:
+  """Makes the streams of a `config.Run`."""
+  share, microbatch = run.data.on_policy_fraction, run.compute.microbatch_rows
+  own = Stream(
+      OWN, run.data.source, run.sample.teacher_mix if run.data.source == 'student' else 0.0,
+      objective_of(run, run.data.source), run.data.split, run.data.prompts_per_step,
+      run.data.samples_per_prompt, (0.0, share), microbatch)
+  out = [own]
+  if run.data.off_policy_source != 'none':
+    writer = run.data.off_policy_source
+    out.append(dataclasses.replace(own, name=OFF_POLICY, writer=writer, teacher_mix=0.0,
+                                   objective=objective_of(run, writer), steps=(share, 1.0)))
+  if run.given.source != 'none':
+    rows = run.given.prompts_per_step
+    out.append(Stream(GIVEN, run.given.source, 0.0, given_objective(run), run.given.split, rows, 1,
+                      (0.0, 1.0), math.gcd(microbatch, rows)))
+  return tuple(out)
+
+
+def objective_of(run: Any, writer: str) -> Objective:
+  """Makes the objective of `config.objective` for rows of a writer.
+
+  The temperature at which the student is distilled is the sampler's, on other text too; text that
+  it only imitates is scored at temperature 1.
+  """
+  own = writer == 'student' or run.objective.needs_teacher
+  return dataclasses.replace(run.objective, temperature=run.sample.temperature if own else 1.0)
+
+
+def given_objective(run: Any) -> Objective:
+  """Makes the objective of the rows of `config.given`."""
+  g = run.given
+  if not g.distill_coef:
+    return Objective(distill_coef=0.0, importance='none', likelihood_coef=g.likelihood_coef,
+                     reduction=run.objective.reduction)
+  return Objective(
+      route='direct', importance='none', distill_coef=g.distill_coef,
+      likelihood_coef=g.likelihood_coef, divergence=g.divergence,
+      divergence_alpha=g.divergence_alpha, support=g.support, top_k=g.top_k, tail=g.tail,
+      reduction=run.objective.reduction, temperature=run.sample.temperature,
+      teacher_temperature=run.objective.teacher_temperature)

@@ -1,0 +1,175 @@
+"""What experiment files are written with: the argument of `--config FILE.py:ARGUMENT`, and
+pipelines of several runs."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from opd_jax import config as config_lib
+from opd_jax.config import Run
+from opd_jax.errors import ConfigError
+from opd_jax.rules.run import STAGE
+
+EXPORT = 'export'  # of a run's work directory, what later stages start from
+PARTS = ('student', 'teacher', 'reference')  # those of a stage that an earlier stage may make
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+  """Parses the string after the colon of `--config file.py:arg`, strictly.
+
+  'tiny,seeds=3' sets `size='tiny'` (a bare word, where the experiment has a `size`) and seeds=3.
+  Values take the type of their default.
+
+  Raises:
+    ConfigError: an unknown name or a value of another type.
+  """
+  out = ConfigDict(defaults)
+  for part in filter(None, (arg or '').split(',')):
+    name, has_value, text = part.partition('=')
+    if not has_value and 'size' in defaults:
+      name, text = 'size', part
+    if name not in defaults:
+      raise ConfigError(f'config argument {part!r}: unknown name {name!r}; allowed: '
+                        f'{sorted(defaults)}')
+    default, value = defaults[name], text
+    if not isinstance(default, str):
+      try:
+        value = ast.literal_eval(text)
+      except (ValueError, SyntaxError):
+        value = text
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+      value = float(value)
+    if type(value) is not type(default):
+      raise ConfigError(f'config argument {part!r}: {name} takes a {type(default).__name__}')
+    out[name] = value
+  return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What the report of a pipeline shows; every field names stages."""
+
+  teacher: str = ''  # 'stage:NAME' of the method that made the teacher, '' if none of them did
+  methods: tuple[str, ...] = ()  # the rows of the table and the curves of the picture
+  labels: tuple[str, ...] = ()  # their names, in the same order
+  levels: tuple[float, ...] = (0.9, 0.95)  # shares of the teacher's accuracy to reach
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+  """Named stages, each a run of its own, in `order` for every seed."""
+
+  name: str = 'pipeline'
+  seeds: tuple[int, ...] = (0,)
+  order: tuple[str, ...] = ()
+  stages: Any = None  # their configs by name, as written; `stage_config` has them as they run
+  report: Report = Report()
+  runs: dict[str, Run] = dataclasses.field(default_factory=dict)  # what those configs say
+
+
+def default_pipeline() -> ConfigDict:
+  """Makes the config of a pipeline without stages."""
+  values = dataclasses.asdict(Pipeline(stages={}))
+  del values['runs']  # read from `stages`
+  return ConfigDict(values)
+
+
+def is_pipeline(c: ConfigDict) -> bool:
+  """Tells a pipeline from one run."""
+  return 'stages' in c
+
+
+def parse_pipeline(c: ConfigDict) -> Pipeline:
+  """Reads the config of a pipeline: every stage, and the references between them.
+
+  Raises:
+    ConfigError: the first problem found, whichever stage is wrong.
+  """
+  template = default_pipeline()
+  template.stages = c.stages
+  config_lib.check_fields(c, template, '')
+  values = {name: c[name] for name in c}
+  out = Pipeline(**{**values, 'report': Report(**c.report.to_dict())})
+  if sorted(out.order) != sorted(c.stages):
+    raise ConfigError(f'order={out.order}; allowed: each of {sorted(c.stages)} once')
+  if len(set(out.seeds)) != len(out.seeds) or not out.seeds or not all(
+      type(seed) is int and 0 <= seed < 2**32 for seed in out.seeds):
+    raise ConfigError(f'seeds={out.seeds}; allowed: at least one seed of 0 to {2**32 - 1}, each '
+                      'once')
+  runs: dict[str, Run] = {}
+  for name in out.order:
+    runs[name] = _parse_stage(c.stages[name], f'stages.{name}.', runs)
+  made, r, done = out.report.teacher, out.report, list(runs)
+  if made and not (made.startswith(STAGE) and made[len(STAGE):] in done):
+    raise ConfigError(f"report.teacher={made!r}; allowed: '', or 'stage:NAME' of {done}")
+  if set(r.methods) - set(done) or not r.methods or len(r.methods) != len(r.labels):
+    raise ConfigError(f'report.methods={r.methods}, labels={r.labels}; allowed: at least one stage '
+                      f'of {done}, with one label each')
+  return dataclasses.replace(out, runs=runs)
+
+
+def _parse_stage(c: ConfigDict, prefix: str, done: dict[str, Run]) -> Run:
+  run = config_lib.parse(c, prefix)
+  for part, maker in makers(run).items():
+    path, factory = (getattr(getattr(run, part), n, '') for n in ('path', 'factory'))
+    if maker not in done:
+      raise ConfigError(f'{prefix}{part}.path={path!r}; allowed: an earlier stage, one of '
+                        f'{list(done)}')
+    maker = done[maker]
+    if factory != maker.student.factory:
+      raise ConfigError(f'{prefix}{part}.factory={factory!r} with the path {path!r}; allowed: '
+                        f'{maker.student.factory!r}, as in that stage')
+    if maker.checkpoint.export != 'full':
+      raise ConfigError(f'{prefix}{part}.path={path!r}: that stage leaves no whole model behind; '
+                        "allowed: a stage with checkpoint.export='full'")
+  if run.seed:
+    raise ConfigError(f'{prefix}seed={run.seed} has no effect; allowed: 0, and the field seeds of '
+                      'the pipeline')
+  return run
+
+
+def makers(run: Run) -> dict[str, str]:
+  """Lists which of a stage's models earlier stages make: {part: name of the stage}."""
+  paths = {part: getattr(run, part).path for part in PARTS}
+  return {part: path[len(STAGE):] for part, path in paths.items() if path.startswith(STAGE)}
+
+
+def stage_dir(workdir: pathlib.Path, name: str, seed: int) -> pathlib.Path:
+  """Names the work directory of a stage."""
+  return workdir / f'seed_{seed}' / name
+
+
+def stage_config(p: Pipeline, name: str, seed: int, workdir: pathlib.Path) -> ConfigDict:
+  """Makes a stage's config as it runs: its name, its seed, and 'stage:X' paths resolved."""
+  stage = copy.deepcopy(p.stages[name])
+  stage.name, stage.seed = name, seed
+  for part, maker in makers(p.runs[name]).items():
+    stage[part].path = str(stage_dir(workdir, maker, seed) / EXPORT)
+  return stage
+
+
+def default_workdir(c: ConfigDict) -> pathlib.Path:
+  """Names the work directory of a run or a pipeline for which none is asked."""
+  return pathlib.Path('runs') / c.name
+
+
+def pick_stage(c: ConfigDict, name: str | None) -> ConfigDict:
+  """Picks the config of a stage; that of a single run is returned as it is.
+
+  Raises:
+    ConfigError: no such stage.
+  """
+  if not is_pipeline(c):
+    if name is not None:
+      raise ConfigError(f'stage={name!r} has no effect: the config {c.name!r} is a single run; '
+                        'allowed: no stage')
+    return c
+  if name not in c.stages:
+    raise ConfigError(f'stage={name!r}; allowed: {sorted(c.stages)}')
+  return c.stages[name]

@@ -1,0 +1,1 @@
+"""Everything that is read from and written to a disk."""

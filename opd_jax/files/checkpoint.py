@@ -1,0 +1,187 @@
+"""Checkpoints with orbax: asynchronous, atomic, the last few and the best, and a way back.
+
+A checkpoint holds the train state (parameters, optimizer, step) and a JSON item with the data
+position, the FLOPs so far, the evaluations and the config. Random keys are functions of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import json
+import math
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as managers
+
+from opd_jax.types import TrainState
+
+
+class DamagedError(RuntimeError):
+  """None of the checkpoints of a run can be read."""
+
+
+def checksums(tree: Any) -> jax.Array:
+  """Computes one uint32 a leaf: sum over words of word * (2 index + 1), modulo 2^32.
+
+  Odd weights make it change with any one word. Integer sums are the same in whatever order and
+  sharding they are taken, so a state may be checked on another mesh than the one it was saved from.
+  """
+  def one(x: jax.Array) -> jax.Array:
+    width = min(x.dtype.itemsize, 4)  # a float64 becomes two words along a new axis
+    words = jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * width}')).astype(jnp.uint32)
+    index, stride = jnp.zeros(words.shape, jnp.uint32), 1
+    for axis in reversed(range(words.ndim)):
+      index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
+      stride *= words.shape[axis]
+    return jnp.sum(words * (2 * index + 1), dtype=jnp.uint32)
+
+  return jnp.stack([one(x) for x in jax.tree.leaves(tree)])
+
+
+class Checkpoints:
+  """The checkpoints in one directory."""
+
+  def __init__(self, path: pathlib.Path, *, keep_latest: int, keep_best: int, best_metric: str,
+               checksums: Callable[[Any], jax.Array] = checksums, read_only: bool = False):
+    """`checksums` may be the jitted function of that name. Files that orbax reads without a
+    complaint can still hold other bits than were written. With
+    `read_only`, nothing is swept away or moved: the run may be going on."""
+    self._path, self._checksums, self._read_only = path.resolve(), checksums, read_only
+
+    def quality(metrics: dict[str, float]) -> float:
+      return metrics.get(best_metric, -math.inf)  # a checkpoint between two evaluations has none
+
+    policies = [managers.LatestN(keep_latest)]
+    if keep_best:
+      policies.append(managers.BestN(get_metric_fn=quality, n=keep_best,
+                                     keep_checkpoints_without_metrics=False))
+    self._options = ocp.CheckpointManagerOptions(
+        best_fn=quality,  # or orbax does not store the metrics, and forgets the best at a restart
+        preservation_policy=managers.AnyPreservationPolicy(policies),
+        # What a killed process left half-written is swept away at the next start.
+        cleanup_tmp_directories=not read_only, create=not read_only, read_only=read_only)
+    self._open()
+
+  def _open(self):
+    # Orbax reads the metrics of every checkpoint when it starts, and gives up on one bad file.
+    for file in () if self._read_only else self._path.glob('*/metrics/metrics'):
+      step = file.parent.parent.name
+      if not step.isdigit():  # the leftover of an interrupted save, which orbax sweeps away
+        continue
+      try:
+        json.loads(file.read_text())
+      except ValueError as e:
+        self._move_away(int(step), e)
+    self._manager = ocp.CheckpointManager(
+        self._path, options=self._options,
+        item_handlers={'state': ocp.StandardCheckpointHandler(),
+                       'host': ocp.JsonCheckpointHandler()})
+
+  def steps(self) -> list[int]:
+    """Lists the steps that have a finished checkpoint."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, state: TrainState, step: int, host: dict[str, Any],
+           metrics: dict[str, float] | None) -> None:
+    """Copies the state to the host, then writes in the background. Saving a step twice is a no-op.
+
+    Args:
+      state: the train state.
+      step: its step, as a Python int.
+      host: JSON content.
+      metrics: of an evaluation at this step, or None; those with the best metric are kept longer.
+    """
+    if step in self._manager.all_steps():
+      return
+    # A deep copy: orbax writes in the background while the caller goes on counting.
+    host = json.loads(json.dumps(
+        {**host, 'checksums': np.asarray(self._checksums(state)).tolist()}))
+    self._manager.save(step, metrics=metrics or {}, args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)))
+
+  def wait(self) -> None:
+    """Blocks until everything is on disk."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits and ends the background threads."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+  def __enter__(self) -> Checkpoints:
+    return self
+
+  def __exit__(self, *exc: Any) -> None:
+    self.close()
+
+  def restore_latest(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    """Reads the newest checkpoint that can be read, or None if there is none at all.
+
+    Newer ones that cannot be read are moved to `damaged/` beside the checkpoints, with a warning
+    on stderr.
+
+    Args:
+      abstract: the state's shapes, dtypes and shardings.
+
+    Raises:
+      DamagedError: there are checkpoints, and all of them are damaged.
+    """
+    failures: dict[int, Exception] = {}
+    for step in reversed(self.steps()):
+      try:
+        state, host = self.restore(step, abstract)
+      except Exception as e:  # tensorstore, orbax and JSON each raise their own
+        failures[step] = e
+        continue
+      # Only now is it certain that the newer ones are at fault, and not, say, a full device.
+      for newer, error in failures.items():
+        self._set_aside(newer, error)
+      return state, host
+    if failures:
+      raise DamagedError(
+          f'no checkpoint in {self._path} can be read; nothing was changed. '
+          + '; '.join(f'step {step}: {_first_line(e)}' for step, e in failures.items())
+          + '. If they are lost, remove the work directory to start anew')
+    return None
+
+  def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """Reads the checkpoint of a step, whose bits are checked.
+
+    Args:
+      step: one of `steps()`.
+      abstract: the state's shapes, dtypes and shardings.
+
+    Raises:
+      ValueError: other bits than were saved; tensorstore and orbax raise errors of their own.
+    """
+    restored = self._manager.restore(step, args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore()))
+    state, host = jax.block_until_ready(restored['state']), restored['host']
+    if np.asarray(self._checksums(state)).tolist() != host.pop('checksums'):
+      raise ValueError('the state does not have the checksums it was saved with')
+    return state, host
+
+  def _set_aside(self, step: int, error: Exception) -> None:
+    self._manager.close()
+    self._move_away(step, error)
+    self._open()
+
+  def _move_away(self, step: int, error: Exception) -> None:
+    target = self._path.parent / 'damaged' / str(step)
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(exist_ok=True)
+    shutil.move(self._path / str(step), target)
+    print(f'WARNING: the checkpoint of step {step} is damaged ({_first_line(error)}); moved to '
+          f'{target}, falling back to the one before', file=sys.stderr, flush=True)
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().splitlines()
+  return f'{type(error).__name__}: {lines[0][:300] if lines else ""}'

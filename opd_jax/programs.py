@@ -1,0 +1,265 @@
+"""Every compiled function of the loop, with its shardings, and which models share one.
+
+Two models of one form are graded by one program exactly where their difference has to be zero for
+equal models: log p_T - log p_S of two programs would differ by rounding, which Adam turns into full
+steps. Such a program gives all that any of its models is asked for; what a model was not asked for
+is dropped at once, so that nothing is kept alive that the loss does not read.
+
+Output shardings are pinned: left to the compiler they may differ from the inputs', and the second
+step would compile everything again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from opd_jax import load, sharding
+from opd_jax.algorithm import sample, score, update
+from opd_jax.algorithm.objective import wants
+from opd_jax.build import Parts
+from opd_jax.config import Run
+from opd_jax.data import examples as examples_lib
+from opd_jax.data import prompts as prompts_lib
+from opd_jax.data.examples import Examples
+from opd_jax.data.streams import GIVEN, Stream
+from opd_jax.files import checkpoint
+from opd_jax.files.huggingface import LoadedModel
+from opd_jax.models import lora
+from opd_jax.models import params as params_lib
+from opd_jax.run import evaluate
+from opd_jax.teachers import Grader
+from opd_jax.types import Batch, Heads, Model, Params, Rollout, Scores, TrainState, Wants
+
+Graders = dict[str, Grader]  # 'teacher', 'reference': those that there are
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """The compiled functions of the loop.
+
+  Attributes:
+    parts: what the run is made of.
+    state: shapes, dtypes and shardings of the train state.
+    init: (parameters) -> the train state before the first step.
+    writers: by the name of the stream; none for rows that a dataset gives.
+    scorers: by (stream, 'student' | 'teacher' | 'reference').
+    updates: by the names of the streams that take part in a step.
+    evaluator, teacher_evaluator: of the student; of the teacher, if there is one.
+    checksums: of a train state, for its checkpoints.
+    wait: blocks until its argument is computed, where programs must not be in flight together.
+  """
+
+  parts: Parts
+  state: TrainState
+  init: Callable[[Params], TrainState]
+  writers: dict[str, Callable[..., Rollout]]
+  scorers: dict[tuple[str, str], Callable[..., Scores]]
+  updates: dict[tuple[str, ...], Callable[..., Any]]
+  evaluator: evaluate.Evaluator
+  teacher_evaluator: evaluate.Evaluator | None
+  checksums: Callable[[Any], jax.Array]
+  wait: Callable[[Any], Any]
+
+  def connect(self, base: lora.Frozen | None) -> Graders:
+    """Reads the weights of the models that grade, and makes graders of them."""
+    out = {}
+    for part in ('teacher', 'reference'):
+      loaded = getattr(self.parts, part)
+      if loaded is not None:
+        out[part] = self._local_grader(part, loaded, load.read_frozen(self.parts, part, base))
+    return out
+
+  def _local_grader(self, part: str, loaded: LoadedModel, params: Params) -> Grader:
+    def grade(rollout: Rollout, stream: Stream) -> Scores:
+      scores = self.scorers[stream.name, part](params, rollout)
+      return score.only(scores, wants(stream.objective)[part])
+
+    return Grader(loaded.gives, loaded.tokenizer, loaded.stop_tokens, grade,
+                  loaded.model.head(params), params)
+
+  def write(self, stream: Stream, student: Params, graders: Graders, indices: np.ndarray,
+            key: jax.Array) -> Rollout:
+    """Writes the rows of a stream on some of its examples.
+
+    Args:
+      stream: says who writes.
+      student: the student's parameters as they are now.
+      graders: the teacher, where it writes or is mixed in.
+      indices: of the examples, one a row.
+      key: of the draws.
+    """
+    examples, rows = self.parts.examples[stream.name], sharding.by_rows(self.parts.mesh)
+    if stream.writer == 'dataset':
+      return self.wait(sharding.put(examples.given(indices), rows))
+    prompts = sharding.put(examples.prompts(indices), rows)
+    writer = self.writers[stream.name]
+    if stream.writer == 'teacher':
+      return self.wait(writer(graders['teacher'].params, prompts, key))
+    mixed = {'mix_params': graders['teacher'].params} if stream.teacher_mix else {}
+    return self.wait(writer(student, prompts, key, **mixed))
+
+  def grade(self, stream: Stream, student: Params, graders: Graders, indices: np.ndarray,
+            rollout: Rollout) -> Batch:
+    """Grades what the objective of a stream asks for: every token by the teacher, the student
+    itself and the reference, the whole answer by the verifier."""
+    o, asked = stream.objective, wants(stream.objective)
+    scores = {part: grader.score(rollout, stream) for part, grader in graders.items()
+              if asked[part]}
+    if asked['student']:
+      scores['student'] = self.rescore(stream, student, rollout)
+    rewards = None
+    if o.needs_rewards:
+      rows = [self.parts.examples[stream.name].rows[i] for i in indices]
+      graded, _ = examples_lib.grade(self.parts.task, rows, rollout, self.parts.student.tokenizer)
+      rewards = sharding.put(graded, sharding.by_rows(self.parts.mesh))
+    return self.wait(Batch(rollout, rewards=rewards, **scores))
+
+  def rescore(self, stream: Stream, student: Params, rollout: Rollout) -> Scores:
+    """Scores a rollout by the student, with the program that scored it by the teacher."""
+    scores = self.scorers[stream.name, 'student'](student, rollout)
+    return self.wait(score.only(scores, wants(stream.objective)['student']))
+
+  def update(self, state: TrainState, streams: tuple[Stream, ...], batches: list[Batch],
+             graders: Graders, base: lora.Frozen | None, key: jax.Array
+             ) -> tuple[TrainState, dict[str, Any]]:
+    """Takes one gradient step on the batches of some streams; `state` is donated."""
+    program = self.updates[tuple(s.name for s in streams)]
+    return self.wait(program(state, tuple(batches), self.heads(graders), base, key))
+
+  def heads(self, graders: Graders) -> Heads:
+    """Picks the heads of the models whose hidden states the loss takes."""
+    asked = [wants(s.objective) for s in self.parts.streams]
+    return Heads(**{part: grader.head for part, grader in graders.items()
+                    if any(w[part].hidden for w in asked)})
+
+  def compile_count(self) -> int:
+    """Counts compiled programs: one a function that is in use, or something retraces."""
+    functions = {*self.writers.values(), *self.scorers.values(), *self.updates.values()}
+    return sum(f._cache_size() for f in functions)
+
+
+def compile_programs(run: Run, parts: Parts) -> Programs:
+  """Makes the jitted functions of a run; each is compiled when it is first called."""
+  scalar = sharding.replicated(parts.mesh)
+  abstract = abstract_state(parts.trained_specs, parts.optimizer, parts.mesh)
+  state = jax.tree.map(lambda x: x.sharding, abstract)
+  beside = tuple(s for s in parts.streams if s.name == GIVEN)
+
+  def update_of(streams):
+    return jax.jit(
+        functools.partial(
+            update.update_fn, model=parts.student.model, optimizer=parts.optimizer,
+            terms=tuple(map(term_of, streams)), chunk_tokens=run.compute.chunk_tokens),
+        donate_argnums=0, out_shardings=(state, scalar))
+
+  def evaluator_of(student, teacher):
+    return make_evaluator(run, student, teacher, task=parts.task, examples=parts.held_out,
+                          stop_tokens=parts.stop_tokens, mesh=parts.mesh)
+
+  evaluator = evaluator_of(parts.student, parts.teacher and parts.teacher.model)
+  of_teacher = None
+  if parts.teacher is not None and parts.teacher.model is not None:
+    # A teacher of the student's form is evaluated by the same programs.
+    same = parts.runs_students_programs(parts.teacher)
+    of_teacher = evaluator if same else evaluator_of(parts.teacher, None)
+  # On several fake CPU devices, programs with collectives must not be in flight together.
+  crowded = jax.default_backend() == 'cpu' and parts.mesh.size > 1
+  blocking = run.compute.block == 'always' or (run.compute.block == 'auto' and crowded)
+  updates = {tuple(s.name for s in streams): update_of(streams)
+             for streams in ((s, *beside) for s in parts.streams if s not in beside)}
+  return Programs(
+      parts, abstract, jax.jit(functools.partial(init_state, parts.optimizer), donate_argnums=0,
+                               out_shardings=state),
+      {s.name: make_writer(run, parts, s) for s in parts.streams if s.writer != 'dataset'},
+      make_scorers(run, parts, parts.streams), updates, evaluator, of_teacher,
+      jax.jit(checkpoint.checksums), jax.block_until_ready if blocking else lambda x: x)
+
+
+def term_of(stream: Stream) -> update.Term:
+  """Makes a stream's part in the loss."""
+  return update.Term(stream.name, stream.objective, stream.samples, stream.on_policy,
+                     stream.microbatch_rows)
+
+
+def make_writer(run: Run, parts: Parts, stream: Stream) -> Callable[..., Rollout]:
+  """Makes the sampler of a stream that a model writes."""
+  teacher = parts.teacher and parts.teacher.model
+  return jax.jit(functools.partial(
+      sample.sample_fn, model=teacher if stream.writer == 'teacher' else parts.student.model,
+      max_new_tokens=run.data.max_new_tokens, temperature=run.sample.temperature,
+      top_p=run.sample.top_p, top_k=run.sample.top_k, stop_tokens=parts.stop_tokens,
+      pad_token=parts.pad_token, mix_share=stream.teacher_mix,
+      mix_model=teacher if stream.teacher_mix else None,
+      mix_temperature=stream.objective.teacher_temperature),
+      out_shardings=sharding.by_rows(parts.mesh))
+
+
+def make_scorers(run: Run, parts: Parts, streams: tuple[Stream, ...]
+                 ) -> dict[tuple[str, str], Callable[..., Scores]]:
+  """Makes the scorers of streams, by (stream, model); equal keys are one program."""
+  @functools.cache
+  def scorer(model: Model, temperature: float, wanted: Wants, microbatch_rows: int):
+    return jax.jit(functools.partial(
+        score.teacher_logprob_fn, model=model, temperature=temperature, wants=wanted,
+        chunk_tokens=run.compute.chunk_tokens, microbatch_rows=microbatch_rows),
+        out_shardings=sharding.by_rows(parts.mesh))
+
+  out = {}
+  for stream in streams:
+    o, forms, needed = stream.objective, {}, {}
+    for part, asked in wants(o).items():
+      loaded = getattr(parts, part)
+      if not asked or loaded.model is None:  # not asked, or not a model of this process
+        continue
+      same = parts.runs_students_programs(loaded)
+      forms[part] = (parts.student.model if same else loaded.model,
+                     o.teacher_temperature if part == 'teacher' else o.temperature)
+      needed[forms[part]] = needed.get(forms[part], Wants()) | asked
+    for part, form in forms.items():
+      out[stream.name, part] = scorer(*form, needed[form], stream.microbatch_rows)
+  return out
+
+
+def make_evaluator(run: Run, student: LoadedModel, teacher: Model | None, *, task: Any,
+                   examples: Examples, stop_tokens: tuple[int, ...], mesh: jax.sharding.Mesh
+                   ) -> evaluate.Evaluator:
+  """Makes the evaluation of models shaped like `student` on held-out examples."""
+  settings = evaluate.Settings(
+      samples_per_problem=run.eval.samples_per_problem, pass_k=run.eval.pass_k,
+      max_new_tokens=run.data.max_new_tokens, temperature=run.sample.temperature,
+      teacher_temperature=run.objective.teacher_temperature, top_p=run.eval.top_p,
+      top_k=run.eval.top_k, chunk_tokens=run.compute.chunk_tokens,
+      microbatch_rows=run.compute.microbatch_rows, overlap_top_k=run.eval.overlap_top_k)
+  return evaluate.Evaluator(
+      settings, model=student.model, teacher=teacher, task=task, examples=examples,
+      tokenizer=student.tokenizer, stop_tokens=stop_tokens,
+      pad_token=prompts_lib.pad_id(student.tokenizer), mesh=mesh,
+      key=load.fold_in(jax.random.key(run.seed), load.EVAL, 0))
+
+
+def init_state(optimizer: optax.GradientTransformation, trained: Any) -> TrainState:
+  """Makes the train state before the first step."""
+  return TrainState(step=jnp.int32(0), params=trained, opt_state=optimizer.init(trained))
+
+
+def abstract_state(specs: dict[str, Any], optimizer: optax.GradientTransformation,
+                   mesh: jax.sharding.Mesh) -> TrainState:
+  """Describes a train state: shapes, dtypes and shardings; moments are sharded as their
+  parameters."""
+  abstract = jax.eval_shape(functools.partial(init_state, optimizer),
+                            params_lib.abstract_params(specs))
+  weights, scalar = sharding.param_shardings(specs, mesh), sharding.replicated(mesh)
+  shardings = TrainState(
+      step=scalar, params=weights, opt_state=optax.tree_utils.tree_map_params(
+          optimizer, lambda _, sharding: sharding, abstract.opt_state, weights,
+          transform_non_params=lambda _: scalar))
+  return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                      abstract, shardings)

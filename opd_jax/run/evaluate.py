@@ -1,0 +1,225 @@
+"""Evaluation on held-out problems: avg@k, pass@k, greedy accuracy, reverse KL to the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+import numpy as np
+import scipy.stats
+
+from opd_jax import sharding
+from opd_jax.algorithm import divergences, metrics, sample, score, vocabulary
+from opd_jax.data import examples as examples_lib
+from opd_jax.types import Model, Params, Rollout
+
+OVERLAP = ('overlap_count', 'overlap_mass', 'mass_outside')
+
+
+def pass_at_k(rewards: np.ndarray, k: int) -> np.ndarray:
+  """Estimates, without bias, P(at least one of k samples is right), per problem.
+
+  1 - C(n - c, k) / C(n, k) with c of n samples right (Chen et al. 2021, arXiv 2107.03374, eq. 1).
+
+  Args:
+    rewards: [problems, n], 1 for right.
+    k: at most n.
+
+  Raises:
+    ValueError: k outside 1..n.
+  """
+  n = rewards.shape[1]
+  if not 1 <= k <= n:
+    raise ValueError(f'pass@k with k={k}; allowed: 1 to {n}, the samples per problem')
+  wrong = n - (rewards >= 1.0).sum(axis=1)
+  # The product form of the ratio of binomials: exact, and no overflow.
+  ratio = np.ones(len(rewards))
+  for i in range(k):
+    ratio *= np.maximum(wrong - i, 0) / (n - i)
+  return 1.0 - ratio
+
+
+def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+  """Bootstraps a percentile interval of the mean over problems (the unit that was drawn)."""
+  if np.ptp(values) == 0.0:  # nothing to resample: scipy would warn and return NaN
+    return float(values[0]), float(values[0])
+  result = scipy.stats.bootstrap((values,), np.mean, confidence_level=level, method='percentile',
+                                 n_resamples=2000, rng=np.random.default_rng(0))
+  return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def compare(params: Params, teacher_params: Params | None, rollout: Rollout, *, model: Model,
+            teacher: Model | None, temperature: float, teacher_temperature: float,
+            chunk_tokens: int, overlap_top_ks: tuple[int, ...] = ()) -> dict[str, Array]:
+  """Looks at a rollout as student and teacher see it, token by token, float32 [B, T-1]: logprobs,
+  entropy, teacher_logprobs, teacher_entropy, kl = sum_v p_S (log p_S - log p_T), and for each k
+  asked for what `metrics.overlap` says, as overlap_count_K and so on. Without a teacher only the
+  first two."""
+  mine, theirs = score.completion_hidden(model, params, rollout), None
+  head = model.head(params)
+  if teacher is not None:
+    theirs = score.completion_hidden(teacher, teacher_params, rollout)
+    teacher_head = teacher.head(teacher_params)
+
+  def chunk(mine, targets, theirs):
+    own = score.log_softmax(mine, head, temperature)
+    out = {'logprobs': score.pick(own, targets), 'entropy': score.entropy_of(own)}
+    if theirs is not None:
+      other = score.log_softmax(theirs, teacher_head, teacher_temperature)
+      out |= {'teacher_logprobs': score.pick(other, targets),
+              'teacher_entropy': score.entropy_of(other),
+              'kl': jnp.sum(divergences.reverse_kl(*score.same_width(own, other)), axis=-1)}
+      for k in overlap_top_ks:
+        both = metrics.overlap(*score.same_width(own, other), k)
+        out |= {f'{name}_{k}': value for name, value in both.items()}
+    return out
+
+  out = vocabulary.map_over_chunks(chunk, chunk_tokens, mine, rollout.completion_targets, theirs)
+  return {name: score.to_rows(x, rollout) for name, x in out.items()}
+
+
+def row_sums(params: Params, teacher_params: Params, rollout: Rollout, *, microbatch_rows: int,
+             overlap_top_k: int, **how: Any) -> dict[str, Array]:
+  """Sums over the mask by row, float32 [B]: reverse_kl, the exact one; overlap_count, overlap_mass
+  and mass_outside (`metrics.overlap`) unless overlap_top_k is 0; and tokens, of the mask.
+
+  `how` is that of `compare`, and `microbatch_rows` the rows of a forward pass, 0 for all.
+  """
+  names = {'kl': 'reverse_kl'}
+  if overlap_top_k:
+    names |= {f'{name}_{overlap_top_k}': name for name in OVERLAP}
+
+  def sums(rows):
+    seen = compare(params, teacher_params, rows, **how,
+                   overlap_top_ks=(overlap_top_k,) if overlap_top_k else ())
+    return {name: jnp.sum(seen[key], axis=1) for key, name in names.items()}
+
+  out = score.join_rows(jax.lax.map(sums, score.split_rows(rollout, microbatch_rows)))
+  return out | {'tokens': jnp.sum(rollout.mask, axis=1)}
+
+
+def clamp_top_k(k: int, model: Model) -> int:
+  """Limits k to half of the vocabulary: of all tokens, the k most likely are any model's."""
+  return min(k, model.vocab_in_use // 2)
+
+
+def make_probe(*, model: Model, teacher: Model | None, mesh: jax.sharding.Mesh,
+               max_new_tokens: int, temperature: float, top_p: float, top_k: int,
+               stop_tokens: tuple[int, ...], pad_token: int, teacher_temperature: float,
+               chunk_tokens: int) -> Callable[..., tuple[Rollout, dict[str, Array]]]:
+  """Compiles (params, teacher_params | None, prompts, key) -> (rollout, `compare` of it)."""
+  def probe(params, teacher_params, prompts, key):
+    rollout = sample.sample_fn(
+        params, prompts, key, model=model, max_new_tokens=max_new_tokens, temperature=temperature,
+        top_p=top_p, top_k=top_k, stop_tokens=stop_tokens, pad_token=pad_token)
+    return rollout, compare(
+        params, teacher_params, rollout, model=model, teacher=teacher, temperature=temperature,
+        teacher_temperature=teacher_temperature, chunk_tokens=chunk_tokens)
+
+  return jax.jit(probe, out_shardings=sharding.by_rows(mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How much to evaluate. Temperatures are those of the run; greedy decoding comes beside them."""
+
+  samples_per_problem: int
+  pass_k: int
+  max_new_tokens: int
+  temperature: float
+  teacher_temperature: float
+  top_p: float
+  top_k: int
+  chunk_tokens: int
+  microbatch_rows: int  # of a forward pass, 0 for all; where it does not divide them, its gcd
+  overlap_top_k: int  # most likely tokens that student and teacher are compared on, 0 for none
+
+
+class Evaluator:
+  """Compiled evaluation of one model on one fixed set of problems.
+
+  The same problems and the same random key every time, so that differences between steps are the
+  model's.
+  """
+
+  def __init__(self, settings: Settings, *, model: Model, teacher: Model | None, task: Any,
+               examples: examples_lib.Examples, tokenizer: Any, stop_tokens: tuple[int, ...],
+               pad_token: int, mesh: jax.sharding.Mesh, key: jax.Array):
+    self._settings, self._task, self._tokenizer, self._key = settings, task, tokenizer, key
+    self._mesh = mesh
+    self.rows, self._text = examples.rows, examples.text
+    self._graded = examples_lib.has_verifier(task, examples)
+    once = np.arange(len(examples))
+    put = functools.partial(sharding.put, shardings=sharding.by_rows(mesh))
+    self._greedy_prompts = put(examples.prompts(once))
+    self._prompts = put(examples.prompts(np.repeat(once, settings.samples_per_problem)))
+    common = dict(model=model, max_new_tokens=settings.max_new_tokens, stop_tokens=stop_tokens,
+                  pad_token=pad_token)
+    rows = sharding.by_rows(mesh)
+    self._sample = jax.jit(functools.partial(
+        sample.sample_fn, temperature=settings.temperature, top_p=settings.top_p,
+        top_k=settings.top_k, **common), out_shardings=rows)
+    self._greedy = jax.jit(functools.partial(
+        sample.sample_fn, temperature=0.0, top_p=1.0, top_k=0, **common), out_shardings=rows)
+    self._kl = None
+    if teacher is not None:
+      # Nearest below what training takes at a time: over all rows at once, the attention scores
+      # alone may be larger than anything that training holds.
+      microbatch = math.gcd(settings.microbatch_rows, len(once) * settings.samples_per_problem)
+      self._kl = jax.jit(functools.partial(
+          row_sums, model=model, teacher=teacher, temperature=settings.temperature,
+          teacher_temperature=settings.teacher_temperature, chunk_tokens=settings.chunk_tokens,
+          microbatch_rows=microbatch,
+          overlap_top_k=clamp_top_k(settings.overlap_top_k, model)),
+          out_shardings=sharding.replicated(mesh))
+
+  def __call__(self, params: Params, teacher_params: Params | None, transcripts: int
+               ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Returns (metrics, some transcripts).
+
+    Metrics: sampled_accuracy (avg@k), pass@k, greedy_accuracy, each with `_low`, `_high`
+    (none of them where the task does not grade these examples); with a teacher, on the student's
+    own samples, reverse_kl (exact, nats a token), overlap_count, overlap_mass and mass_outside
+    (`metrics.overlap`, token means); mean length; truncation rate.
+    """
+    s = self._settings
+    rollout = jax.block_until_ready(self._sample(params, self._prompts, self._key))
+    graded = [row for row in self.rows for _ in range(s.samples_per_problem)]
+    rewards, texts = examples_lib.grade(self._task, graded, rollout, self._tokenizer)
+    rewards = rewards.reshape(len(self.rows), s.samples_per_problem)
+    out = self._accuracies(params, rewards) if self._graded else {}
+    if self._kl is not None and teacher_params is not None:
+      sums = {name: np.asarray(x) for name, x in
+              self._kl(params, teacher_params, rollout).items()}
+      count = sums.pop('tokens').sum()
+      out |= {name: float(sums[name].sum() / count) for name in ('reverse_kl', *OVERLAP)
+              if name in sums}
+    out['length'] = float(np.asarray(rollout.mask).sum(axis=1).mean())
+    out['truncation_rate'] = float(1.0 - np.asarray(rollout.ended).mean())
+    shown = [{'prompt': self._text(i // s.samples_per_problem), 'completion': texts[i],
+              'reward': float(rewards.reshape(-1)[i]) if self._graded else None}
+             for i in range(0, min(transcripts, len(self.rows)) * s.samples_per_problem,
+                            s.samples_per_problem)]
+    return out, shown
+
+  def _accuracies(self, params, rewards):
+    greedy = jax.block_until_ready(self._greedy(params, self._greedy_prompts, self._key))
+    greedy_rewards, _ = examples_lib.grade(self._task, self.rows, greedy, self._tokenizer)
+    out, k = {}, self._settings.pass_k
+    for name, values in (('sampled_accuracy', rewards.mean(axis=1)),
+                         (f'pass_at_{k}', pass_at_k(rewards, k)),
+                         ('greedy_accuracy', greedy_rewards)):
+      values = values.astype(np.float64)
+      out[name] = float(values.mean())
+      out[f'{name}_low'], out[f'{name}_high'] = interval(values)
+    return out
+
+  def compile_count(self) -> int:
+    """Counts the programs that this evaluator has compiled."""
+    return sum(f._cache_size() for f in (self._sample, self._greedy, self._kl) if f is not None)

@@ -1,0 +1,159 @@
+"""Metrics out: JSONL, TensorBoard event files, and what the person at the terminal sees."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+import tensorboardX
+
+JSONL = 'metrics.jsonl'
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Reads a metrics.jsonl; a line that a killed process left half-written is dropped."""
+  rows = []
+  if path.exists():
+    for line in path.read_text().splitlines():
+      try:
+        rows.append(json.loads(line))
+      except json.JSONDecodeError:
+        continue
+  return rows
+
+
+class Writer:
+  """Writes rows {'step': ..., 'kind': 'data' | 'train' | 'eval', ...} to JSONL and TensorBoard."""
+
+  def __init__(self, workdir: pathlib.Path, restored_step: int | None):
+    """Rows after `restored_step` are dropped (None: all of them): the run will write them again."""
+    self._path = workdir / JSONL
+    keep = [] if restored_step is None else [
+        r for r in read(self._path) if r['step'] <= restored_step]
+    partial = self._path.with_suffix('.partial')
+    partial.write_text(''.join(json.dumps(r) + '\n' for r in keep))
+    os.replace(partial, self._path)
+    self._file = self._path.open('a')
+    self._board = tensorboardX.SummaryWriter(
+        str(workdir / 'tensorboard'), purge_step=0 if restored_step is None else restored_step + 1)
+
+  def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    """Writes one row. Nested dicts become 'a/b' scalars in TensorBoard."""
+    self._file.write(json.dumps({'kind': kind, 'step': step, **values}) + '\n')
+    self._file.flush()
+    for name, value in values.items():
+      for key, v in value.items() if isinstance(value, dict) else [('', value)]:
+        if isinstance(v, (int, float)):
+          self._board.add_scalar('/'.join(filter(None, (kind, name, key))), v, step)
+
+  def close(self) -> None:
+    """Flushes both."""
+    self._file.close()
+    self._board.close()
+
+
+class Display:
+  """The terminal: a live line on a terminal, plain lines elsewhere."""
+
+  def __init__(self, name: str, total_steps: int, plain_every_steps: int,
+               console: Console | None = None):
+    self.console = console or Console(highlight=False)
+    self._name, self._total, self._plain_every = name, total_steps, plain_every_steps
+    self._live = None
+    if self.console.is_terminal:
+      self._live = Progress(
+          TextColumn('[bold]{task.description}'), BarColumn(bar_width=24), MofNCompleteColumn(),
+          TimeRemainingColumn(), TextColumn('{task.fields[status]}'), console=self.console)
+      self._bar = self._live.add_task(name, total=total_steps, status='')
+      self._live.start()
+
+  def progress(self, step: int, values: dict[str, Any]) -> None:
+    """Shows the progress line of a step."""
+    names = (('loss', '{:.3f}'), ('reward', '{:.2f}'), ('reverse_kl', '{:.3f}'),
+             ('entropy_student', '{:.2f}'), ('length', '{:.0f}'), ('grad_norm', '{:.2f}'))
+    short = {'reverse_kl': 'kl', 'entropy_student': 'entropy', 'grad_norm': 'grad'}
+    status = ' '.join(f'{short.get(n, n)} {f.format(values[n])}' for n, f in names if n in values)
+    perf = values['perf']
+    status += f" | {perf['steps_per_s']:.2f} steps/s {perf['tokens_per_s']:.0f} tokens/s"
+    if self._live is not None:
+      self._live.update(self._bar, completed=step, status=status)
+    elif step % self._plain_every == 0 or step == self._total:
+      self.console.print(f'{self._name} step {step}/{self._total} {status}', soft_wrap=True)
+
+  def say(self, text: str) -> None:
+    """Shows one line."""
+    self.console.print(text, soft_wrap=True, markup=False)
+
+  def evaluation(self, step: int, values: dict[str, Any]) -> None:
+    """Shows one line about an evaluation."""
+    parts = []
+    if 'sampled_accuracy' in values:
+      parts = [f"sampled {values['sampled_accuracy']:.3f} [{values['sampled_accuracy_low']:.3f}, "
+               f"{values['sampled_accuracy_high']:.3f}]", f"greedy {values['greedy_accuracy']:.3f}"]
+    if 'reverse_kl' in values:
+      parts.append(f"reverse KL {values['reverse_kl']:.4f} nats/token")
+    parts = parts or [f"length {values['length']:.1f} tokens"]
+    self.say(f'{self._name} eval at step {step}: ' + ', '.join(parts))
+
+  def data(self, report: dict[str, dict[str, Any]]) -> None:
+    """Shows one line about the examples of each split."""
+    for split, values in report.items():
+      self.say(f'{self._name} {split} data: ' + ', '.join(
+          f"{name.replace('_', ' ')} {value}" for name, value in values.items()))
+
+  def transcripts(self, title: str, rows: list[dict[str, Any]]) -> None:
+    """Shows prompts and completions, right ones in green, wrong ones in red, and those that nobody
+    grades in neither."""
+    if not rows:
+      return
+    self.say(title)
+    for row in rows:
+      mark, style = '  · ', ''
+      if row['reward'] is not None:
+        mark, style = ('  ✓ ', 'green') if row['reward'] >= 1.0 else ('  ✗ ', 'red')
+      line = Text(mark, style=style)
+      line.append(row['prompt'], style='bold')
+      line.append(row['completion'] or '(nothing)', style=style)
+      self.console.print(line, soft_wrap=True)
+
+  def close(self) -> None:
+    """Ends the live line."""
+    if self._live is not None:
+      self._live.stop()
+
+
+class Clock:
+  """Steps and tokens a second since the last reading, pauses (evaluation, saving) left out."""
+
+  def __init__(self):
+    self._start, self._paused = time.perf_counter(), 0.0
+
+  def pause(self, seconds: float) -> None:
+    """Takes `seconds` out of the current reading."""
+    self._paused += seconds
+
+  def read(self, steps: int, tokens: int) -> dict[str, float]:
+    """Computes rates since the last call."""
+    now = time.perf_counter()
+    seconds = max(now - self._start - self._paused, 1e-9)
+    self._start, self._paused = now, 0.0
+    return {'steps_per_s': steps / seconds, 'tokens_per_s': tokens / seconds}
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]],
+                console: Console | None = None) -> None:
+  """Prints a table on the terminal."""
+  table = Table(title=title, title_justify='left')
+  for i, column in enumerate(columns):
+    table.add_column(column, justify='left' if i == 0 else 'right', overflow='fold')
+  for row in rows:
+    table.add_row(*row)
+  (console or Console(highlight=False, width=None if sys.stdout.isatty() else 140)).print(table)

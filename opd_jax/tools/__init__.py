@@ -1,0 +1,1 @@
+"""The commands beside `opd train`, and what only they need."""

@@ -1,0 +1,125 @@
+"""`opd export`: a checkpoint of a run, finished or not, as a directory that others open.
+
+'full' is a Hugging Face directory (adapters merged into the weights) for transformers or vLLM,
+'adapter' a PEFT directory for the model that the run started from.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+
+from opd_jax import build, load, programs, sharding
+from opd_jax import config as config_lib
+from opd_jax.config import Run
+from opd_jax.errors import ConfigError
+from opd_jax.files import checkpoint, huggingface, peft
+from opd_jax.files import workdir as workdir_lib
+from opd_jax.models import lora
+
+FORMATS = ('full', 'adapter')
+DTYPES = ('', 'float32', 'bfloat16')
+
+
+def export(workdir: pathlib.Path, output: pathlib.Path, form: str, step: int, dtype: str = ''
+           ) -> int:
+  """Writes the parameters of a checkpoint to `output`, which appears whole or not at all.
+
+  Args:
+    workdir: of one run (of a pipeline: that of a stage, WORKDIR/seed_S/STAGE).
+    output: a directory that does not exist.
+    form: one of FORMATS.
+    step: of the checkpoint; -1 is the newest.
+    dtype: of the weights, one of DTYPES; '' leaves them as they are kept, float32 for a model that
+      was trained whole.
+
+  Returns:
+    The step of the checkpoint.
+
+  Raises:
+    ConfigError: a directory without a run, a step without a checkpoint, a format that the run has
+      not, an output that exists.
+  """
+  if form not in FORMATS:
+    raise ConfigError(f'format={form!r}; allowed: {list(FORMATS)}')
+  if dtype not in DTYPES or (dtype and form == 'adapter'):
+    raise ConfigError(f'dtype={dtype!r} with format={form!r}; allowed: {list(DTYPES)}, '
+                                 "and '' for an adapter")
+  if output.exists():
+    raise ConfigError(f'output={str(output)!r} exists; allowed: a new directory')
+  run = read_config(workdir)
+  if form == 'adapter' and not run.has_adapter:
+    raise ConfigError(f"format='adapter': the run in workdir={str(workdir)!r} trained the whole "
+                      "model; allowed: 'full'")
+  try:
+    student = load.open_student(run)
+    adapter = load.make_adapter(run, student)
+    borrows = run.prompt.template == 'teacher' or run.sample.stop != 'student'
+    teacher = load.open_teacher(run, student) if borrows else None
+    tokenizer, mesh = build.final_tokenizer(run, student, teacher), _mesh(run)
+    specs = adapter.specs if adapter else student.model.specs
+    shape = programs.abstract_state(specs, build.make_optimizer(run), mesh)
+    step, state = _restore(run, workdir, step, shape)
+    if form == 'adapter':
+      peft.write_adapter(output, student.model, state.params, adapter.settings, tokenizer,
+                         run.student.path)
+    else:
+      base = load.read_base(student, adapter, run.frozen_dtype, mesh)
+      huggingface.write_checkpoint(
+          output, student.model, lora.join(base, state.params), tokenizer,
+          stop_tokens=build.choose_stop_tokens(run, student, teacher), dtype=dtype or None)
+  except (ValueError, OSError) as e:
+    raise ConfigError(str(e)) from e
+  return step
+
+
+def _mesh(run: Run) -> jax.sharding.Mesh:
+  """The run's mesh, or one for whatever devices there are on another machine."""
+  try:
+    return build.make_mesh(run)
+  except ValueError:
+    return sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1, expert=1))
+
+
+def _restore(run: Run, workdir: pathlib.Path, step: int, shape: Any
+             ) -> tuple[int, Any]:
+  """The step and the state of one checkpoint.
+
+  Raises:
+    ValueError: there is none of that step, or it cannot be read.
+  """
+  folder, steps = workdir / 'checkpoints', []
+  if folder.is_dir():
+    store = checkpoint.Checkpoints(
+        folder, keep_latest=run.checkpoint.keep_latest, keep_best=run.checkpoint.keep_best,
+        best_metric=run.checkpoint.best_metric, read_only=True)
+    steps = store.steps()
+  if not steps or step not in (-1, *steps):
+    raise ValueError(f'step={step}: workdir={str(workdir)!r} has no such checkpoint; allowed: -1 '
+                     f'for the newest, or one of {steps}')
+  step = steps[-1] if step == -1 else step
+  try:
+    return step, store.restore(step, shape)[0]
+  except Exception as e:  # tensorstore, orbax and JSON each raise their own
+    raise ValueError(f'step={step}: that checkpoint in workdir={str(workdir)!r} cannot be read '
+                     f'({" ".join(str(e).split())[:300]}); allowed: another of {steps}') from e
+  finally:
+    store.close()
+
+
+def read_config(workdir: pathlib.Path) -> Run:
+  """Reads the settings of the run that a work directory belongs to.
+
+  Raises:
+    ConfigError: there are none, or they are those of an older version of this program.
+  """
+  file = workdir / workdir_lib.CONFIG
+  try:
+    return config_lib.parse(config_lib.from_dict(json.loads(file.read_text())))
+  except (AttributeError, OSError, TypeError, ValueError) as e:
+    raise ConfigError(
+        f'workdir={str(workdir)!r} holds no run ({e}); allowed: the work directory of one run, in '
+        'a pipeline WORKDIR/seed_S/STAGE') from e

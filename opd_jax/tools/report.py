@@ -1,0 +1,236 @@
+"""The end of an experiment: a table on the terminal, report.md, report.json and curves.png."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+from opd_jax.errors import ConfigError
+from opd_jax.experiment import Pipeline
+from opd_jax.run import metrics
+
+BASE, TEACHER = 'base', 'teacher'
+# One accuracy name a column; the interval stands beside each.
+ACCURACIES = ('sampled_accuracy', 'greedy_accuracy')
+MEASURE = ACCURACIES[0]  # what the teacher's level is, and what the curves show
+
+
+def total(flops: dict[str, float]) -> float:
+  """Adds student training, sampling and teacher."""
+  return sum(flops.values())
+
+
+def reach(evals: list[dict[str, Any]], level: float) -> tuple[float, float] | None:
+  """Finds the (steps, FLOPs) at which the sampled accuracy first reaches `level`, interpolated
+  linearly from the evaluation before; None if it never does."""
+  before = None
+  for e in evals:
+    point = e['step'], total(e['flops']), e[MEASURE]
+    if point[2] >= level:
+      if before is None or point[2] == before[2]:
+        return point[:2]
+      share = (level - before[2]) / (point[2] - before[2])
+      return tuple(b + share * (p - b) for b, p in zip(before[:2], point[:2], strict=True))
+    before = point
+  return None
+
+
+def spread(values: list[float | None]) -> dict[str, Any] | None:
+  """Computes mean and 95 % t-interval over seeds; None unless every seed has a value."""
+  if not values or any(v is None for v in values):
+    return None
+  mean = float(np.mean(values))
+  out = {'mean': mean, 'values': list(map(float, values))}
+  if len(values) > 1:
+    half = float(scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values))
+    out |= {'low': mean - half, 'high': mean + half}
+  return out
+
+
+def summarize(p: Pipeline, results: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
+  """Computes the numbers of the report from the stages' result.json, {seed: {stage: result}}."""
+  seeds = list(results)
+  taught = [m for m in p.report.methods if all(results[s][m].get('teacher') for s in seeds)]
+  # Without accuracies (a task that does not grade) there is no share of the teacher's to reach.
+  runs = [results[s][m] for s in seeds for m in p.report.methods]
+  shown = [e for r in runs for e in (r['after'], r['teacher']) if e]
+  graded = taught if all(MEASURE in e for e in shown) else []
+  goals = {s: results[s][graded[0]]['teacher'][MEASURE] for s in seeds if graded}
+
+  def row(label: str, evals: list[dict[str, Any]], flops: list[float | None],
+          steps: list[int | None]) -> dict[str, Any]:
+    out: dict[str, Any] = {'label': label}
+    for name in (*ACCURACIES, 'reverse_kl'):
+      out[name] = spread([e.get(name) for e in evals])
+      if len(evals) == 1 and f'{name}_low' in evals[0]:
+        # One seed: the interval is over problems.
+        out[name] |= {end: evals[0][f'{name}_{end}'] for end in ('low', 'high')}
+    out['steps'], out['flops'] = spread(steps), spread(flops)
+    return out
+
+  none = [None] * len(seeds)
+  start = (*taught, *p.report.methods)[0]
+  rows = {BASE: row('base', [results[s][start]['before'] for s in seeds], none, none)}
+  for method, label in zip(p.report.methods, p.report.labels, strict=True):
+    runs = [results[s][method] for s in seeds]
+    rows[method] = row(label, [r['after'] for r in runs], [total(r['flops']) for r in runs],
+                       [r['steps'] for r in runs])
+    rows[method]['reach'] = {}
+    for level in p.report.levels if graded else ():
+      hits = [reach(r['evals'], level * goals[s]) for r, s in zip(runs, seeds, strict=True)]
+      rows[method]['reach'][str(level)] = {
+          'seeds_reached': sum(h is not None for h in hits),
+          'steps': spread([h and h[0] for h in hits]), 'flops': spread([h and h[1] for h in hits])}
+  if taught and p.report.teacher not in [f'stage:{m}' for m in p.report.methods]:
+    rows[TEACHER] = row('teacher', [results[s][taught[0]]['teacher'] for s in seeds], none, none)
+  return {'name': p.name, 'seeds': seeds, 'levels': list(p.report.levels), 'rows': rows,
+          'reference': reference(p) if graded else None,
+          'ratios': ratios(p, rows) if graded else {}}
+
+
+def reference(p: Pipeline) -> str | None:
+  """Names the stage that made the teacher, if it is one of several methods: what the others are
+  compared with."""
+  made = p.report.teacher.removeprefix('stage:')
+  return made if made in p.report.methods and len(p.report.methods) > 1 else None
+
+
+def ratios(p: Pipeline, rows: dict[str, Any]) -> dict[str, Any]:
+  """Computes how many times more steps and FLOPs the reference method needed, seed by seed."""
+  ref = reference(p)
+  out: dict[str, Any] = {}
+  for method in p.report.methods if ref else ():
+    for level in map(str, p.report.levels):
+      for unit in ('steps', 'flops'):
+        mine, theirs = (rows[m]['reach'][level][unit] for m in (method, ref))
+        if method != ref and mine and theirs:
+          out.setdefault(method, {}).setdefault(level, {})[unit] = spread(
+              [t / m if m else None for t, m in zip(theirs['values'], mine['values'], strict=True)])
+  return out
+
+
+def _number(value: dict[str, Any] | None, form: str, upper: float = math.inf) -> str:
+  if value is None:
+    return '–'
+  text = form.format(value['mean'])
+  if 'low' in value:  # a t-interval knows no bounds; what it stands for lies in 0..upper
+    text += f" [{form.format(max(value['low'], 0))}, {form.format(min(value['high'], upper))}]"
+  return text
+
+
+def giga(flops: dict[str, Any] | None) -> dict[str, Any] | None:
+  """Converts a `spread` of FLOPs to GFLOP."""
+  return flops and {name: np.asarray(value) / 1e9 for name, value in flops.items()}
+
+
+def tables(summary: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+  """Makes the tables of the report as (title, columns, rows of text)."""
+  many = len(summary['seeds']) > 1
+  what = (f'mean and 95 % t-interval over seeds {summary["seeds"]}' if many else
+          f'seed {summary["seeds"][0]}, 95 % bootstrap interval over problems')
+  rows = [[r['label'], _number(r['sampled_accuracy'], '{:.3f}', 1.0),
+           _number(r['greedy_accuracy'], '{:.3f}', 1.0), _number(r['reverse_kl'], '{:.4f}'),
+           _number(r['steps'] and {'mean': r['steps']['mean']}, '{:.0f}'),
+           _number(giga(r['flops'] and {'mean': r['flops']['mean']}), '{:.0f}')]
+          for r in summary['rows'].values()]
+  out = [(f'{summary["name"]} ({what})',
+          ['', 'sampled accuracy', 'greedy accuracy', 'reverse KL (nats/token)', 'steps', 'GFLOP'],
+          rows)]
+  if not summary['reference']:
+    return out
+  for level in map(str, summary['levels']):
+    body = []
+    for method, row in summary['rows'].items():
+      if 'reach' not in row:
+        continue
+      hit, ratio = row['reach'][level], summary['ratios'].get(method, {}).get(level, {})
+      steps = _number(hit['steps'], '{:.0f}')
+      if hit['steps'] is None and many:
+        steps = f"reached by {hit['seeds_reached']} of {len(summary['seeds'])} seeds"
+      body.append([row['label'], steps, _number(giga(hit['flops']), '{:.0f}'),
+                   _number(ratio.get('steps'), '{:.1f}x'), _number(ratio.get('flops'), '{:.1f}x')])
+    out.append((f"To {float(level):.0%} of the teacher's sampled accuracy; ratios to the run that "
+                'made the teacher',
+                ['', 'gradient steps', 'GFLOP', 'fewer steps', 'less compute'], body))
+  return out
+
+
+def markdown(title: str, columns: list[str], rows: list[list[str]]) -> str:
+  """Writes one table as Markdown."""
+  lines = [f'**{title}**', '', '| ' + ' | '.join(columns) + ' |',
+           '|' + '---|' * len(columns)]
+  return '\n'.join(lines + ['| ' + ' | '.join(row) + ' |' for row in rows]) + '\n'
+
+
+def draw(p: Pipeline, results: dict[int, dict[str, dict[str, Any]]], path: pathlib.Path) -> None:
+  """Draws sampled accuracy (where no stage has one, the reverse KL) against gradient steps and
+  against FLOPs, one line a seed, and the mean; stages without either are left out."""
+  import matplotlib
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+  figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+  seeds = list(results)
+  finals = [results[s][m]['after'] for s in seeds for m in p.report.methods]
+  graded = any(MEASURE in e for e in finals)
+  measure = MEASURE if graded else 'reverse_kl'
+  goals = [r['teacher'][MEASURE] for s in seeds for m in p.report.methods
+           if MEASURE in ((r := results[s][m]).get('teacher') or ())]
+  for i, (method, label) in enumerate(zip(p.report.methods, p.report.labels, strict=True)):
+    if not all(measure in results[s][method]['after'] for s in seeds):
+      continue
+    curves = [[(e['step'], total(e['flops']) / 1e9, e[measure])
+               for e in results[s][method]['evals']] for s in seeds]
+    mean = np.mean([curve[:min(map(len, curves))] for curve in curves], axis=0)
+    for axis, x in zip(axes, (0, 1), strict=True):
+      for curve in curves if len(seeds) > 1 else ():
+        axis.plot(*np.array(curve)[:, (x, 2)].T, color=f'C{i}', alpha=0.25, linewidth=0.8)
+      axis.plot(mean[:, x], mean[:, 2], color=f'C{i}', label=label, linewidth=1.8)
+  for axis, name in zip(axes, ('gradient steps', 'GFLOP (training, sampling and teacher)'),
+                        strict=True):
+    if goals:
+      axis.axhline(np.mean(goals), color='black', linestyle='--', linewidth=1, label='teacher')
+    axis.set_xlabel(name)
+    axis.set_xscale('symlog', linthresh=10)
+    axis.set_xlim(left=0)
+    axis.grid(alpha=0.3)
+  axes[0].set_ylabel(f"{measure.replace('_', ' ')}, held-out problems")
+  axes[0].set_ylim(0, 1 if graded else None)
+  if axes[1].lines:
+    axes[1].legend(loc='lower right' if graded else 'best', fontsize=9)
+  figure.suptitle(f'{p.name}, seed{"s" if len(seeds) > 1 else ""} '
+                  + ', '.join(map(str, seeds)), fontsize=11)
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+def write(p: Pipeline, workdir: pathlib.Path) -> dict[str, Any]:
+  """Prints the tables and writes report.md, report.json and curves.png into the work directory.
+
+  Raises:
+    ConfigError: a stage of the report has not finished; names it.
+  """
+  workdir = pathlib.Path(workdir)
+  results: dict[int, dict[str, dict[str, Any]]] = {}
+  for seed in p.seeds:
+    results[seed] = {}
+    for method in p.report.methods:
+      file = workdir / f'seed_{seed}' / method / 'result.json'
+      if not file.exists():
+        raise ConfigError(f'stage {method} of seed {seed} has not finished ({file} is '
+                                'missing); run `opd train` with this config and work directory')
+      results[seed][method] = json.loads(file.read_text())
+  summary = summarize(p, results)
+  parts = tables(summary)
+  for part in parts:
+    metrics.print_table(*part)
+  (workdir / 'report.md').write_text('\n'.join(markdown(*part) for part in parts))
+  (workdir / 'report.json').write_text(json.dumps(summary, indent=2) + '\n')
+  draw(p, results, workdir / 'curves.png')
+  print(f'picture: {workdir / "curves.png"}')
+  return summary

@@ -1,0 +1,464 @@
+"""Every objective against the oracle of `oracle.py`: all presets, every value of every field."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from conftest import make_rollout, quick_jit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+from jax.interpreters import partial_eval
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+import tabular
+import tiny
+
+from opd_jax import config as config_lib
+from opd_jax import presets, rules
+from opd_jax.algorithm import divergences, score, update
+from opd_jax.algorithm import objective as objective_lib
+from opd_jax.algorithm import support as support_lib
+from opd_jax.algorithm.objective import Local, Objective
+from opd_jax.types import TrainState, Wants
+
+VOCAB = 11
+PROMPTS = [[5, 9, 1, 2], [5, 9, 1, 2], [7], [7], [3, 3, 8], [3, 3, 8]]  # in groups of two
+ROWS = [[3, 1, 4, 1, 0], [9, 0], [6, 5, 3, 8, 9], [7, 9, 0], [0], [8, 6, 2, 6, 4]]
+REWARDS = np.array([1.0, 0.0, 0.25, 1.0, 0.0, 0.0])
+STEP = 3  # gradient steps taken, for annealing
+EXACT = 1e-10  # float64 leaves far more room, and an error of a formula is of order one
+
+
+# --- the two sides ---
+
+
+@functools.lru_cache  # one program for all tests of an objective
+def _gradient(o):
+  """The package's loss and gradient: in chunks of 7 tokens and microbatches of 2 rows, so that a
+  test against the oracle, which knows neither, is one of both."""
+  return quick_jit(lambda *inputs: update.gradient(
+      *inputs, model=_model(), objective=o, group_size=2, on_policy=True, chunk_tokens=7,
+      microbatch_rows=2)[:2])
+
+
+@functools.lru_cache
+def _model():
+  return tabular.model(VOCAB, 10, 6)
+
+
+def _only_what_is_asked_for(o, batch, heads):
+  """None in place of all that the objective does not want."""
+  asked = objective_lib.wants(o)
+  return batch.replace(
+      rewards=batch.rewards if o.needs_rewards else None,
+      **{name: score.only(getattr(batch, name), known) if known else None
+         for name, known in asked.items()}), heads.replace(
+             teacher=heads.teacher if asked['teacher'].hidden else None,
+             reference=heads.reference if asked['reference'].hidden else None)
+
+
+@functools.lru_cache
+def _rollout():
+  """Ragged rows. The sampler is an older policy, with ratios to it on both sides of 1, and was
+  truncated, so that what it reports is larger than its own log-probability."""
+  rollout = make_rollout(PROMPTS, ROWS, prompt_width=5, room=5, dtype=jnp.float64)
+  rng, mask = np.random.RandomState(0), np.asarray(rollout.mask)
+  rows = oracle.log_softmax(tabular.logits(_cast().params, rollout))
+  chosen = np.take_along_axis(rows, np.asarray(rollout.tokens)[:, 1:, None], axis=-1)[..., 0]
+  mass = -0.5 * rng.rand(*mask.shape) * mask
+  older = (chosen + 0.25 * rng.standard_normal(mask.shape)) * mask
+  return rollout.replace(sampler_logprobs=jnp.asarray(older - mass),
+                         policy_offset=jnp.asarray(mass))
+
+
+@functools.lru_cache
+def _cast():
+  """Another student was scored than is now updated: what should be detached shows in the loss."""
+  student = _model()
+  params, teacher, reference = (tabular.random_params(student, seed) for seed in (0, 1, 2))
+  return tabular.Cast(student, params, tabular.moved(params, 5, 0.1), teacher, reference)
+
+
+def _known(o, cast, rollout, key):
+  def rows(params, temperature):
+    return oracle.log_softmax(tabular.logits(params, rollout) / temperature)
+
+  r = jax.tree.map(np.asarray, rollout)
+  return oracle.Known(
+      targets=r.tokens[:, 1:], mask=r.mask, sampler_logprobs=r.sampler_logprobs,
+      policy_offset=r.policy_offset, student=rows(cast.before, o.temperature),
+      teacher=rows(cast.teacher_params, o.teacher_temperature),
+      reference=rows(cast.reference_params, o.temperature), rewards=REWARDS,
+      noise=np.asarray(jax.random.uniform(key, r.mask.shape, r.mask.dtype)), group_size=2,
+      step=STEP)
+
+
+def _run(o, cast, rollout):
+  """(loss, gradient) of the package."""
+  inputs = _only_what_is_asked_for(o, *tabular.batch(o, cast, rollout, REWARDS, _scorer))
+  return _gradient(o)(cast.params, *inputs, jnp.int32(STEP), jax.random.key(8))
+
+
+@functools.lru_cache
+def _scorer(temperature):
+  return quick_jit(functools.partial(
+      score.teacher_logprob_fn, model=_model(), temperature=temperature,
+      wants=Wants(logprobs=True, hidden=True), chunk_tokens=1000, microbatch_rows=0))
+
+
+def _assert_is_the_oracle(o):
+  objective_lib.check_objective(o)
+  cast, rollout = _cast(), _rollout()
+  loss, grads = _run(o, cast, rollout)
+  known, logits = _known(o, cast, rollout, jax.random.key(8)), tabular.logits(cast.params, rollout)
+  want = oracle.losses(o, known, oracle.log_softmax(logits / o.temperature)).sum()
+  error = 1e-7 if o.anneal_steps else EXACT  # the schedule computes in float32
+  assert float(loss) == pytest.approx(want, rel=error, abs=error)
+  by_params = tabular.by_params(oracle.gradient(o, known, logits), cast.params, rollout)
+  assert np.linalg.norm(by_params['table']) > 1e-3, 'no gradient to compare'
+  for name, value in by_params.items():
+    np.testing.assert_allclose(grads[name], value, rtol=0, atol=error, err_msg=name)
+
+
+# --- every value of every field ---
+
+DIRECT = dict(route='direct', importance='none')
+TOP_K = dict(DIRECT, top_k=4)
+GRID = {
+    'default': dict(),
+    'later_returns': dict(importance='none', shaping='log', discount=0.7, returns='later',
+                          baseline='batch_mean', temperature=0.8, teacher_temperature=1.3),
+    'truncated': dict(importance='truncated', ratio_high=1.1, shaping='clip', shaping_scale=0.5,
+                      divergence='forward_kl', baseline='leave_one_out'),
+    'two_sided': dict(importance='two_sided', ratio_low=0.8, ratio_high=1.2, shaping='power',
+                      shaping_scale=0.7, discount=0.9, returns='later_mean',
+                      reduction='sequence_mean', baseline='leave_one_out'),
+    'exact_of_the_sampler': dict(baseline='exact', importance='ppo_clip', clip_epsilon=0.1,
+                                 student_logprobs='sampler', window_start=1, window_tokens=3),
+    'exact_rescored': dict(baseline='exact', token_gate='student_entropy', token_keep=0.5,
+                           reward_coef=0.3, reward_baseline='group_mean', temperature=1.2,
+                           teacher_temperature=0.9, distill_coef=0.6),
+    'fixed_negative': dict(signal='fixed_negative', row_gate='correct', likelihood_coef=0.1,
+                           local=Local(coef=0.3, gate='negative')),  # where it is 0, too
+    'jensen_shannon': dict(divergence='jensen_shannon', divergence_alpha=0.3, row_gate='wrong',
+                           reward_coef=0.2, token_gate='teacher_entropy', token_keep=0.4),
+    'skew_kl': dict(divergence='skew_kl', divergence_alpha=0.2, row_gate='reward_agrees',
+                    advantages='recomputed'),
+    'skew_reverse_kl': dict(divergence='skew_reverse_kl', divergence_alpha=0.2, row_keep=0.5,
+                            row_gate='teacher_likelihood', token_gate='divergence', token_keep=0.5,
+                            reduction='sequence_mean'),
+    'alpha_divergence': dict(divergence='alpha_divergence', divergence_alpha=0.4, window_tokens=4,
+                             token_gate='soft_or', token_keep=0.6),
+    'squared_hellinger': dict(divergence='squared_hellinger', token_gate='teachability',
+                              token_top_k=3, token_keep=0.4),
+    'total_variation': dict(divergence='total_variation', reference_coef=0.2,
+                            reference_estimator='k2', temperature=0.8),
+    'scaled_jensen_shannon': dict(divergence='scaled_jensen_shannon', divergence_alpha=0.6),
+    'extrapolated': dict(extrapolation=1.25, reference_coef=0.3, reference_estimator='k3',
+                         student_logprobs='sampler', discount=1.0, teacher_temperature=1.2),
+    'k2_extrapolated': dict(DIRECT, estimator='k2', extrapolation=1.5, anneal_steps=4,
+                            final_distill_coef=0.25),
+    'k3_with_reward': dict(route='direct', estimator='k3', divergence='forward_kl',
+                           importance='ppo_clip', clip_epsilon=0.2, reward_coef=1.0,
+                           reward_baseline='group_mean_std', row_gate='reward_agrees'),
+    'full_extrapolated': dict(DIRECT, support='full', extrapolation=1.3, window_tokens=2,
+                              temperature=0.9, teacher_temperature=1.4, token_gate='teachability',
+                              token_top_k=3, token_keep=0.4),
+    'drop': dict(TOP_K, support='teacher_top_k', tail='drop', divergence='forward_kl',
+                 reference_coef=0.1, reference_estimator='full'),
+    'renormalize': dict(TOP_K, support='student_top_k', tail='renormalize', extrapolation=0.7,
+                        row_gate='reward_agrees', temperature=0.8, teacher_temperature=1.3),
+    'bucket': dict(TOP_K, support='union_top_k', tail='bucket', divergence='scaled_jensen_shannon',
+                   divergence_alpha=0.3, reduction='sequence_mean', token_gate='teacher_entropy',
+                   token_keep=0.5, local=Local(coef=0.5, gate='teacher_entropy', entropy=1.5)),
+    'stop_gradient': dict(TOP_K, support='teacher_top_k', tail='stop_gradient',
+                          importance='ratio', likelihood_coef=0.2),
+    'sft': dict(distill_coef=0.0, likelihood_coef=1.0, importance='none',
+                reduction='sequence_mean', token_gate='student_entropy', token_keep=0.5),
+    'local_untrusted': dict(local=Local(
+        coef=0.5, gate='untrusted', instead=True, support='teacher_top_k', top_k=3, tail='drop')),
+    'local_untrusted_by_the_sampler': dict(student_logprobs='sampler', local=Local(
+        coef=0.5, gate='untrusted', support='student_top_k', top_k=3, tail='renormalize')),
+    'local_negative': dict(
+        baseline='leave_one_out', discount=0.5, anneal_steps=4, final_distill_coef=0.2,
+        reward_coef=0.7, row_gate='wrong', local=Local(
+            coef=0.5, gate='negative', instead=True, divergence='squared_hellinger',
+            support='union_top_k', top_k=3, tail='bucket')),
+    'local_everywhere': dict(discount=1.0, returns='later', extrapolation=1.2, local=Local(
+        coef=2.0, divergence='reverse_kl')),
+    'local_by_entropy': dict(temperature=0.8, teacher_temperature=1.3, baseline='exact',
+                             local=Local(coef=1.5, divergence='reverse_kl', top_k=2,
+                                         support='student_top_k', tail='stop_gradient',
+                                         gate='teacher_entropy', entropy=1.7)),
+}
+
+
+@pytest.mark.parametrize('name', GRID)
+def test_objective_is_the_oracle(x64, name):
+  _assert_is_the_oracle(Objective(**GRID[name]))
+
+
+# Which field takes the values of each constant; a field of `Local` too where it has one.
+FIELDS = {
+    'ROUTES': 'route', 'ESTIMATORS': 'estimator', 'SIGNALS': 'signal', 'SHAPINGS': 'shaping',
+    'BASELINES': 'baseline', 'REWARD_BASELINES': 'reward_baseline', 'IMPORTANCE': 'importance',
+    'TOKEN_GATES': 'token_gate', 'ROW_GATES': 'row_gate', 'RETURNS': 'returns',
+    'REFERENCE_ESTIMATORS': 'reference_estimator', 'ADVANTAGES': 'advantages',
+    'REDUCTIONS': 'reduction', 'STUDENT_LOGPROBS': 'student_logprobs', 'SUPPORTS': 'support',
+    'TAILS': 'tail', 'LOCAL_GATES': 'local.gate'}
+
+
+def _constants():
+  return {name: value for module in (support_lib, objective_lib)
+          for name, value in vars(module).items() if isinstance(value, tuple) and name.isupper()}
+
+
+def test_every_constant_has_its_field():
+  assert _constants().keys() == FIELDS.keys()
+
+
+@pytest.mark.parametrize(('field', 'values'), [
+    *((field, _constants()[name]) for name, field in FIELDS.items()),
+    ('divergence', support_lib.names()), ('local.support', support_lib.SUPPORTS[1:])])
+def test_no_value_is_left_without_an_oracle(field, values):
+  def read(o):
+    return functools.reduce(getattr, field.split('.'), o)
+
+  everything = [Objective(**fields) for fields in GRID.values()]
+  assert {read(o) for o in everything} == set(values)
+
+
+def test_no_field_is_left_without_an_oracle():
+  everything = [Objective(**fields) for fields in GRID.values()]
+  for field in dataclasses.fields(Objective):
+    assert any(getattr(o, field.name) != field.default for o in everything), field.name
+  for field in dataclasses.fields(Local):
+    assert field.name == 'divergence_alpha' or any(
+        getattr(o.local, field.name) != field.default for o in everything), field.name
+
+
+# --- every preset ---
+
+
+def _config(name):
+  c = presets.apply(tiny.config('opd_sampled'), name)
+  if c.data.source == 'dataset':
+    c.data.split = 'corpus'
+  if c.given.source == 'dataset':
+    c.given.split = 'corpus'
+  return c
+
+
+def _small(part):
+  """A top-k for a vocabulary of 11: two tokens at least stay outside."""
+  return dataclasses.replace(part, top_k=min(part.top_k, VOCAB - 2))
+
+
+def _objectives(name):
+  """Those of a preset: of its own rows, of those off-policy, and of those given beside them."""
+  c = _config(name)
+  own = config_lib.make_objective(c)
+  out = [own]
+  if c.data.off_policy_source != 'none':
+    out.append(config_lib.make_objective(c, c.data.off_policy_source))
+  if c.given.source != 'none':
+    out.append(config_lib.make_given_objective(c))
+  return [_small(dataclasses.replace(o, local=_small(o.local))) for o in dict.fromkeys(out)]
+
+
+EVERY = [(name, i) for name in presets.PRESETS for i in range(len(_objectives(name)))]
+every_preset = pytest.mark.parametrize(('name', 'which'), EVERY)
+
+
+@pytest.mark.parametrize('name', presets.PRESETS)
+def test_preset_is_a_config_that_runs(name):
+  rules.validate(_config(name))
+
+
+@every_preset
+def test_preset_is_the_oracle(x64, name, which):
+  _assert_is_the_oracle(_objectives(name)[which])
+
+
+def _pushes_into_its_support(part):
+  """Whether the divergence falls while mass moves into the support, even between equals."""
+  return part.divergence in ('forward_kl', 'skew_kl') and part.tail == 'drop'
+
+
+@every_preset
+def test_a_student_equal_to_its_teacher_stays(x64, name, which):
+  o = _objectives(name)[which]
+  if o.reward_coef or o.likelihood_coef:
+    pytest.skip('it has more than a teacher')
+  params = _cast().params
+  cast = tabular.Cast(_model(), params, params, params, params)
+  loss, grads = _run(o, cast, _rollout())
+  size = max(np.abs(np.asarray(g)).max() for g in grads.values())
+  if o.local.coef and o.local.gate != 'untrusted' and _pushes_into_its_support(o.local):
+    assert size > 1e-3  # of EOPD's top-k: it is made to be small beside the teacher's tail
+  elif o.route == 'policy_gradient' and not o.local.coef and not o.reference_coef:
+    assert size == float(loss) == 0.0  # no rounding: Adam would make full steps of it
+  else:
+    assert size < 1e-12
+
+
+# --- what is kept for the loss is what it reads ---
+
+
+def _unread(f, *inputs):
+  """Where in the inputs the arrays are that no output of f depends on."""
+  traced = jax.make_jaxpr(f)(*inputs)
+  _, read = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.out_avals))
+  places = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(inputs)]
+  return {place for place, is_read in zip(places, read, strict=True) if not is_read}
+
+
+@pytest.mark.parametrize('o', [
+    *(pytest.param(Objective(**fields), id=name) for name, fields in GRID.items()),
+    *(pytest.param(_objectives(name)[which], id=f'{name}-{which}') for name, which in EVERY)])
+def test_what_is_held_for_the_loss_is_what_it_reads(x64, o):
+  # What is missing cannot be traced.
+  how = dict(model=_model(), objective=o, chunk_tokens=7)
+  batch, heads = _only_what_is_asked_for(
+      o, *tabular.batch(o, _cast(), _rollout(), REWARDS, _scorer))
+  params, head = _cast().params, _model().head(_cast().params)
+  unread = _unread(lambda batch, heads: update.gradient(
+      params, batch, heads, jnp.int32(STEP), jax.random.key(8), group_size=2, on_policy=True,
+      microbatch_rows=2, **how)[:2], batch, heads)
+  # The entropy comes with the log-probs; what comes of a rollout is the same for all.
+  assert {place for place in unread if 'rollout' not in place and 'entropy' not in place} == set()
+  rows = jax.eval_shape(lambda batch, heads: update.weigh(
+      o, batch, 1.0, head, heads, jax.random.key(8), group_size=2, chunk_tokens=7)[0], batch, heads)
+  unread = _unread(lambda rows: update.loss_fn(params, rows, 1.0, heads, **how)[0], rows)
+  assert {place for place in unread if 'rollout' not in place} == set()
+
+
+# --- a step: given rows beside the student's, and the metrics of gates and schedules ---
+
+
+def test_a_step_adds_the_gradient_of_given_rows(x64):
+  cast, rollout, key = _cast(), _rollout(), jax.random.key(8)
+  o = Objective(shaping='clip', shaping_scale=0.5, window_tokens=3, anneal_steps=4,
+                final_distill_coef=0.2, local=Local(coef=0.5, gate='untrusted', instead=True))
+  beside = Objective(route='direct', support='full', importance='none', divergence='skew_kl',
+                     divergence_alpha=0.1, distill_coef=0.3)
+  order = np.array([5, 4, 3, 0])  # other rows
+  written = jax.tree.map(lambda x: x[order], rollout)
+  optimizer = optax.sgd(1.0)
+  step = quick_jit(functools.partial(
+      update.update_fn, model=_model(), optimizer=optimizer, objective=o, given_objective=beside,
+      group_size=2, on_policy=True, chunk_tokens=7, microbatch_rows=2))
+  batch, heads = _only_what_is_asked_for(o, *tabular.batch(o, cast, rollout, REWARDS, _scorer))
+  given = _only_what_is_asked_for(beside, *tabular.batch(
+      beside, cast, written, REWARDS[order], _scorer))[0]
+  state = TrainState(step=jnp.int32(STEP), params=cast.params,
+                     opt_state=optimizer.init(cast.params))
+  after, metrics = step(state, batch, heads, None, given, key)
+
+  losses, slopes = [], {'table': 0.0, 'head': 0.0}
+  for objective, rows in ((o, rollout), (beside, written)):
+    known, logits = _known(objective, cast, rows, key), tabular.logits(cast.params, rows)
+    losses.append(oracle.losses(objective, known, oracle.log_softmax(logits)).sum())
+    more = tabular.by_params(oracle.gradient(objective, known, logits), cast.params, rows)
+    slopes = {name: slopes[name] + more[name] for name in slopes}
+  for name, slope in slopes.items():  # 1e-7: the schedule computes in float32
+    np.testing.assert_allclose(cast.params[name] - after.params[name], slope, atol=1e-7)
+
+  known = _known(o, cast, rollout, key)
+  mask, counts = known.mask > 0, oracle.counted(o, known)
+  untrusted = oracle.local_gate(o, known, None)
+  signal = known.chosen(known.teacher - known.student)
+  want = {'loss': sum(losses), 'given_loss': losses[1], 'distill_coef': 0.4,
+          'counted_rate': counts.sum() / mask.sum(), 'local_rate': untrusted[counts].mean(),
+          'shaped_rate': (np.abs(signal[mask]) >= 0.5).mean()}
+  for name, value in want.items():
+    assert float(metrics[name]) == pytest.approx(value, rel=1e-6), name
+  assert metrics['given_lengths'].tolist() == [len(ROWS[b]) for b in order]
+  assert int(after.step) == STEP + 1
+
+
+# --- properties ---
+
+
+def _may_be_dropped_anywhere():
+  """(divergence, alpha) whose terms may be left out on any support."""
+  alphas = {name: [0.0] for name in support_lib.names()} | {
+      name: np.linspace(low, high, 9)[slice(None) if ends else slice(1, -1)]
+      for name, (low, high, ends) in divergences.ALPHAS.items()}
+  fields = dict(DIRECT, support='student_top_k', top_k=4, tail='drop')
+  for name in support_lib.names():
+    for alpha in alphas[name]:
+      try:
+        objective_lib.check_objective(
+            Objective(divergence=name, divergence_alpha=float(alpha), **fields))
+      except ValueError as refused:
+        assert "tail='drop'" in str(refused)
+        continue
+      yield name, float(alpha)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(student=st.floats(-12.0, 0.0), teacher=st.floats(-12.0, 0.0))
+def test_terms_that_may_be_dropped_are_never_negative(student, teacher):
+  pairs = list(_may_be_dropped_anywhere())
+  assert {name for name, _ in pairs} == set(support_lib.names()) - {
+      'forward_kl', 'reverse_kl', 'skew_kl', 'skew_reverse_kl'}
+  s, t = np.exp(student), np.exp(teacher)
+  for name, alpha in pairs:
+    with jax.enable_x64(True):
+      got = float(support_lib.term(name, alpha)(jnp.float64(student), jnp.float64(teacher)))
+    assert got >= -1e-13 * (s + t), (name, alpha)  # rounding
+    assert got == pytest.approx(oracle.terms(name, alpha, s, t), rel=1e-6, abs=1e-12), (name, alpha)
+
+
+def test_formulas_of_the_oracle_are_divergences():
+  # Its derivatives by complex steps of its functions, and f(1) = 0 and f convex.
+  u = np.exp(np.linspace(-3, 3, 41))
+  for name in support_lib.names():
+    for alpha in (0.2, 0.5, 0.7) if support_lib.takes_alpha(name) else (0.0,):
+      f, slope = oracle.GENERATORS[name](u, alpha)
+      stepped = oracle.GENERATORS[name](u + 1j * oracle.STEP, alpha)[0].imag / oracle.STEP
+      np.testing.assert_allclose(slope, stepped, rtol=1e-12, atol=1e-12, err_msg=name)
+      assert abs(oracle.GENERATORS[name](np.ones(1), alpha)[0][0]) < 1e-15
+      assert np.all(np.diff(slope) >= -1e-12), name
+
+
+@functools.lru_cache
+def _of_any_reading():
+  """One program that reads every per-token array: gates, reference, local term, all of it."""
+  return Objective(discount=0.5, reward_coef=0.3, reference_coef=0.2, reference_estimator='k3',
+                   token_gate='soft_or', token_keep=0.7, extrapolation=1.2,
+                   baseline='leave_one_out', local=Local(coef=0.5, gate='untrusted'))
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**31 - 1))
+def test_what_stands_in_masked_places_never_reaches_any_term(seed):
+  o, rng = _of_any_reading(), np.random.RandomState(seed)
+  with jax.enable_x64(True):
+    cast, rollout = _cast(), _rollout()
+    batch, heads = tabular.batch(o, cast, rollout, REWARDS, _scorer)
+
+    def fill(x):
+      other = jnp.asarray(rng.uniform(-200, 200, x.shape), x.dtype)
+      return jnp.where(rollout.mask > 0, x, other)
+
+    def scores(s):
+      return s.replace(logprobs=fill(s.logprobs), entropy=fill(s.entropy))
+
+    tokens = jnp.where(rollout.valid, rollout.tokens, rng.randint(0, VOCAB, rollout.tokens.shape))
+    other = batch.replace(
+        rollout=rollout.replace(
+            tokens=tokens.astype(rollout.tokens.dtype),
+            sampler_logprobs=fill(rollout.sampler_logprobs),
+            policy_offset=fill(rollout.policy_offset)),
+        **{name: scores(getattr(batch, name)) for name in ('teacher', 'student', 'reference')})
+    want, got = (_gradient(o)(cast.params, *_only_what_is_asked_for(o, b, heads), jnp.int32(STEP),
+                              jax.random.key(8)) for b in (batch, other))
+    # The same program, and zero times a finite number is zero: not one bit may differ.
+    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, got, want)))

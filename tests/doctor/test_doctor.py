@@ -1,0 +1,289 @@
+"""Every check of the doctor on a pairing that it must pass and on one that it must not."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from opd_jax import build, config, load, models, programs, train
+from opd_jax.data import prompts as prompts_lib
+from opd_jax.data.streams import OWN
+from opd_jax.doctor import examine as doctor
+from opd_jax.doctor import memory, rollouts, static
+from opd_jax.doctor.finding import FAIL, OFF, OK, SKIPPED, WARN
+from opd_jax.files import huggingface
+from opd_jax.files import workdir as workdir_lib
+from opd_jax.models import lora, params
+from opd_jax.types import Batch, Heads
+
+GOOD = dict(doctor__rollouts=8, steps=1, eval__problems=4)
+
+
+def _pair(kind='opd_sampled', **fields):
+  return tiny.with_models(kind, **{**GOOD, **fields})
+
+
+def _open(c):
+  """(run, parts) of a config."""
+  run = config.parse(c)
+  return run, build.open_parts(run)
+
+
+def _examine(c):
+  """Every finding by the name of its check."""
+  run, parts = _open(c)
+  base = parts.read_base()
+  student = lora.join(base, load.read_trained(parts))
+  found = doctor.examine(run, parts) + doctor.examine_rollouts(
+      run, parts, student, load.read_frozen(parts, 'teacher', base))
+  return {f.check: f for f in found}
+
+
+def _statuses(found):
+  return {name: f.status for name, f in found.items() if f.status != OK}
+
+
+@pytest.fixture(scope='module')
+def healthy():
+  return _examine(_pair())
+
+
+def test_a_good_pair_passes_every_check(healthy):
+  assert not _statuses(healthy)
+  assert '64 tokens, the same ids' in healthy['token_ids'].detail
+  assert "{1: '<eos>'}" in healthy['stop_tokens'].detail
+
+
+def test_every_check_has_a_switch_and_every_switch_a_check():
+  switches = {name for name, value in config.default_config().doctor.items() if value == 'on'}
+  assert switches == {*doctor.STATIC, *doctor.ROLLOUTS}
+
+
+@pytest.mark.parametrize('name', [*doctor.STATIC, *doctor.ROLLOUTS])
+def test_a_switch_turns_its_check_off_and_gives_the_reason(name):
+  c = _pair(**{f'doctor__{n}': 'off: not this one' for n in {*doctor.STATIC, *doctor.ROLLOUTS}})
+  run = config.parse(c)  # with all of them off nothing is opened
+  found = doctor.examine(run, None) + doctor.examine_rollouts(run, None, None, None)
+  (finding,) = [f for f in found if f.check == name]
+  assert (finding.status, finding.detail) == (OFF, 'not this one')
+  for value in ('no', 'off', 'off: '):
+    with pytest.raises(config.ConfigError, match=f"doctor.{name}='{value}'.*allowed: 'on'"):
+      config.parse(_pair(**{f'doctor__{name}': value}))
+
+
+def _teacher(tmp_path, change=None, alphabet=prompts_lib.ALPHABET, **shape):
+  """A copy of the trained teacher whose parameters went through `change`, in a directory."""
+  loaded = huggingface.load(tiny.teacher(), {})
+  characters = prompts_lib.character_tokenizer(alphabet)
+  model, values = loaded.model, loaded.read()
+  if shape:
+    model = models.build({**tiny.SHAPE, 'vocab_size': len(characters), **shape})
+    values = jax.device_get(params.init_params(model.specs, jax.random.key(0)))
+  if change:
+    values = params.unflatten({n: change(n, x) for n, x in params.flatten(values).items()})
+  huggingface.write_checkpoint(tmp_path / 'teacher', model, values, characters)
+  return str(tmp_path / 'teacher')
+
+
+def test_a_teacher_with_other_ids(tmp_path):
+  path = _teacher(tmp_path, alphabet=prompts_lib.ALPHABET[::-1])
+  found = _examine(_pair(teacher__path=path))
+  assert found['token_ids'].status == found['templates'].status == FAIL
+  assert 'differ from place 0 on: [' in found['templates'].detail
+  assert found['token_ids'].field == found['templates'].field == 'teacher.path'
+
+
+def test_a_teacher_that_lost_its_weights_is_uniform(tmp_path):
+  path = _teacher(tmp_path, lambda name, x: 0 * x if name in ('head', 'embed') else x)
+  found = _examine(_pair(teacher__path=path))
+  assert found['uniform_teacher'].status == FAIL
+  assert '4.159 of at most ln V = 4.159' in found['uniform_teacher'].detail
+
+
+def test_a_teacher_that_finds_the_students_text_unlikely(tmp_path):
+  path = _teacher(tmp_path, lambda name, x: -x if name == 'head' else x)
+  found = _examine(_pair(teacher__path=path))
+  assert found['support'].status == FAIL
+  assert 'doctor.max_reverse_kl=6.0' in found['support'].detail
+
+
+def test_the_log_ratio_is_that_of_the_models(healthy):
+  # Against the run's own metric on other rollouts of the same policies.
+  detail = healthy['support'].detail
+  value = float(detail.split(': ')[1].split()[0])
+  assert 0.5 < value < 5  # 1.6 on the whole held-out set
+
+
+def test_a_first_token_that_stands_out():
+  c, mask = _pair(), np.zeros((3, 7))
+  mask[:, 3:] = 1
+  ratio = np.where(mask > 0, -0.1, -99.0)  # what the mask leaves out is not read
+  ratio[:, 3] = -4.0
+  probe = rollouts.Probe(mask=mask, gap=0 * mask, logratio=ratio, teacher_entropy=None,
+                       ended=np.array([True, False, False]), tokens=np.zeros((3, 8), int), room=4)
+  run = config.parse(c)
+  assert rollouts.check_support(run, None, probe).status == OK  # no template to be wrong
+  c.prompt.template = 'student'
+  run = config.parse(c)
+  finding = rollouts.check_support(run, None, probe)
+  assert finding.status == WARN and '4.000 at the first one' in finding.detail
+  assert finding.detail.startswith('log p_S - log p_T: 1.075 nats') and 'compare' in finding.detail
+  ratio[1:, 3] = -0.1  # a habit in one of them
+  assert rollouts.check_support(run, None, probe).status == OK
+  c.data.max_new_tokens = 4
+  assert rollouts.check_truncation(config.parse(c), None, probe).status == WARN
+  c.data.max_new_tokens = 400  # the run has more room than the probe had
+  assert rollouts.check_truncation(config.parse(c), None, probe).status == OK
+
+
+def test_stop_tokens_that_differ(tmp_path):
+  path = tmp_path / 'teacher'
+  hf_teacher = huggingface.load(tiny.teacher(), {})
+  characters = prompts_lib.character_tokenizer()
+  characters.eos_token = '#'
+  huggingface.write_checkpoint(path, hf_teacher.model, hf_teacher.read(), characters)
+  ends = {'student': FAIL, 'union': WARN, 'teacher': OK}
+  for stop, status in ends.items():
+    c = _pair(teacher__path=str(path), sample__stop=stop)
+    finding = static.check_stop_tokens(*_open(c))
+    assert finding.status == status, stop
+  c = _pair(teacher__path=str(path))
+  with pytest.raises(config.ConfigError, match=r"sample\.stop='student'.*stop_tokens.*'#'.*union"):
+    train.train(c, tmp_path / 'run')
+  assert not (tmp_path / 'run' / 'metrics.jsonl').exists()  # before anything expensive
+
+
+def test_an_untrained_student_is_cut_off_and_writes_special_tokens():
+  c = tiny.config('grpo', data__max_new_tokens=3, **GOOD)
+  found = _examine(c)
+  assert found['truncation'].status == WARN
+  assert found['uniform_teacher'].status == found['support'].status == SKIPPED
+  assert found['templates'].detail == 'no teacher'
+
+
+def test_special_tokens_within_a_completion():
+  run, parts = _open(tiny.config('grpo', **GOOD))
+  mask = np.zeros((2, 5))
+  mask[:, 2:] = 1
+  tokens = np.array([[5, 5, 5, 7, 7, 1], [5, 5, 5, 7, 8, 1]])
+  probe = rollouts.Probe(mask=mask, gap=0 * mask, logratio=None, teacher_entropy=None,
+                       ended=np.array([True, True]), tokens=tokens, room=4)
+  assert rollouts.check_special_tokens(run, parts, probe).status == OK
+  parts.student.tokenizer.add_special_tokens({'additional_special_tokens': [
+      parts.student.tokenizer.convert_ids_to_tokens(8)]})
+  finding = rollouts.check_special_tokens(run, parts, probe)
+  assert finding.status == WARN and '16.7%' in finding.detail
+
+
+def test_a_sampler_that_is_not_the_scorer():
+  c = tiny.config('grpo', **GOOD)
+  mask = np.ones((2, 3))
+  probe = rollouts.Probe(mask=mask, gap=np.full((2, 3), 2e-3), logratio=None, teacher_entropy=None,
+                       ended=np.array([True, True]), tokens=np.zeros((2, 4), int), room=4)
+  assert rollouts.check_self_kl(config.parse(c), None, probe).status == FAIL
+  c.compute.dtype = 'bfloat16'
+  assert rollouts.check_self_kl(config.parse(c), None, probe).status == OK
+
+
+def test_memory_is_that_of_the_arrays():
+  run, parts = _open(_pair())
+  estimate = memory.memory_estimate(run, parts)
+  count = params.count_params(parts.student.model.specs)
+  trained = 'trained (weights, gradient, moments)'
+  assert estimate[trained] == 16 * count  # float32: weights, gradient and two moments
+  assert estimate['teacher'] == 4 * count
+  cache = parts.student.model.init_cache(32, 11)
+  assert estimate['cache'] == sum(x.nbytes for x in jax.tree.leaves(cache))
+  run, adapted = _open(_pair(student__lora__rank=2, compute__frozen_dtype='bfloat16',
+                             teacher__kind='initial_student', teacher__path=''))
+  estimate = memory.memory_estimate(run, adapted)
+  assert estimate['base'] == 2 * count and 'teacher' not in estimate  # shared
+  assert estimate[trained] == 16 * params.count_params(adapted.trained_specs)
+
+
+@pytest.mark.parametrize('remat', [False, True])
+def test_memory_is_about_what_the_update_takes(remat):
+  c = tiny.config('opd_exact', **GOOD, teacher__kind='initial_student', data__max_new_tokens=251,
+                  compute__remat=remat, student__fresh__max_position_embeddings=256)
+  run, parts = _open(c)
+  compiled = programs.compile_programs(run, parts)
+  weights = compiled.state.params
+  with jax.set_mesh(parts.mesh):
+    prompts = jax.eval_shape(lambda: parts.examples[OWN].prompts(np.arange(32)))
+    rollout = jax.eval_shape(compiled.writers[OWN], weights, prompts, jax.random.key(0))
+    scores = jax.eval_shape(compiled.scorers[OWN, 'teacher'], weights, rollout)
+    head = jax.eval_shape(parts.teacher.model.head, weights)
+    update = compiled.updates[OWN,].lower(
+        compiled.state, (Batch(rollout, scores),), Heads(head)).compile()
+  taken = update.memory_analysis().temp_size_in_bytes
+  sizes = memory.memory_estimate(run, parts)
+  assert 0.6 < (sizes['activations'] + sizes['scores'] + sizes['logits']) / taken < 1.6
+
+
+def test_an_evaluation_of_more_rows_than_a_batch_counts():
+  run, parts = _open(_pair(eval__problems=16, eval__samples_per_problem=4))
+  cache = parts.student.model.init_cache(64, 11)
+  estimate = memory.memory_estimate(run, parts)
+  assert estimate['cache'] == sum(x.nbytes for x in jax.tree.leaves(cache))
+
+
+def test_more_memory_than_there_is(monkeypatch):
+  opened = _open(_pair())
+  monkeypatch.setattr(memory, 'device_bytes', lambda: 1000.0)
+  finding = memory.check_memory(*opened)
+  assert finding.status == FAIL and finding.field == 'compute.microbatch_rows'
+
+
+@pytest.mark.parametrize(('fields', 'name'), [
+    (dict(optimizer__name='sgd', optimizer__b2=0.5), 'optimizer.b2=0.5'),
+    (dict(doctor__max_reverse_kl=1.0, doctor__support='off: x'), 'doctor.max_reverse_kl=1.0'),
+    (dict(checkpoint__keep_best=0, checkpoint__best_metric='greedy_accuracy'),
+     "checkpoint.best_metric='greedy_accuracy'")])
+def test_options_that_nothing_reads(fields, name):
+  finding = static.check_unused_options(*_open(_pair(**fields)))
+  assert finding.status == FAIL and name in finding.detail
+  assert finding.field == name.partition('=')[0]
+
+
+def test_a_fresh_shape_beside_a_checkpoint():
+  c = _pair()
+  c.student.fresh.hidden_size = 128
+  finding = static.check_unused_options(*_open(c))
+  assert finding.status == FAIL and 'student.fresh.hidden_size=128' in finding.detail
+
+
+class TestAtTheStart:
+
+  def test_what_was_found_is_written_and_said(self, tmp_path, capsys):
+    train.train(_pair(doctor__truncation='off: known to be long'), tmp_path)
+    rows = json.loads((tmp_path / doctor.RESULT).read_text())
+    assert {r['check'] for r in rows} == {*doctor.STATIC, *doctor.ROLLOUTS}
+    assert {r['status'] for r in rows} == {OK, OFF}
+    assert 'doctor: truncation off: known to be long' in capsys.readouterr().out
+
+  def test_a_failure_starts_nothing(self, tmp_path):
+    path = _teacher(tmp_path, lambda name, x: 0 * x if name in ('head', 'embed') else x)
+    with pytest.raises(config.ConfigError, match='teacher.path=.*uniform_teacher.*allowed'):
+      train.train(_pair(teacher__path=path), tmp_path / 'run')
+    assert not (tmp_path / 'run' / 'checkpoints').exists() or not tiny.checkpoint_steps(
+        tmp_path / 'run')
+    # The corrected config may have the directory.
+    workdir_lib.check(tmp_path / 'run', config.to_dict(_pair()))
+
+
+class TestCommand:
+
+  def test_table_and_status(self, tmp_path):
+    tiny.write_config(tmp_path / 'one.py', _pair())
+    done = tiny.opd('doctor', '--config', 'one.py', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in (*doctor.STATIC, *doctor.ROLLOUTS):
+      assert name in done.stdout
+    path = _teacher(tmp_path, lambda name, x: 0 * x if name in ('head', 'embed') else x)
+    done = tiny.opd('doctor', '--config', 'one.py', f'--config.teacher.path={path}', cwd=tmp_path)
+    assert done.returncode == 1 and 'FAIL' in done.stdout and 'teacher.path' in done.stdout
+

@@ -1,0 +1,342 @@
+"""Pipelines of stages, and the report's numbers against an independent computation."""
+
+import json
+import math
+import statistics
+
+from ml_collections import ConfigDict
+import pytest
+import tiny
+
+from opd_jax import config, train
+from opd_jax.tools import pipeline, report
+
+SEEDS = (3, 8)
+ORDER = ('base', 'teacher', 'opd')
+T_975 = {1: 12.706204736, 2: 4.30265273}  # Student's t by degrees of freedom, from a table
+
+
+def make():
+  """A base, a teacher made from it, the base distilled; two seeds."""
+  c = config.default_pipeline()
+  c.name, c.seeds, c.order = 'tiny', SEEDS, ORDER
+  base = tiny.config('sft', steps=60, checkpoint__every_steps=60)
+  teacher = tiny.config('sft', steps=80, student__path='stage:base', eval__every_steps=20)
+  opd = tiny.config('opd_exact', steps=15, student__path='stage:base',
+                    teacher__path='stage:teacher', eval__every_steps=5)
+  c.stages = ConfigDict(dict(base=base, teacher=teacher, opd=opd))
+  c.report.teacher = 'stage:teacher'
+  c.report.methods, c.report.labels = ('teacher', 'opd'), ('made the teacher', 'OPD exact')
+  c.report.levels = (0.5, 0.9)
+  return c
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """(work directory, what run() returned, time stamps when it had been interrupted)."""
+  workdir = tmp_path_factory.mktemp('pipeline') / 'run'
+  calls, run_stage = [], train.train
+
+  def interrupted(c, path):
+    if len(calls) == 3:  # the first seed has finished, the second has run nothing but its base
+      raise KeyboardInterrupt
+    if len(calls) == 2 and path.name == 'opd':
+      calls.append(path)
+      return run_stage(c, path)
+    calls.append(path)
+    return run_stage(c, path)
+
+  with pytest.MonkeyPatch.context() as m:
+    m.setattr(train, 'train', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      pipeline.run(make(), workdir)
+  between = tiny.stamps(workdir)
+  return workdir, pipeline.run(make(), workdir), between
+
+
+@pytest.fixture(scope='module')
+def results(finished):
+  """{(seed, stage): content of result.json}, read without the package."""
+  return {(seed, stage): json.loads(
+      (finished[0] / f'seed_{seed}' / stage / 'result.json').read_text())
+          for seed in SEEDS for stage in ORDER}
+
+
+class TestStages:
+
+  def test_every_stage_of_every_seed_has_run(self, finished, results):
+    for (seed, stage), result in results.items():
+      assert (result['name'], result['seed']) == (stage, seed)
+      assert (finished[0] / f'seed_{seed}' / stage / 'export' / 'model.safetensors').exists()
+
+  def test_a_finished_stage_is_not_run_again(self, finished):
+    workdir, _, between = finished
+    done = [p for p in between if p.name == 'result.json']
+    assert len(done) == 3  # of six
+    after = tiny.stamps(workdir)
+    for result in done:
+      for path, stamp in between.items():
+        if path.is_relative_to(result.parent):
+          assert after[path] == stamp, path
+
+  def test_nothing_but_the_report_is_written_the_second_time(self, finished, capsys):
+    workdir, summary, _ = finished
+    before = tiny.stamps(workdir)
+    assert pipeline.run(make(), workdir) == summary
+    after = tiny.stamps(workdir)
+    changed = {p.name for p in after if after[p] != before.get(p)}
+    assert changed <= {'report.md', 'report.json', 'curves.png'}
+    assert capsys.readouterr().out.count('(finished before)') == 6
+
+  def test_the_directory_may_be_named_in_another_way(self, finished, monkeypatch):
+    # Paths to earlier stages are in the stages' configs; the same directory is the same run.
+    workdir, summary, _ = finished
+    monkeypatch.chdir(workdir.parent)
+    assert pipeline.run(make(), 'run') == summary
+
+  def test_stages_start_from_earlier_ones(self, finished, results):
+    workdir, _, _ = finished
+    for seed in SEEDS:
+      base = results[seed, 'base']['after']
+      for stage in ('teacher', 'opd'):
+        # Another task of the same problems and the same key: the very same evaluation.
+        assert results[seed, stage]['before']['sampled_accuracy'] == base['sampled_accuracy']
+        assert results[seed, stage]['before']['length'] == base['length']
+      made = results[seed, 'teacher']['after']
+      assert results[seed, 'opd']['teacher']['sampled_accuracy'] == made['sampled_accuracy']
+
+  def test_seeds_differ(self, finished):
+    a, b = (tiny.load_export(finished[0] / f'seed_{seed}' / 'base') for seed in SEEDS)
+    assert all((a[name] != b[name]).any() for name in a)
+
+  def test_another_config_is_refused_before_anything_runs(self, finished, monkeypatch):
+    monkeypatch.setattr(train, 'train', None)
+    c = make()
+    c.stages.opd.steps = 16
+    with pytest.raises(config.ConfigError, match='steps: 15 -> 16'):
+      pipeline.run(c, finished[0])
+
+  def test_a_wrong_last_stage_is_found_before_the_first_runs(self, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, 'train', None)
+    c = make()
+    c.stages.opd.objective.route = 'straight'
+    with pytest.raises(config.ConfigError, match="stages.opd.objective.route='straight'"):
+      pipeline.run(c, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
+def crossing(points, level):
+  """The x at which a polyline through (x, y) first is at `level` or above, else None."""
+  for i, (x, y) in enumerate(points):
+    if y >= level:
+      if i == 0:
+        return x
+      x0, y0 = points[i - 1]
+      return x0 + (x - x0) * (level - y0) / (y - y0)
+  return None
+
+
+def t_interval(values):
+  half = T_975[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+  return statistics.mean(values) - half, statistics.mean(values) + half
+
+
+def assert_spread(got, values):
+  """`got` is the mean of `values` and their t-interval."""
+  assert got['values'] == pytest.approx(values)
+  assert got['mean'] == pytest.approx(statistics.mean(values))
+  assert (got['low'], got['high']) == pytest.approx(t_interval(values), rel=1e-6)
+
+
+class TestReport:
+
+  def test_files(self, finished):
+    workdir, summary, _ = finished
+    assert json.loads((workdir / 'report.json').read_text()) == json.loads(json.dumps(summary))
+    image = (workdir / 'curves.png').read_bytes()
+    assert image.startswith(b'\x89PNG') and len(image) > 10_000
+    text = (workdir / 'report.md').read_text()
+    for label in ('base', 'made the teacher', 'OPD exact', 'seeds [3, 8]'):
+      assert label in text
+
+  def test_accuracies(self, finished, results):
+    rows = finished[1]['rows']
+    assert list(rows) == ['base', 'teacher', 'opd']  # the teacher is a method: no row of its own
+    for name in ('sampled_accuracy', 'greedy_accuracy'):
+      assert_spread(rows['base'][name], [results[s, 'opd']['before'][name] for s in SEEDS])
+      for stage in ('teacher', 'opd'):
+        assert_spread(rows[stage][name], [results[s, stage]['after'][name] for s in SEEDS])
+    assert_spread(rows['opd']['reverse_kl'], [results[s, 'opd']['after']['reverse_kl']
+                                              for s in SEEDS])
+    assert rows['teacher']['reverse_kl'] is None  # it had no teacher
+
+  def test_steps_and_flops(self, finished, results):
+    rows = finished[1]['rows']
+    for stage in ('teacher', 'opd'):
+      assert rows[stage]['steps']['values'] == [results[s, stage]['steps'] for s in SEEDS]
+      assert_spread(rows[stage]['flops'],
+                    [sum(results[s, stage]['flops'].values()) for s in SEEDS])
+
+  @pytest.mark.parametrize('level', [0.5, 0.9])
+  def test_reach_and_ratios(self, finished, results, level):
+    rows, key = finished[1]['rows'], str(level)
+    hits = {}
+    for stage in ('teacher', 'opd'):
+      for unit, x in (('steps', lambda e: e['step']),
+                      ('flops', lambda e: sum(e['flops'].values()))):
+        hits[stage, unit] = [
+            crossing([(x(e), e['sampled_accuracy']) for e in results[s, stage]['evals']],
+                     level * results[s, 'opd']['teacher']['sampled_accuracy']) for s in SEEDS]
+        got = rows[stage]['reach'][key]
+        assert got['seeds_reached'] == sum(h is not None for h in hits[stage, unit])
+        if None in hits[stage, unit]:
+          assert got[unit] is None
+        else:
+          assert_spread(got[unit], hits[stage, unit])
+    for unit in ('steps', 'flops'):
+      mine, theirs = hits['opd', unit], hits['teacher', unit]
+      if None not in mine + theirs and 0 not in mine:
+        assert_spread(finished[1]['ratios']['opd'][key][unit],
+                      [t / m for t, m in zip(theirs, mine, strict=True)])
+
+  def test_the_table_shows_the_numbers(self, finished):
+    workdir, summary, _ = finished
+    line = next(x for x in (workdir / 'report.md').read_text().splitlines() if 'OPD exact' in x)
+    got = summary['rows']['opd']
+    accuracy = got['sampled_accuracy']
+    low, high = max(accuracy['low'], 0.0), min(accuracy['high'], 1.0)  # shown where it can be
+    assert f"{accuracy['mean']:.3f} [{low:.3f}, {high:.3f}]" in line
+    assert f"{got['reverse_kl']['mean']:.4f}" in line
+
+  def test_an_unfinished_stage_is_named(self, finished, tmp_path):
+    with pytest.raises((FileNotFoundError, config.ConfigError),
+                       match=r'stage teacher of seed 3 .*result\.json'):
+      report.write(make(), tmp_path)
+
+
+def evaluation(step, accuracy, flops=None):
+  flops = 10.0 * step if flops is None else flops
+  return {'step': step, 'sampled_accuracy': accuracy, 'greedy_accuracy': accuracy,
+          'flops': {'student': flops / 2, 'sampling': flops / 4, 'teacher': flops / 4}}
+
+
+def result(*accuracies, every=10, teacher=None):
+  evals = [evaluation(i * every, a) for i, a in enumerate(accuracies)]
+  return {'steps': evals[-1]['step'], 'flops': evals[-1]['flops'], 'before': evals[0],
+          'after': evals[-1], 'evals': evals,
+          'teacher': teacher and {'sampled_accuracy': teacher, 'greedy_accuracy': teacher}}
+
+
+def settings(*methods, teacher='', levels=(0.5,)):
+  c = config.default_pipeline()
+  c.report.methods, c.report.labels, c.report.levels = methods, methods, levels
+  c.report.teacher = teacher
+  return c
+
+
+class TestReach:
+
+  def test_interpolated_from_the_evaluation_before(self):
+    evals = [evaluation(0, 0.0), evaluation(10, 0.2), evaluation(30, 0.6), evaluation(40, 0.1)]
+    assert report.reach(evals, 0.3) == pytest.approx((15, 150))
+    assert report.reach(evals, 0.2) == pytest.approx((10, 100))
+
+  def test_the_first_time_counts(self):
+    evals = [evaluation(0, 0.0), evaluation(10, 0.6), evaluation(20, 0.1), evaluation(30, 0.9)]
+    assert report.reach(evals, 0.6) == pytest.approx((10, 100))
+
+  def test_never(self):
+    assert report.reach([evaluation(0, 0.0), evaluation(10, 0.49)], 0.5) is None
+
+  def test_from_the_start(self):
+    assert report.reach([evaluation(0, 0.7), evaluation(10, 0.9)], 0.5) == (0, 0.0)
+
+  def test_flops_are_those_of_all_parts(self):
+    evals = [evaluation(0, 0.0, 0.0), evaluation(10, 1.0, 800.0)]
+    assert report.reach(evals, 0.5) == pytest.approx((5, 400))
+
+
+class TestSpread:
+
+  def test_t_interval(self):
+    assert_spread(report.spread([1.0, 2.0, 6.0]), [1.0, 2.0, 6.0])
+
+  def test_shown_where_the_quantity_can_be(self):
+    c = settings('a')
+    text = str(report.tables(report.summarize(c, {
+        s: {'a': result(0.0, accuracy, teacher=1.0)} for s, accuracy in ((0, 0.5), (1, 0.9))})))
+    assert '0.700 [0.000, 1.000]' in text
+
+  def test_one_value_has_no_interval(self):
+    assert report.spread([2.5]) == {'mean': 2.5, 'values': [2.5]}
+
+  @pytest.mark.parametrize('values', [[], [None], [1.0, None]])
+  def test_not_without_all_seeds(self, values):
+    assert report.spread(values) is None
+
+
+class TestSummarize:
+
+  def test_one_seed_has_the_interval_over_problems(self):
+    run = result(0.1, 0.8, teacher=0.9)
+    run['after'] |= {'sampled_accuracy_low': 0.7, 'sampled_accuracy_high': 0.85}
+    row = report.summarize(settings('a'), {0: {'a': run}})['rows']['a']
+    assert row['sampled_accuracy'] == {'mean': 0.8, 'values': [0.8], 'low': 0.7, 'high': 0.85}
+
+  def test_a_level_that_one_seed_never_reached(self):
+    results = {0: {'a': result(0.0, 0.9, teacher=1.0)}, 1: {'a': result(0.0, 0.3, teacher=1.0)}}
+    got = report.summarize(settings('a'), results)['rows']['a']['reach']['0.5']
+    assert got == {'seeds_reached': 1, 'steps': None, 'flops': None}
+    text = str(report.tables(report.summarize(settings('a', 'b', teacher='stage:b'), {
+        s: {'a': r['a'], 'b': result(0.0, 1.0)} for s, r in results.items()})))
+    assert '1 of 2 seeds' in text
+
+  def test_every_seed_has_its_own_goal(self):
+    results = {0: {'a': result(0.0, 1.0, teacher=1.0)}, 1: {'a': result(0.0, 1.0, teacher=0.5)}}
+    got = report.summarize(settings('a'), results)['rows']['a']['reach']['0.5']
+    assert got['steps']['values'] == pytest.approx([5.0, 2.5])
+
+  def test_ratios_are_paired_by_seed(self):
+    results = {0: {'rl': result(0.0, 0.5, every=100), 'opd': result(0.0, 0.5, teacher=1.0)},
+               1: {'rl': result(0.0, 0.5, every=40), 'opd': result(0.0, 1.0, teacher=1.0)}}
+    got = report.summarize(settings('rl', 'opd', teacher='stage:rl'), results)
+    assert got['ratios']['opd']['0.5']['steps']['values'] == pytest.approx([10.0, 8.0])
+    assert 'rl' not in got['ratios']
+
+  def test_a_method_that_starts_at_the_level(self):
+    # Nothing to divide by: it needed no step at all.
+    results = {s: {'rl': result(0.0, 0.9), 'opd': result(0.8, 0.9, teacher=1.0)} for s in (0, 1)}
+    got = report.summarize(settings('rl', 'opd', teacher='stage:rl'), results)
+    assert got['rows']['opd']['reach']['0.5']['steps']['mean'] == 0
+    json.dumps(got, allow_nan=False)
+    report.tables(got)
+
+  def test_a_teacher_that_gets_nothing_right(self):
+    results = {0: {'rl': result(0.0, 0.0), 'opd': result(0.0, 0.0, teacher=0.0)}}
+    results[0]['opd']['teacher'] = {'sampled_accuracy': 0.0, 'greedy_accuracy': 0.0}
+    got = report.summarize(settings('rl', 'opd', teacher='stage:rl'), results)
+    json.dumps(got, allow_nan=False)
+    report.tables(got)
+
+  def test_no_method_with_a_teacher(self):
+    got = report.summarize(settings('a', 'b', teacher='stage:a'),
+                           {0: {'a': result(0.0, 0.5), 'b': result(0.0, 0.7)}})
+    assert list(got['rows']) == ['base', 'a', 'b']
+    report.tables(got)
+
+  @pytest.mark.parametrize('ungraded', [('a', 'b'), ('b',)])
+  def test_a_task_that_does_not_grade(self, ungraded, tmp_path):
+    c = settings('a', 'b', teacher='stage:a')
+    runs = {m: result(0.1, 0.5, teacher=0.9) for m in 'ab'}
+    for m in ungraded:
+      for e in (*runs[m]['evals'], runs[m]['teacher']):
+        e['reverse_kl'] = e.pop('sampled_accuracy')
+        del e['greedy_accuracy']
+    for m, run in runs.items():
+      (tmp_path / 'seed_0' / m).mkdir(parents=True)
+      (tmp_path / 'seed_0' / m / 'result.json').write_text(json.dumps(run))
+    got = report.write(c, tmp_path)
+    assert got['rows']['b']['sampled_accuracy'] is None
+    assert got['rows']['b']['reverse_kl']['mean'] == 0.5
+    assert not got['rows']['b']['reach'] and not got['ratios']
+    assert (tmp_path / 'curves.png').stat().st_size > 10_000

@@ -47,9 +47,9 @@ _direct = functools.partial(Objective, route='direct', importance='none')
 OBJECTIVES = {  # the others are compared with the first
     'sampled': Objective(),
     'full': _direct(support='full'),
-    'full_js': _direct(support='full', divergence='jensen_shannon', divergence_alpha=0.5),
-    'teacher_top_k': _direct(support='teacher_top_k', top_k=64, tail='bucket'),
-    'union_top_k': _direct(support='union_top_k', top_k=64, tail='bucket')}
+    'full_js': _direct(support='full', divergence='jensen_shannon(0.5)'),
+    'teacher_top_k': _direct(support='teacher_top_k(64, tail="bucket")'),
+    'union_top_k': _direct(support='union_top_k(64, tail="bucket")')}
 
 
 def make_model(width: int, inner: int, layers: int) -> types.Model:

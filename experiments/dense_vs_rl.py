@@ -103,7 +103,7 @@ def teacher() -> ConfigDict:
   c.objective.distill_coef = 0.0
   c.objective.reward_coef = 1.0
   c.objective.reward_baseline = 'group_mean_std'
-  c.objective.importance, c.objective.clip_epsilon = 'ppo_clip', 0.2
+  c.objective.importance = 'ppo_clip(0.2)'
   c.optimizer.learning_rate, c.optimizer.final_learning_rate = 8e-4, 8e-5
   c.optimizer.schedule = 'linear'
   c.eval.every_steps = 10

@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 
 from opd_jax import config as config_lib
 from opd_jax import presets
+from opd_jax.algorithm import choices
+from opd_jax.algorithm.objective import KINDS
 
 ASSETS = pathlib.Path(__file__).resolve().parent / 'assets'
 ROWS = 128
@@ -44,7 +46,7 @@ def stage(name: str) -> ConfigDict:
   presets.apply(c, name)
   o = c.objective
   for group in (o, o.local):
-    group.top_k = min(group.top_k, 16)
+    group.support = choices.at_most(KINDS['support'], group.support, 16)
   if c.data.source == 'dataset':
     c.data.split = 'corpus'
   if c.given.source == 'dataset':

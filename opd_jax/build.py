@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from opd_jax import load, sharding, tasks
-from opd_jax.algorithm.objective import wants
+from opd_jax.algorithm.objective import top_ks, wants
 from opd_jax.config import Run
 from opd_jax.data import examples as examples_lib
 from opd_jax.data import prompts as prompts_lib
@@ -137,13 +137,13 @@ def _check_models(run, streams, mesh, adapter, loaded):
            f'together at most {longest}, the max_position_embeddings of student, teacher and '
            'reference')
   in_use = loaded[0].model.vocab_in_use
-  for field, k in (('sample.top_k', run.sample.top_k), ('eval.top_k', run.eval.top_k),
-                   ('objective.top_k', run.objective.top_k),
-                   ('objective.local.top_k', run.objective.local.top_k),
-                   ('objective.token_top_k', run.objective.token_top_k),
-                   ('given.top_k', run.given.top_k)):
+  counts = {'sample.top_k': run.sample.top_k, 'eval.top_k': run.eval.top_k}
+  for stream in streams:
+    group = 'given' if stream.name == GIVEN else 'objective'
+    counts |= {f'{group}.{field}': k for field, k in top_ks(stream.objective).items()}
+  for field, k in counts.items():
     if k > in_use:
-      raise ValueError(f'{field}={k}; allowed: at most the vocabulary of {in_use}')
+      refuse(run, field, '', f'at most the vocabulary of {in_use} tokens')
 
 
 def _check_wants(streams, teacher, reference):

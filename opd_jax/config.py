@@ -60,7 +60,7 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-  """What objective.reference_coef and objective.extrapolation refer to."""
+  """What objective.reference_kl and objective.extrapolation refer to."""
 
   kind: str = 'none'  # those of teachers
   path: str = ''
@@ -147,10 +147,7 @@ class Given:
   likelihood_coef: float = 0.0
   distill_coef: float = 0.0
   divergence: str = 'forward_kl'
-  divergence_alpha: float = 0.0
   support: str = 'full'
-  top_k: int = 0
-  tail: str = 'none'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,11 +47,9 @@ def _fields(**groups: dict[str, Any]) -> dict[str, Any]:
           for group, values in groups.items() for name, value in values.items()}
 
 
-def _direct(divergence: str = 'reverse_kl', alpha: float = 0.0, **more: Any) -> dict[str, Any]:
+def _direct(divergence: str = 'reverse_kl', **more: Any) -> dict[str, Any]:
   """The objective fields of an exact divergence, differentiated."""
   named = dict(divergence=divergence) if divergence != 'reverse_kl' else {}
-  if alpha:
-    named['divergence_alpha'] = alpha
   return dict(route='direct', support='full', importance='none') | named | more
 
 
@@ -71,7 +69,7 @@ PRESETS: dict[str, Preset] = {
     'gkd': Preset(
         'GKD (Agarwal et al. 2023, arXiv 2306.13649)', **WHITE, granularity='token',
         equation='JSD_b(p_T, p_S), b = 0.5, on a share lambda = 0.5 of own samples',
-        fields=_fields(objective=_direct('jensen_shannon', 0.5),
+        fields=_fields(objective=_direct('jensen_shannon(0.5)'),
                        data=dict(on_policy_fraction=0.5, off_policy_source='teacher')),
         headline="2.1x / 1.7x / 1.9x the gain of baseline KD on XSum / WMT / GSM8K"),
     'minillm': Preset(
@@ -87,16 +85,16 @@ PRESETS: dict[str, Preset] = {
     'distillm': Preset(
         'DistiLLM (Ko et al. 2024, arXiv 2402.03898)', **WHITE, granularity='token',
         equation='KL(p_T || a p_T + (1 - a) p_S), a = 0.1, half of the batches off-policy',
-        fields=_fields(objective=_direct('skew_kl', 0.1),
+        fields=_fields(objective=_direct('skew_kl(0.1)'),
                        data=dict(on_policy_fraction=0.5, off_policy_source='teacher')),
         headline='up to 4.3x faster than on-policy KD',
         omits='the replay buffer and its adaptive schedule'),
     'distillm2': Preset(
         'DistiLLM-2 (Ko et al. 2025, arXiv 2503.07067)', **WHITE, granularity='token',
         equation='SRKL_a on own samples + SKL_a on teacher samples, a = 0.1',
-        fields=_fields(objective=_direct('skew_reverse_kl', 0.1),
+        fields=_fields(objective=_direct('skew_reverse_kl(0.1)'),
                        given=dict(source='teacher', prompts_per_step=64, distill_coef=1.0,
-                                  divergence='skew_kl', divergence_alpha=0.1)),
+                                  divergence='skew_kl(0.1)')),
         headline='AlpacaEval win rate 73.7, HumanEval 42.7 (Qwen2.5-1.5B)',
         omits='a per sample; the student detached in the SRKL mixture'),
     'vopd': Preset(
@@ -107,12 +105,12 @@ PRESETS: dict[str, Preset] = {
     'opd_plus': Preset(
         'OPD+ (2026, arXiv 2606.01039)', **WHITE, granularity='token',
         equation='-rho_t w(u), w = -f(u) + u f\'(u), of the Jensen-Shannon divergence',
-        fields=_fields(objective=dict(divergence='jensen_shannon', divergence_alpha=0.5)),
+        fields=_fields(objective=dict(divergence='jensen_shannon(0.5)')),
         headline='mathematics 48.9 (JSD+) and 46.4 (FKL+) against 38.4 SFT'),
     'power_opd': Preset(
         'PowerOPD (2026, arXiv 2606.17199)', **WHITE, granularity='token',
         equation='-rho_t (p_T^a - p_S^a)(y_t), a = 1',
-        fields=_fields(objective=dict(shaping='power', shaping_scale=1.0)),
+        fields=_fields(objective=dict(shaping='power(1)')),
         headline='+6.4 Avg@8 over opd, 59 % less time'),
     'log_opd': Preset(
         'Demystifying OPD (2026, arXiv 2607.13399)', **WHITE, granularity='token',
@@ -123,16 +121,14 @@ PRESETS: dict[str, Preset] = {
         'EOPD (2026, arXiv 2603.07079)', **WHITE, granularity='token',
         equation='opd + KL(p_T || p_S) over the teacher\'s top 16 where H(p_T) > 0.8',
         fields=_fields(objective__local=dict(
-            coef=1.0, support='teacher_top_k', top_k=16, tail='drop', gate='teacher_entropy',
-            entropy=0.8)),
+            coef=1.0, support='teacher_top_k(16, tail="drop")', gate='teacher_entropy(0.8)')),
         headline='Pass@8 +1.4 / +2.4 / +5.1 (0.6B / 1.7B / 4B)'),
     'tropd': Preset(
         'TrOPD (2026, arXiv 2606.01249)', **WHITE, granularity='token',
         equation='opd where trusted, with probability min(p_T / p_S, 1); else KL(p_T || p_S) over '
                  'the teacher\'s top 16',
         fields=_fields(objective__local=dict(
-            coef=1.0, support='teacher_top_k', top_k=16, tail='drop', gate='untrusted',
-            instead=True)),
+            coef=1.0, support='teacher_top_k(16, tail="drop")', gate='untrusted', instead=True)),
         headline='49.9 against 46.8 of opd (DeepSeek-R1-Distill-1.5B)',
         omits='prefixes that the teacher wrote'),
     'aopd': Preset(
@@ -143,13 +139,13 @@ PRESETS: dict[str, Preset] = {
     'exopd': Preset(
         'G-OPD / ExOPD (2026, arXiv 2602.12125)', **WHITE, granularity='token',
         equation='-rho_t (l log p_T + (1 - l) log p_ref - log p_S)(y_t), l = 1.25',
-        fields=_fields(objective=dict(extrapolation=1.25, importance='truncated', ratio_high=5.0),
+        fields=_fields(objective=dict(extrapolation=1.25, importance='truncated(5)'),
                        reference=dict(kind='initial_student')),
         headline='students above their domain teachers'),
     'stable_opd': Preset(
         'StableOPD (2026, arXiv 2604.08527)', **WHITE, granularity='token',
         equation='opd + 0.01 KL(p_S || p_ref) - 0.1 log p_S(golden data)',
-        fields=_fields(objective=dict(reference_coef=0.01, reference_estimator='full'),
+        fields=_fields(objective=dict(reference_kl='full(0.01)'),
                        reference=dict(kind='initial_student'),
                        given=dict(source='dataset', prompts_per_step=16, likelihood_coef=0.1)),
         headline='+7.2 %, no collapse into truncated completions',
@@ -158,8 +154,8 @@ PRESETS: dict[str, Preset] = {
         'KDRL (2025, arXiv 2506.02208)', signal='outcomes', access='white-box',
         granularity='sequence', equation='GRPO + b k2(p_S, p_T), b from 5e-3 to 1e-3',
         fields=_fields(
-            objective=dict(route='direct', estimator='k2', importance='ppo_clip', clip_epsilon=0.2,
-                           distill_coef=5e-3, final_distill_coef=1e-3, anneal_steps=80,
+            objective=dict(route='direct', estimator='k2', importance='ppo_clip(0.2)',
+                           distill_coef=5e-3, anneal='linear(steps=80, to=1e-3)',
                            reward_coef=1.0, reward_baseline='group_mean_std'),
             data=dict(samples_per_prompt=4)),
         headline='both together above either alone', omits="GRPO's mean within rows"),
@@ -168,27 +164,27 @@ PRESETS: dict[str, Preset] = {
         granularity='hybrid',
         equation='KL(p_S || p_T) over the student\'s top 50 and a tail bucket, on rows where '
                  'teacher and verifier agree',
-        fields=_fields(objective=_direct(support='student_top_k', top_k=50, tail='bucket',
+        fields=_fields(objective=_direct(support='student_top_k(50, tail="bucket")',
                                          row_gate='reward_agrees')),
         headline='–'),
     'lsm': Preset(
         'Revisiting OPD (2026, arXiv 2603.25562)', **WHITE, granularity='token',
         equation='sum over the teacher\'s top 32 of p_S (log p_S - log p_T), both renormalized',
-        fields=_fields(objective=_direct(support='teacher_top_k', top_k=32, tail='renormalize'),
+        fields=_fields(objective=_direct(support='teacher_top_k(32, tail="renormalize")'),
                        sample=dict(top_p=0.9)),
         headline='41.5 against 36.4 of opd (Qwen2.5-7B), 97.7 on ALFWorld',
         omits='its mask of special tokens'),
     'mopd': Preset(
         'MOPD (2026, arXiv 2606.30406), its per-token form', **WHITE, granularity='token',
         equation='-rho_t clip(log p_T - log p_S, -5, 5)(y_t)',
-        fields=_fields(objective=dict(shaping='clip', shaping_scale=5.0)),
+        fields=_fields(objective=dict(shaping='clip(5)')),
         headline='normalized score .937 against .882 of mixed RL (several teachers)',
         omits='routing each prompt to the teacher of its domain'),
     'mopd_top_k': Preset(
         'MOPD (2026, arXiv 2606.30406), its top-k form', **WHITE, granularity='token',
         equation='sum over the teacher\'s top 64 of p_S log(p_S / p_T) - p_S + p_T',
-        fields=_fields(objective=_direct('alpha_divergence', 0.0, support='teacher_top_k',
-                                         top_k=64, tail='drop')),
+        fields=_fields(objective=_direct('alpha_divergence(0)',
+                                         support='teacher_top_k(64, tail="drop")')),
         headline='.909 where the per-token form has .937; collapses with a distant teacher'),
     'fixed_negative': Preset(
         'a control arm (2026, arXiv 2608.31046)', **WHITE, granularity='token',
@@ -211,9 +207,9 @@ PRESETS: dict[str, Preset] = {
         equation='-min(rho_t A, clip(rho_t) A), A = (r - mean) / std of the group',
         fields=_fields(objective=dict(
             distill_coef=0.0, reward_coef=1.0, reward_baseline='group_mean_std',
-            importance='ppo_clip', clip_epsilon=0.2), data=dict(samples_per_prompt=4)),
+            importance='ppo_clip(0.2)'), data=dict(samples_per_prompt=4)),
         headline='GSM8K 82.9 to 88.2 (DeepSeekMath 7B)',
-        omits="its KL term (reference_coef), its mean within rows (reduction='sequence_mean')"),
+        omits="its KL term (reference_kl), its mean within rows (reduction='sequence_mean')"),
     'reinforce': Preset(
         'REINFORCE with a group mean (Williams 1992)', **OUTCOME, granularity='sequence',
         equation='-rho_t (r - mean of the group)',

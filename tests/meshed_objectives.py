@@ -16,8 +16,8 @@ import tiny
 
 from opd_jax import config as config_lib
 from opd_jax import presets, sharding
-from opd_jax.algorithm import score, signals, update
-from opd_jax.algorithm.objective import Objective
+from opd_jax.algorithm import choices, score, signals, update
+from opd_jax.algorithm.objective import KINDS, Objective
 from opd_jax.data import streams
 from opd_jax.run import evaluate
 from opd_jax.types import Batch, Scores, TrainState, Wants
@@ -30,15 +30,18 @@ REWARDS = np.array([1.0, 0.0, 0.25, 1.0, 0.0, 0.0, 1.0, 0.0])
 # the batch, by what needs the vocabulary.
 CASES = ('tropd', 'stable_opd', 'vopd', 'rg_opd', 'minillm', 'teachability')
 
+TEACHABILITY = Objective(token_gate='teachability(keep=0.5, top_k=3)')
+
 
 def _objectives(name):
   """(of own rows, of given ones or None)."""
   if name == 'teachability':
-    return Objective(token_gate='teachability', token_top_k=3, token_keep=0.5), None
+    return TEACHABILITY, None
   c = tiny.config('opd_sampled', teacher__kind='initial_student')
   run = config_lib.parse(presets.apply(c, name))
   o = run.objective
-  small = (dataclasses.replace(part, top_k=min(part.top_k, 9)) for part in (o, o.local))
+  small = (dataclasses.replace(part, support=choices.at_most(KINDS['support'], part.support, 9))
+           for part in (o, o.local))
   given = streams.given_objective(run) if run.given.source != 'none' else None
   return dataclasses.replace(next(small), local=next(small)), given
 
@@ -105,12 +108,15 @@ def scoring() -> dict[str, dict[str, float]]:
   params = tabular.random_params(model, 0, jnp.float32)
   rollout = make_rollout(PROMPTS, [[1] * 30] * 8, prompt_width=5, room=30)
   hidden = jnp.zeros((8, 30, 16))
-  o = Objective(token_gate='teachability', token_top_k=3, token_keep=0.5)
 
   def teachability(params, rollout, hidden):
     scores = Scores(None, None, hidden)
-    return signals.teachability(o, Batch(rollout, scores, scores), model.head(params),
-                               model.head(params), 16)
+    over, seen = signals.over_vocabulary(TEACHABILITY, Batch(rollout, scores, scores),
+                                         model.head(params), model.head(params), 16), []
+    # Of the gate only what looks at the vocabulary: it sorts the whole batch afterwards.
+    TEACHABILITY.choice('token_gate')(dict(
+        mask=rollout.mask, over_vocabulary=lambda f: seen.append(over(f)) or seen[0]))
+    return seen[0]
 
   programs = {
       'score': (functools.partial(

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import itertools
+import math
+import typing
 
 import jax.numpy as jnp
 import numpy as np
 
+from opd_jax.algorithm import choices
 from opd_jax.algorithm.objective import Objective
 from opd_jax.types import Batch, Head, Heads, Model, Params, Rollout, Scores
 
@@ -88,3 +92,23 @@ def batch(o: Objective, cast: Cast, rollout: Rollout, rewards: np.ndarray,
       reference=own(cast.reference_params, rollout),
       rewards=jnp.asarray(rewards, rollout.mask.dtype)), Heads(
           cast.model.head(cast.teacher_params), cast.model.head(cast.reference_params))
+
+
+def examples(kind: choices.Kind) -> list[str]:
+  """Every choice of a kind, its parameters somewhere within their bounds."""
+  def values(hint):
+    bounds = choices.bounds(hint)
+    if bounds is None:
+      return typing.get_args(hint)
+    if typing.get_args(hint)[0] is int:
+      return (round(bounds.low) + 2,)
+    far = 0.3 if math.isinf(bounds.high) else 0.4 * (bounds.high - bounds.low)
+    return (bounds.low + far,)
+
+  out = []
+  for name, function in kind.functions.items():
+    hints = choices.parameters(function)
+    for arguments in itertools.product(*map(values, hints.values())):
+      inside = ', '.join(f'{k}={v!r}' for k, v in zip(hints, arguments, strict=True))
+      out.append(f'{name}({inside})' if inside else name)
+  return out

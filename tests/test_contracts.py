@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
-import inspect
 import json
 import os
 import pathlib
@@ -27,8 +26,8 @@ from safetensors.numpy import load_file, save_file
 
 import opd_jax
 from opd_jax import models, sharding, tasks, teachers
-from opd_jax.algorithm import divergences, sample, score
-from opd_jax.algorithm import support as support_lib
+from opd_jax.algorithm import sample, score
+from opd_jax.algorithm.objective import KINDS, Objective
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.files import huggingface
 from opd_jax.models import nn
@@ -163,32 +162,22 @@ def test_the_checks_of_the_suite_are_on():
 
 # --- divergences ---
 
-EVERY = [(name, alpha) for name in support_lib.names()
-         for alpha in ((0.1, 0.5) if support_lib.takes_alpha(name) else (0.0,))]
-each_divergence = pytest.mark.parametrize(('name', 'alpha'), EVERY)
+EVERY = [text.replace('(alpha)', f'({alpha})') for text in KINDS['divergence'].names
+         for alpha in ((0.1, 0.5) if '(' in text else (0.0,))]
+each_divergence = pytest.mark.parametrize('name', EVERY)
 
 
 def _logits(*shape, seed=0, scale=2.0):
   return scale * np.random.RandomState(seed).standard_normal(shape)
 
 
-def _divergence(name, alpha):
-  return functools.partial(support_lib.full, support_lib.term(name, alpha))
-
-
-def test_divergences_are_found_by_listing_their_file():
-  functions = [n.name for n in ast.parse((PACKAGE / 'divergences.py').read_text()).body
-               if isinstance(n, ast.FunctionDef) and n.name[0] != '_']
-  assert support_lib.names() == sorted(functions)
-  assert {'reverse_kl', 'forward_kl'} <= set(functions)
-  # Where a parameter makes sense is said for every one that has it, and for no other.
-  assert set(divergences.ALPHAS) == {
-      n for n in functions if 'alpha' in inspect.signature(getattr(divergences, n)).parameters}
+def _divergence(name, support='full'):
+  return Objective(divergence=name, support=support).over_support
 
 
 @each_divergence
-def test_divergence_is_zero_at_equality_and_positive_elsewhere(x64, name, alpha):
-  divergence = _divergence(name, alpha)
+def test_divergence_is_zero_at_equality_and_positive_elsewhere(x64, name):
+  divergence = _divergence(name)
   p = jax.nn.log_softmax(jnp.asarray(_logits(50, 4, 11)))
   q = jax.nn.log_softmax(jnp.asarray(_logits(50, 4, 11, seed=1)))
   assert divergence(p, q).shape == (50, 4)
@@ -197,8 +186,8 @@ def test_divergence_is_zero_at_equality_and_positive_elsewhere(x64, name, alpha)
 
 
 @each_divergence
-def test_divergence_gradient_equals_finite_differences(x64, name, alpha):
-  divergence = _divergence(name, alpha)
+def test_divergence_gradient_equals_finite_differences(x64, name):
+  divergence = _divergence(name)
   teacher = jax.nn.log_softmax(jnp.asarray(_logits(3, 5, seed=1)))
   logits = _logits(3, 5)
 
@@ -216,8 +205,8 @@ def test_divergence_gradient_equals_finite_differences(x64, name, alpha):
 
 @each_divergence
 @pytest.mark.parametrize('tail', ['', 'renormalize', 'bucket'])
-def test_divergence_has_no_nan_at_extreme_logits(name, alpha, tail):
-  f = support_lib.term(name, alpha)
+def test_divergence_has_no_nan_at_extreme_logits(name, tail):
+  support = f'union_top_k(2, {tail!r})' if tail else 'full'
   one_hot = [[1e4, 0.0, -1e4], [-1e4, 1e4, 0.0], [0.0, 0.0, 0.0], [80.0, -80.0, 80.0],
              [0.0, 1.0, UNUSED_LOGIT]]
   pairs = jnp.asarray([(a, b) for a in one_hot for b in one_hot], jnp.float32)
@@ -227,10 +216,7 @@ def test_divergence_has_no_nan_at_extreme_logits(name, alpha, tail):
 
   def total(logits):
     student, teacher = jax.nn.log_softmax(logits), jax.nn.log_softmax(pairs[:, 1])
-    if not tail:
-      return jnp.sum(support_lib.full(f, student, teacher))
-    return jnp.sum(support_lib.on_support(f, student, teacher, support='union_top_k', top_k=2,
-                                         tail=tail))
+    return jnp.sum(_divergence(name, support)(student, teacher))
 
   value, grad = jax.value_and_grad(total)(pairs[:, 0])
   assert np.isfinite(value) and np.all(np.isfinite(grad))

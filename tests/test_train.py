@@ -488,14 +488,13 @@ class TestAdapters:
 
 
 @pytest.mark.parametrize('fields', [
-    dict(route='direct', support='union_top_k', top_k=4, tail='bucket', importance='none',
-         divergence='jensen_shannon', divergence_alpha=0.5),
+    dict(route='direct', support='union_top_k(4, tail="bucket")', importance='none',
+         divergence='jensen_shannon(0.5)'),
     dict(route='direct', estimator='k2', importance='none'),
-    dict(baseline='exact', token_gate='soft_or', token_keep=0.5),
-    dict(shaping='power', shaping_scale=1.0, baseline='leave_one_out', importance='truncated',
-         ratio_high=2.0),
+    dict(baseline='exact', token_gate='soft_or(keep=0.5)'),
+    dict(shaping='power(1)', baseline='leave_one_out', importance='truncated(2)'),
     dict(route='direct', support='full', importance='none', divergence='forward_kl',
-         row_gate='wrong', window_tokens=3),
+         row_gate='wrong', window='tokens(0, 3)'),
 ], ids=['top_k', 'k2', 'exact_baseline', 'power', 'gates'])
 def test_other_objectives_lower_the_reverse_kl(tmp_path, fields):
   c = tiny.with_models('opd_sampled', steps=40, data__samples_per_prompt=2,
@@ -515,13 +514,12 @@ def test_other_objectives_lower_the_reverse_kl(tmp_path, fields):
 
 # Both draw in every step: which batches are the student's, and which tokens are trusted.
 MIXED = dict(
-    steps=8, objective__divergence='jensen_shannon', objective__divergence_alpha=0.5,
+    steps=8, objective__divergence='jensen_shannon(0.5)',
     data__on_policy_fraction=0.5, data__off_policy_source='teacher', given__source='dataset',
     given__split='corpus', given__prompts_per_step=8, given__likelihood_coef=0.1)
 UNTRUSTED = dict(
-    steps=8, reference__kind='initial_student', objective__reference_coef=0.1,
-    objective__reference_estimator='k2', objective__local__coef=1.0, objective__local__top_k=4,
-    objective__local__support='teacher_top_k', objective__local__tail='drop',
+    steps=8, reference__kind='initial_student', objective__reference_kl='k2(0.1)',
+    objective__local__coef=1.0, objective__local__support='teacher_top_k(4, tail="drop")',
     objective__local__gate='untrusted', objective__local__instead=True)
 
 
@@ -605,8 +603,7 @@ def test_samples_of_a_mixture_with_the_teacher(tmp_path):
 
 
 def test_advantages_are_recomputed_and_coefficients_annealed(tmp_path):
-  fields = dict(steps=2, optimizer__updates_per_batch=2, objective__anneal_steps=4,
-                objective__final_distill_coef=0.2)
+  fields = dict(steps=2, optimizer__updates_per_batch=2, objective__anneal='linear(steps=4, to=0.2)')
   runs = {}
   for kept in ('kept', 'recomputed'):
     c = tiny.with_models('opd_sampled', objective__advantages=kept, **fields)

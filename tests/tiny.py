@@ -70,7 +70,7 @@ def config(kind: str, **fields: Any) -> ConfigDict:
     c.data.prompts_per_step, c.data.samples_per_prompt = 8, 4
     c.objective.distill_coef, c.objective.reward_coef = 0.0, 1.0
     c.objective.reward_baseline = 'group_mean_std'
-    c.objective.importance, c.objective.clip_epsilon = 'ppo_clip', 0.2
+    c.objective.importance = 'ppo_clip(0.2)'
   elif kind == 'opd_exact':
     c.objective.route, c.objective.support, c.objective.importance = 'direct', 'full', 'none'
   else:

@@ -73,12 +73,18 @@ def _ratio_metrics(o, rollout, aux, mean):
   lowest = jnp.where(jnp.any(chosen), jnp.min(jnp.where(chosen, ratio, jnp.inf)), 1.0)
   out = {'gap_mean': mean(gap), 'gap_max': jnp.max(gap), 'ratio_mean': mean(ratio),
          'ratio_max': jnp.max(jnp.where(chosen, ratio, 0.0)), 'ratio_min': lowest}
-  low, high = {'ppo_clip': (1.0 - o.clip_epsilon, 1.0 + o.clip_epsilon),
-               'two_sided': (o.ratio_low, o.ratio_high),
-               'truncated': (0.0, o.ratio_high)}.get(o.importance, (None, None))
+  low, high = _bounds(o)
   if high is not None:
     out['clip_rate'] = mean(((ratio < low) | (ratio > high)).astype(jnp.float32))
   return out
+
+
+def _bounds(o):
+  """Between what the ratio of an importance weight is held; None, None where it is not."""
+  arguments = o.choice('importance').arguments
+  if 'epsilon' in arguments:
+    return 1.0 - arguments['epsilon'], 1.0 + arguments['epsilon']
+  return (arguments.get('low', 0.0), arguments['high']) if 'high' in arguments else (None, None)
 
 
 def overlap(student: Float[Array, 'n V'], teacher: Float[Array, 'n V'], k: int

@@ -1,53 +1,25 @@
-"""From one term of a divergence to its sum over a support, and to its estimates from one token.
+"""From one term of a divergence to its sum over some tokens, and to its estimates from one token.
 
 With D = sum_v p_S f(u), u = p_T / p_S, the gradient has three forms, which the oracle tests tie to
 each other in float64 on an enumerable vocabulary:
 
   direct         differentiate the sum over the support;
   score function E_S[-w(u) grad log p_S], w(u) = -f(u) + u f'(u), the weight detached;
-  k2, k3         differentiate (log u)^2 / 2, or u - 1 - log u, at the sampled token: unbiased for
-                 the reverse and for the forward KL respectively (Schulman 2020, "Approximating KL
-                 Divergence"; as losses: Tang & Munos 2025, arXiv 2506.09477). k1 = -log u itself
-                 would differentiate to nothing, since E_S[grad log p_S] = 0.
+  k2, k3         differentiate a function of u at the sampled token (`choices/estimators.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from opd_jax.algorithm import divergences
-
-SUPPORTS = ('sampled', 'teacher_top_k', 'student_top_k', 'union_top_k', 'full')
-TAILS = ('none', 'drop', 'renormalize', 'bucket', 'stop_gradient')
-# What differentiating a function of the sampled token's u estimates without bias.
-DIRECT_SAMPLED = {'k2': 'reverse_kl', 'k3': 'forward_kl'}
 _GONE = -1e30  # the log-prob of what is not in a support; finite, so that 0 * log 0 is 0
 
 Term = Callable[[Array, Array], Array]  # (log p_S, log p_T) -> p_S f(u), elementwise
-
-
-def names() -> list[str]:
-  """The divergences that there are."""
-  return sorted(name for name, f in vars(divergences).items()
-                if getattr(f, '__module__', '') == divergences.__name__ and name[0] != '_')
-
-
-def takes_alpha(name: str) -> bool:
-  """Whether a divergence has a parameter."""
-  return name in divergences.ALPHAS
-
-
-def term(name: str, alpha: float) -> Term:
-  """The divergence called `name`, its parameter filled in."""
-  function = getattr(divergences, name)
-  return functools.partial(function, alpha=alpha) if takes_alpha(name) else function
 
 
 def from_generator(f: Callable[[Array], Array]) -> Term:
@@ -59,12 +31,6 @@ def from_generator(f: Callable[[Array], Array]) -> Term:
   """
   return lambda student, teacher: jnp.exp(student) * f(
       jnp.exp(jnp.clip(teacher - student, -80.0, 80.0)))
-
-
-def full(f: Term, student: Float[Array, '... V'], teacher: Float[Array, '... V']
-         ) -> Float[Array, '...']:
-  """The divergence over the whole vocabulary, nats."""
-  return jnp.sum(f(student, teacher), axis=-1)
 
 
 def score_weight(f: Term, log_u: Float[Array, '...']) -> Float[Array, '...']:
@@ -86,16 +52,6 @@ def score_weight(f: Term, log_u: Float[Array, '...']) -> Float[Array, '...']:
   return jnp.where(log_u == 0.0, 0.0, weight(log_u) - weight(jnp.zeros_like(log_u)))
 
 
-def sampled_loss(estimator: str, log_u: Float[Array, '...']) -> Float[Array, '...']:
-  """k2 = (log u)^2 / 2 or k3 = u - 1 - log u at the sampled tokens, to be differentiated.
-
-  The gradient of log u reaches the student only (u = p_T / p_S): -grad log p_S.
-  """
-  if estimator == 'k2':
-    return 0.5 * jnp.square(log_u)
-  return jnp.expm1(log_u) - log_u
-
-
 def extrapolate(teacher: Float[Array, 'n V'], reference: Float[Array, 'n W'] | None, scale: float
                 ) -> Float[Array, 'n V']:
   """log of p_T^scale p_ref^(1 - scale), normalized: what ExOPD (2026, arXiv 2602.12125) distils.
@@ -108,14 +64,6 @@ def extrapolate(teacher: Float[Array, 'n V'], reference: Float[Array, 'n W'] | N
   teacher, reference = teacher[:, :width], reference[:, :width]
   # Padding of the vocabulary is -1e30 on both sides: the difference is 0, not the sum of both.
   return jax.nn.log_softmax(teacher + (scale - 1.0) * (teacher - reference), axis=-1)
-
-
-def over_support(o: Any, student: Float[Array, 'n V'], teacher: Float[Array, 'n V']
-                 ) -> Float[Array, 'n']:
-  """The divergence that `o` (an Objective or its Local) names, over the support that it names."""
-  if not o.support.endswith('top_k'):  # full, or the mean of a sampled signal
-    return full(o.term, student, teacher)
-  return on_support(o.term, student, teacher, support=o.support, top_k=o.top_k, tail=o.tail)
 
 
 def top_k(x: Float[Array, 'n V'], k: int) -> tuple[Float[Array, 'n k'], Int[Array, 'n k']]:
@@ -135,39 +83,19 @@ def top_k(x: Float[Array, 'n V'], k: int) -> tuple[Float[Array, 'n k'], Int[Arra
   return values, jnp.take_along_axis(chosen, place // block, axis=1) * block + place % block
 
 
-def choose(support: str, k: int, student: Float[Array, 'n V'], teacher: Float[Array, 'n V']
-           ) -> tuple[Int[Array, 'n K'], Float[Array, 'n K']]:
-  """The tokens of a top-k support, and 1 for each that counts (0 for one that is there twice).
-
-  'union_top_k' is the teacher's top k and then the student's, of which those that the teacher has
-  too do not count again.
-  """
-  # Which tokens they are has no gradient.
-  student, teacher = jax.lax.stop_gradient((student, teacher))
-  if support == 'teacher_top_k':
-    tokens = top_k(teacher, k)[1]
-  elif support == 'student_top_k':
-    tokens = top_k(student, k)[1]
-  else:
-    theirs, mine = top_k(teacher, k)[1], top_k(student, k)[1]
-    twice = jnp.any(mine[:, :, None] == theirs[:, None, :], axis=-1)
-    tokens = jnp.concatenate([theirs, mine], axis=1)
-    counts = jnp.concatenate([jnp.ones_like(theirs), 1 - twice], axis=1)
-    return tokens, counts.astype(student.dtype)
-  return tokens, jnp.ones(tokens.shape, student.dtype)
-
-
-def on_support(f: Term, student: Float[Array, 'n V'], teacher: Float[Array, 'n V'], *,
-               support: str, top_k: int, tail: str) -> Float[Array, 'n']:
-  """The divergence over the k most likely tokens, and what becomes of the rest.
+def over_tokens(f: Term, student: Float[Array, 'n V'], teacher: Float[Array, 'n V'],
+                tokens: Int[Array, 'n K'], tail: str, counts: Int[Array, 'n K'] | None = None
+                ) -> Float[Array, 'n']:
+  """The divergence over some tokens, and what becomes of the rest.
 
   'drop' leaves the rest out; 'renormalize' gives both models mass 1 on the support (LSM, 2026,
   arXiv 2603.25562); 'bucket' adds the rest of both as one more token (tail-aware top-k, 2026, arXiv
   2608.14728); 'stop_gradient' is sum_K p_S (sg(log p_S) - log p_T), whose gradient has no term that
   pushes mass out of the support (Many Faces of OPD, 2026, arXiv 2605.11182; reverse KL only). With
-  k = V (bucket: k = V - 1) all of them are the divergence itself.
+  k = V (bucket: k = V - 1) all of them are the divergence itself. `counts` is 0 for a token that is
+  there twice.
   """
-  tokens, counts = choose(support, top_k, student, teacher)
+  counts = jnp.ones(tokens.shape, student.dtype) if counts is None else counts.astype(student.dtype)
   here = counts > 0
   mine, theirs = (jnp.where(here, jnp.take_along_axis(x, tokens, axis=1), _GONE)
                   for x in (student, teacher))

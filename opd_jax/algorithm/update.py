@@ -5,7 +5,7 @@ With w_t the reduction weights (they sum to 1), rho_t the importance ratio, A_t 
 
   loss = sum_t w_t ( distill_coef * D(p_S, p_T)_t               direct route, over a support
                      + distill_coef * local.coef * g_t D'_t     the local term, where its gate is 1
-                     + reference_coef * KL(p_S || p_ref)_t
+                     + kappa * KL(p_S || p_ref)_t               reference_kl, which has kappa
                      - rho_t A_t )                              policy-gradient route
 
   A_t = distill_coef * w(p_T / p_S)(y_t)                 on-policy distillation, discounted; for the
@@ -53,7 +53,7 @@ def loss_fn(params: Params, rows: Weighted, coef: Array | float, heads: Heads, *
   arrays [B, T-1] for the metrics. `coef` is the present distill_coef."""
   rollout = rows.rollout
   behaviour = rollout.sampler_logprobs
-  if objective.importance in ('two_sided', 'ppo_clip'):
+  if 'policy_logratio' in objective.choice('importance').inputs:
     # How far the policy has moved, not what top-p cut away.
     behaviour = behaviour + rollout.policy_offset
   per_token = {'mask': rollout.mask, 'behaviour': behaviour, 'weights': rows.weights,
@@ -96,34 +96,31 @@ def _chunk_loss(o, head, constants, hidden, a):
     if 'student_hidden' in a:
       mine = jax.lax.stop_gradient(
           score_lib.log_softmax(a['student_hidden'], head, o.temperature))
-    if o.support != 'sampled' or o.baseline == 'exact':
-      out['divergence'] = support_lib.over_support(o, *score_lib.same_width(mine, teacher))
+    if o.support != 'sampled' or o.exact_baseline:
+      out['divergence'] = o.over_support(*score_lib.same_width(mine, teacher))
     if o.local.coef:
-      out['local'] = support_lib.over_support(o.local, *score_lib.same_width(own, teacher))
+      out['local'] = o.local.over_support(*score_lib.same_width(own, teacher))
       terms.append(a['local_weights'] * coef * o.local.coef * out['local'])
   if o.estimator != 'none':
     log_u = at_chosen(a['teacher_logprobs'] - logprobs)
-    out['divergence'] = support_lib.sampled_loss(o.estimator, log_u)
+    out['divergence'] = o.choice('estimator')(dict(log_u=log_u))
   if o.needs_teacher and o.route == 'direct':
     terms.append(a['weights'] * coef * out['divergence'])
-  if o.reference_coef:
-    out['reference_kl'] = _reference_kl(o, own, reference, logprobs, a, at_chosen)
-    terms.append(a['weights'] * o.reference_coef * out['reference_kl'])
+  if o.reference_kl != 'none':
+    known = {}
+    if 'reference_logprobs' in a:
+      known['log_u'] = at_chosen(a['reference_logprobs'] - logprobs)
+    if reference is not None:
+      known['student'], known['reference'] = score_lib.same_width(own, reference)
+    weight, out['reference_kl'] = o.choice('reference_kl')(known)
+    terms.append(a['weights'] * weight * out['reference_kl'])
   if o.has_policy_gradient:
     advantage = a['advantage']
-    if o.baseline == 'exact':
-      # The mean of log p_T - log p_S over the student's next token is minus this.
-      advantage = advantage + coef * jax.lax.stop_gradient(out['divergence'])
+    if o.exact_baseline:
+      advantage = o.choice('baseline')(dict(
+          values=advantage, divergence=coef * jax.lax.stop_gradient(out['divergence'])))
     terms.append(-a['weights'] * surrogate(o, logprobs, out['logratio'], advantage))
   return at_chosen(sum(terms)), out
-
-
-def _reference_kl(o, own, reference, logprobs, a, at_chosen):
-  if o.reference_estimator == 'full':
-    return support_lib.full(support_lib.term('reverse_kl', 0.0),
-                           *score_lib.same_width(own, reference))
-  return support_lib.sampled_loss(
-      o.reference_estimator, at_chosen(a['reference_logprobs'] - logprobs))
 
 
 def surrogate(o: Objective, logprobs: Float[Array, '...'], logratio: Float[Array, '...'],
@@ -131,17 +128,8 @@ def surrogate(o: Objective, logprobs: Float[Array, '...'], logratio: Float[Array
   """What is differentiated for the policy gradient: its gradient is rho A grad log p_S."""
   if o.importance == 'none':
     return logprobs * advantage
-  ratio = jnp.exp(logratio)
-  if o.importance == 'truncated':
-    return jax.lax.stop_gradient(jnp.minimum(ratio, o.ratio_high)) * logprobs * advantage
-  if o.importance == 'two_sided':
-    inside = (ratio >= o.ratio_low) & (ratio <= o.ratio_high)
-    # The ratio is replaced, not the product: the gradient of an infinite one would be NaN.
-    return jax.lax.stop_gradient(jnp.where(inside, ratio, 0.0)) * logprobs * advantage
-  if o.importance == 'ppo_clip':
-    clipped = jnp.clip(ratio, 1.0 - o.clip_epsilon, 1.0 + o.clip_epsilon) * advantage
-    return jnp.minimum(ratio * advantage, clipped)
-  return ratio * advantage
+  return o.choice('importance')(dict(logprobs=logprobs, advantage=advantage, logratio=logratio,
+                                     policy_logratio=logratio))
 
 
 def weigh(o: Objective, batch: Batch, coef: Array | float, student_head: Head | None,
@@ -154,30 +142,29 @@ def weigh(o: Objective, batch: Batch, coef: Array | float, student_head: Head | 
     o: the objective.
     batch: with what `wants(o)` names.
     coef: the present distill_coef.
-    student_head: for token_gate='teachability'.
+    student_head: for gates that look at the vocabulary.
     heads: of teacher and reference.
-    key: for the draws of the local gate 'untrusted'.
+    key: for the draws of a local gate.
     group_size: samples per prompt.
     chunk_tokens: tokens whose vocabulary rows exist at a time.
   """
   mask = batch.rollout.mask
-  teachable = None
-  if o.token_gate == 'teachability':
-    teachable = signals.teachability(o, batch, student_head, heads.teacher, chunk_tokens)
-  counted = signals.gate(o, batch, teachable)
+  rows = signals.over_vocabulary(o, batch, student_head, heads.teacher, chunk_tokens)
+  counted = signals.gate(o, batch, rows)
   weights = signals.reduction_weights(counted, o.reduction)
   reported, distil, local = {}, None, None
   advantage = signals.outcome_advantage(o, batch, group_size)
   if o.needs_teacher and o.route == 'policy_gradient':
     distil = signals.distillation_advantage(o, batch, group_size)
-    if o.shaping == 'clip':
-      hit = jnp.abs(signals.raw_signal(o, batch)) >= o.shaping_scale
+    limit = o.choice('shaping').arguments.get('limit')
+    if limit is not None:
+      hit = jnp.abs(signals.raw_signal(o, batch)) >= limit
       reported['shaped_rate'] = jnp.sum(hit * mask) / jnp.maximum(jnp.sum(mask), 1.0)
   if o.local.coef:
-    noise = None
-    if o.local.gate == 'untrusted':
-      noise = jax.random.uniform(key, mask.shape, mask.dtype)
-    local = signals.local_gate(o, batch, distil, noise)
+    known = {'advantage': distil, 'over_vocabulary': rows}
+    if 'noise' in o.local.choice('gate').inputs:
+      known['noise'] = jax.random.uniform(key, mask.shape, mask.dtype)
+    local = signals.local_gate(o, batch, known)
     if o.local.gate != 'none':
       reported['local_rate'] = jnp.sum(local * counted) / jnp.maximum(jnp.sum(counted), 1.0)
     if o.local.instead:
@@ -195,7 +182,8 @@ def weigh(o: Objective, batch: Batch, coef: Array | float, student_head: Head | 
       advantage=advantage if o.has_policy_gradient else None,
       local_weights=None if local is None else local * weights,
       teacher_logprobs=signals.teacher_logprobs(o, batch) if o.estimator != 'none' else None,
-      reference_logprobs=take(batch.reference, 'logprobs', o.reference_estimator in ('k2', 'k3')),
+      reference_logprobs=take(batch.reference, 'logprobs',
+                              'log_u' in o.choice('reference_kl').inputs),
       teacher_hidden=take(batch.teacher, 'hidden', o.needs_hidden_in_loss),
       student_hidden=take(batch.student, 'hidden', o.rescored_baseline),
       reference_hidden=take(batch.reference, 'hidden', wants(o)['reference'].hidden)), reported
@@ -246,7 +234,7 @@ def gradient(params: Params, batch: Batch, heads: Heads, step: Array, key: PRNGK
   (total, grads), aux = jax.lax.scan(accumulate, zeros,
                                      score_lib.split_rows(rows, term.microbatch_rows))
   reported |= metrics.batch_metrics(o, term.on_policy, batch, score_lib.join_rows(aux))
-  if o.anneal_steps:
+  if o.anneal != 'none':
     reported['distill_coef'] = coef
   return total, grads, reported
 
@@ -264,7 +252,7 @@ def update_fn(state: TrainState, batches: tuple[Batch, ...], heads: Heads,
     heads: of the models whose hidden states are there.
     frozen: what `state.params` are adapters on; None where the state holds the whole model. Not
       donated.
-    key: for the draws of objective.local.gate='untrusted' in the first batch.
+    key: for the draws of objective.local.gate in the first batch.
     model, optimizer: static.
     terms: static, one for each batch.
     chunk_tokens: tokens whose vocabulary rows exist at a time.

@@ -108,7 +108,6 @@ def given_objective(run: Any) -> Objective:
                      reduction=run.objective.reduction)
   return Objective(
       route='direct', importance='none', distill_coef=g.distill_coef,
-      likelihood_coef=g.likelihood_coef, divergence=g.divergence,
-      divergence_alpha=g.divergence_alpha, support=g.support, top_k=g.top_k, tail=g.tail,
+      likelihood_coef=g.likelihood_coef, divergence=g.divergence, support=g.support,
       reduction=run.objective.reduction, temperature=run.sample.temperature,
       teacher_temperature=run.objective.teacher_temperature)

@@ -20,7 +20,6 @@ from opd_jax.run import optim
 
 STAGE = 'stage:'  # prefix of a path that names an earlier stage of the same pipeline
 NO_TEACHER = "teacher.kind='none'"
-SAMPLED = ('k2', 'k3')
 
 
 def check(r: Any) -> None:
@@ -142,7 +141,7 @@ def _accuracies(r):
 
 GIVEN = (
     *unread('given.split given.prompts_per_step given.likelihood_coef given.distill_coef '
-            'given.divergence given.divergence_alpha given.support given.top_k given.tail',
+            'given.divergence given.support',
             lambda r: r.given.source == 'none', "given.source='none'"),
     Rule('given.prompts_per_step',
          lambda r: r.given.source != 'none' and r.given.prompts_per_step < 1, '', 'at least 1'),
@@ -153,8 +152,8 @@ GIVEN = (
          lambda r: r.given.source != 'none' and not (
              r.given.distill_coef or r.given.likelihood_coef),
          'both 0: the rows would teach nothing', 'at least one other than 0'),
-    *unread('given.divergence given.divergence_alpha given.support given.top_k given.tail',
-            lambda r: not r.given.distill_coef, 'given.distill_coef=0'),
+    *unread('given.divergence given.support', lambda r: not r.given.distill_coef,
+            'given.distill_coef=0'),
     Rule('given.support', lambda r: r.given.support == 'sampled',
          "an estimate from one token needs the student's own samples", 'another support'),
 )
@@ -179,37 +178,41 @@ ROLES = (
          lambda r: r.objective.reward_coef and r.objective.reward_baseline != 'none'
          and r.data.samples_per_prompt < 2, 'a group of one has no baseline', 'at least 2'),
     Rule('data.samples_per_prompt objective.baseline',
-         lambda r: r.objective.baseline == 'leave_one_out' and r.data.samples_per_prompt < 2,
+         lambda r: r.data.samples_per_prompt < 2
+         and 'group_size' in r.objective.choice('baseline').inputs,
          'there is no other sample', 'at least 2'),
 )
+
+
+def _sampled_reference(r):
+  """Whether the KL to the reference is estimated from one token."""
+  return 'log_u' in r.objective.choice('reference_kl').inputs
 
 
 def _uncorrected(r):
   # The ratio is in the policy-gradient terms only, so that it does not help the estimators.
   o = r.objective
-  sampled = o.estimator != 'none' or o.reference_estimator in SAMPLED
-  return sampled or o.has_policy_gradient and o.importance == 'none'
+  return (o.estimator != 'none' or _sampled_reference(r)
+          or o.has_policy_gradient and o.importance == 'none')
 
 
 def _outside_of_window(r):
-  o, longest = r.objective, r.data.max_new_tokens
-  if not o.window_tokens:
-    return False
-  return not (o.window_start < longest and (o.window_start or o.window_tokens < longest))
+  window, longest = r.objective.choice('window').arguments, r.data.max_new_tokens
+  start, count = window.get('start', 0), window.get('count', 0)
+  return start >= longest or not start and count >= longest
 
 
 SAMPLES = (
-    Rule('objective.importance objective.estimator objective.reference_estimator sample.top_p '
+    Rule('objective.importance objective.estimator objective.reference_kl sample.top_p '
          'sample.top_k sample.teacher_mix optimizer.updates_per_batch',
          lambda r: r.data.source == 'student' and _uncorrected(r) and (
              _truncated(r) or r.sample.teacher_mix or r.optimizer.updates_per_batch > 1),
          'the samples are not from the policy that is updated',
          "importance='ratio' or 'truncated' (for later updates on full samples 'two_sided' and "
-         "'ppo_clip' too) with estimator='none' and a reference_estimator other than 'k2' and "
-         "'k3'"),
+         "'ppo_clip' too) with estimator='none' and a reference_kl other than 'k2' and 'k3'"),
     Rule('objective.importance sample.top_p sample.top_k',
-         lambda r: _truncated(r) and r.objective.importance in ('two_sided', 'ppo_clip')
-         and r.objective.has_signal,
+         lambda r: _truncated(r) and r.objective.has_signal
+         and 'policy_logratio' in r.objective.choice('importance').inputs,
          'it compares with the policy before truncation, so that the samples would count as the '
          "policy's own", "'ratio' or 'truncated'"),
     Rule('objective.advantages optimizer.updates_per_batch objective.baseline '
@@ -221,7 +224,7 @@ SAMPLES = (
     *unread('objective.advantages',
             lambda r: r.objective.advantages == 'recomputed' and r.optimizer.updates_per_batch == 1,
             'optimizer.updates_per_batch=1'),
-    Rule('objective.window_start objective.window_tokens data.max_new_tokens', _outside_of_window,
+    Rule('objective.window data.max_new_tokens', _outside_of_window,
          'no token is inside, or none outside',
          lambda r: f'a start below {r.data.max_new_tokens}, and from 0 fewer tokens than that'),
 )
@@ -239,13 +242,13 @@ def _foreign_rows(field):
       Rule(f'data.samples_per_prompt {field}',
            lambda r: rule.get(r, field) == 'dataset' and r.data.samples_per_prompt > 1,
            'there is one completion a prompt', '1'),
-      Rule(f'objective.route objective.support objective.reference_estimator {field}',
+      Rule(f'objective.route objective.support objective.reference_kl {field}',
            lambda r: foreign(r) and (
                r.objective.needs_teacher and r.objective.support == 'sampled'
-               or r.objective.reference_estimator in SAMPLED),
+               or _sampled_reference(r)),
            "an estimate from one token needs the student's own samples",
            "data.source='student', or route='direct' with another support, and no "
-           "reference_estimator but 'full'"))
+           "reference_kl but 'full'"))
 
 
 FOREIGN_ROWS = (*_foreign_rows('data.source'), *_foreign_rows('data.off_policy_source'))
@@ -264,15 +267,15 @@ MIXTURE = (
          "0, or data.source='student', above 0, 1 and 0"),
     Rule('sample.teacher_mix objective.importance',
          lambda r: r.sample.teacher_mix and r.objective.has_policy_gradient
-         and r.objective.importance not in ('ratio', 'truncated'),
+         and 'logratio' not in r.objective.choice('importance').inputs,
          'the second does not correct for the mixture', "'ratio' or 'truncated'"),
 )
 
 REFERENCE = (
-    Rule('reference.kind objective.reference_coef objective.extrapolation',
+    Rule('reference.kind objective.reference_kl objective.extrapolation',
          lambda r: bool(wants(r.objective)['reference']) != (r.reference.kind != teachers.NONE), '',
-         lambda r: f'one of {teachers.names()[1:]} with a coefficient above 0 or an extrapolation '
-         "other than 1, 'none' without"),
+         lambda r: f'one of {teachers.names()[1:]} with a reference_kl or an extrapolation other '
+         "than 1, 'none' without"),
     Rule('reference.path reference.kind',
          lambda r: bool(r.reference.path) != (r.reference.kind == 'checkpoint'), '',
          "a checkpoint with 'checkpoint', '' without"),

@@ -161,10 +161,10 @@ def objectives(run: Run, o: Objective, top_k: int) -> dict[str, Objective]:
       'sampled, batch_mean baseline': sampled(baseline='batch_mean'),
       'sampled, leave_one_out baseline': sampled(baseline='leave_one_out'),
       'sampled, discount 1': sampled(discount=1.0),
-      'sampled, clip 5': sampled(shaping='clip', shaping_scale=5.0),
+      'sampled, clip 5': sampled(shaping='clip(5)'),
       'sampled, log': sampled(shaping='log'),
-      'sampled, power 1': sampled(shaping='power', shaping_scale=1.0),
-      'sampled, Jensen-Shannon weight': sampled(divergence='jensen_shannon', divergence_alpha=0.5),
+      'sampled, power 1': sampled(shaping='power(1)'),
+      'sampled, Jensen-Shannon weight': sampled(divergence='jensen_shannon(0.5)'),
       K2: direct(estimator='k2'),
   }
   if run.sample.top_p < 1.0 or run.sample.top_k or run.sample.teacher_mix:
@@ -173,7 +173,7 @@ def objectives(run: Run, o: Objective, top_k: int) -> dict[str, Objective]:
                         ('teacher_top_k', 'stop_gradient'), ('union_top_k', 'bucket'),
                         ('student_top_k', 'bucket')):
     name = f"{support.removesuffix('_top_k')} top {top_k}, {tail}"
-    out[name] = direct(support=support, top_k=top_k, tail=tail)
+    out[name] = direct(support=f'{support}({top_k}, tail="{tail}")')
   return out | {EXACT: direct(support='full'),
                 'exact forward KL': direct(support='full', divergence='forward_kl')}
 

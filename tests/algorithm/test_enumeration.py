@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import tabular
 
-from opd_jax.algorithm import objective, score, signals, update
-from opd_jax.algorithm.objective import Local, Objective
+from opd_jax.algorithm import choices, score, signals, update
+from opd_jax.algorithm.objective import KINDS, Local, Objective
+from opd_jax.rules import objective as objective_rules
 from opd_jax.types import Rollout, Wants
 
 VOCAB, EOS, ROOM = 4, 0, 3
@@ -73,7 +74,7 @@ class Language:
 
   def weigh(self, o, group_size=1):
     """(rows, heads) of the package."""
-    objective.check_objective(o)
+    objective_rules.check(o)
     batch, heads = tabular.batch(o, self.cast, self.rollout, np.zeros(len(self.probability)),
                                  _scorer)
     rows, _ = update.weigh(o, batch, o.distill_coef, MODEL.head(self.cast.params), heads,
@@ -179,7 +180,7 @@ def test_exact_term_and_later_returns_are_the_sequence_kl(language):
 @pytest.mark.parametrize(('estimator', 'forward'), [('k2', False), ('full', False), ('k3', True)])
 def test_reference_terms_are_the_gradient_of_their_divergence(language, estimator, forward):
   # Of rewards of zero, nothing else is left.
-  o = _at(distill_coef=0.0, reward_coef=1.0, reference_coef=0.7, reference_estimator=estimator)
+  o = _at(distill_coef=0.0, reward_coef=1.0, reference_kl=f'{estimator}(0.7)')
   o = dataclasses.replace(o, teacher_temperature=1.0)
   got = language.expected_gradient(o)
 
@@ -244,8 +245,9 @@ def test_the_mean_of_the_batch_is_biased_by_the_tokens_own_share(x64, rows):
   mask = one.rollout.mask[batches]
 
   def surrogate(params):
-    worth = jax.vmap(lambda *x: signals.subtract_baseline(*x, 'batch_mean', 1))(
-        values[batches], mask) * mask * jnp.prod(one.probability[batches], axis=1)[:, None]
+    baseline = choices.parse(KINDS['baseline'], 'batch_mean').function
+    worth = jax.vmap(baseline)(values[batches], mask) * mask
+    worth = worth * jnp.prod(one.probability[batches], axis=1)[:, None]
     return -jnp.sum(worth * one.chosen(one.student(params))[batches]) / rows
 
   got = quick_jit(jax.grad(surrogate))(one.cast.params)
@@ -308,9 +310,9 @@ def test_ratios_correct_for_a_mixture_with_the_teacher(language):
   assert float(jnp.sum(mixed.probability)) == pytest.approx(2.0, abs=1e-12)
   want = mixed.exact(lambda own: _reverse_kl(own, language.teacher))  # at the mixture's prefixes
   for fields in (dict(), dict(baseline='exact'), dict(student_logprobs='sampler'),
-                 dict(importance='truncated', ratio_high=1.3)):  # p_S / p_mix is at most 1 / 0.8
+                 dict(importance='truncated(1.3)')):  # p_S / p_mix is at most 1 / 0.8
     assert _error(mixed.expected_gradient(_at(**fields)), want) < EXACT, fields
-  for fields in (dict(importance='none'), dict(importance='ppo_clip', clip_epsilon=0.2)):
+  for fields in (dict(importance='none'), dict(importance='ppo_clip(0.2)')):
     assert _error(mixed.expected_gradient(_at(**fields)), want) > 0.01, fields
 
 
@@ -323,7 +325,7 @@ def test_untrusted_tokens_are_drawn_with_their_probability(language):
   number = 1000
   noise = (jnp.arange(number) + 0.5) / number  # evenly, in place of at random
   gates = jax.vmap(lambda x: signals.local_gate(
-      o, batch, None, jnp.full(language.rollout.mask.shape, x)))(noise)
+      o, batch, {'noise': jnp.full(language.rollout.mask.shape, x)}))(noise)
   ratio = np.exp(np.asarray(language.chosen(language.teacher - language.student(
       language.cast.params))))
   want = (1 - np.minimum(ratio, 1)) * np.asarray(language.rollout.mask)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import jax
 from jax.interpreters import partial_eval
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
 import optax
 import oracle
@@ -19,11 +20,15 @@ import tabular
 import tiny
 
 from opd_jax import config as config_lib
-from opd_jax import presets, rules
-from opd_jax.algorithm import divergences, score, update
+from opd_jax import presets
+from opd_jax.algorithm import choices, score, update
 from opd_jax.algorithm import objective as objective_lib
-from opd_jax.algorithm import support as support_lib
-from opd_jax.algorithm.objective import Local, Objective
+from opd_jax.algorithm.choices import shapings
+from opd_jax.algorithm.objective import KINDS, LOCAL_KINDS, Local, Objective
+from opd_jax.algorithm.update import Term
+from opd_jax.data import streams
+from opd_jax.errors import ConfigError
+from opd_jax.rules import objective as objective_rules
 from opd_jax.types import TrainState, Wants
 
 VOCAB = 11
@@ -42,8 +47,11 @@ def _gradient(o):
   """The package's loss and gradient: in chunks of 7 tokens and microbatches of 2 rows, so that a
   test against the oracle, which knows neither, is one of both."""
   return quick_jit(lambda *inputs: update.gradient(
-      *inputs, model=_model(), objective=o, group_size=2, on_policy=True, chunk_tokens=7,
-      microbatch_rows=2)[:2])
+      *inputs, model=_model(), term=_term(o), chunk_tokens=7)[:2])
+
+
+def _term(o, name='own'):
+  return Term(name, o, group_size=2, microbatch_rows=2)
 
 
 @functools.lru_cache
@@ -112,12 +120,12 @@ def _scorer(temperature):
 
 
 def _assert_is_the_oracle(o):
-  objective_lib.check_objective(o)
+  objective_rules.check(o)
   cast, rollout = _cast(), _rollout()
   loss, grads = _run(o, cast, rollout)
   known, logits = _known(o, cast, rollout, jax.random.key(8)), tabular.logits(cast.params, rollout)
   want = oracle.losses(o, known, oracle.log_softmax(logits / o.temperature)).sum()
-  error = 1e-7 if o.anneal_steps else EXACT  # the schedule computes in float32
+  error = 1e-7 if o.anneal != 'none' else EXACT  # the schedule computes in float32
   assert float(loss) == pytest.approx(want, rel=error, abs=error)
   by_params = tabular.by_params(oracle.gradient(o, known, logits), cast.params, rollout)
   assert np.linalg.norm(by_params['table']) > 1e-3, 'no gradient to compare'
@@ -128,73 +136,69 @@ def _assert_is_the_oracle(o):
 # --- every value of every field ---
 
 DIRECT = dict(route='direct', importance='none')
-TOP_K = dict(DIRECT, top_k=4)
 GRID = {
     'default': dict(),
     'later_returns': dict(importance='none', shaping='log', discount=0.7, returns='later',
                           baseline='batch_mean', temperature=0.8, teacher_temperature=1.3),
-    'truncated': dict(importance='truncated', ratio_high=1.1, shaping='clip', shaping_scale=0.5,
-                      divergence='forward_kl', baseline='leave_one_out'),
-    'two_sided': dict(importance='two_sided', ratio_low=0.8, ratio_high=1.2, shaping='power',
-                      shaping_scale=0.7, discount=0.9, returns='later_mean',
-                      reduction='sequence_mean', baseline='leave_one_out'),
-    'exact_of_the_sampler': dict(baseline='exact', importance='ppo_clip', clip_epsilon=0.1,
-                                 student_logprobs='sampler', window_start=1, window_tokens=3),
-    'exact_rescored': dict(baseline='exact', token_gate='student_entropy', token_keep=0.5,
+    'truncated': dict(importance='truncated(1.1)', shaping='clip(0.5)', divergence='forward_kl',
+                      baseline='leave_one_out'),
+    'two_sided': dict(importance='two_sided(0.8, 1.2)', shaping='power(0.7)', discount=0.9,
+                      returns='later_mean', reduction='sequence_mean', baseline='leave_one_out'),
+    'exact_of_the_sampler': dict(baseline='exact', importance='ppo_clip(0.1)',
+                                 student_logprobs='sampler', window='tokens(start=1, count=3)'),
+    'exact_rescored': dict(baseline='exact', token_gate='student_entropy(keep=0.5)',
                            reward_coef=0.3, reward_baseline='group_mean', temperature=1.2,
                            teacher_temperature=0.9, distill_coef=0.6),
     'fixed_negative': dict(signal='fixed_negative', row_gate='correct', likelihood_coef=0.1,
                            local=Local(coef=0.3, gate='negative')),  # where it is 0, too
-    'jensen_shannon': dict(divergence='jensen_shannon', divergence_alpha=0.3, row_gate='wrong',
-                           reward_coef=0.2, token_gate='teacher_entropy', token_keep=0.4),
-    'skew_kl': dict(divergence='skew_kl', divergence_alpha=0.2, row_gate='reward_agrees',
-                    advantages='recomputed'),
-    'skew_reverse_kl': dict(divergence='skew_reverse_kl', divergence_alpha=0.2, row_keep=0.5,
-                            row_gate='teacher_likelihood', token_gate='divergence', token_keep=0.5,
-                            reduction='sequence_mean'),
-    'alpha_divergence': dict(divergence='alpha_divergence', divergence_alpha=0.4, window_tokens=4,
-                             token_gate='soft_or', token_keep=0.6),
-    'squared_hellinger': dict(divergence='squared_hellinger', token_gate='teachability',
-                              token_top_k=3, token_keep=0.4),
-    'total_variation': dict(divergence='total_variation', reference_coef=0.2,
-                            reference_estimator='k2', temperature=0.8),
-    'scaled_jensen_shannon': dict(divergence='scaled_jensen_shannon', divergence_alpha=0.6),
-    'extrapolated': dict(extrapolation=1.25, reference_coef=0.3, reference_estimator='k3',
-                         student_logprobs='sampler', discount=1.0, teacher_temperature=1.2),
-    'k2_extrapolated': dict(DIRECT, estimator='k2', extrapolation=1.5, anneal_steps=4,
-                            final_distill_coef=0.25),
+    'jensen_shannon': dict(divergence='jensen_shannon(0.3)', row_gate='wrong', reward_coef=0.2,
+                           token_gate='teacher_entropy(keep=0.4)'),
+    'skew_kl': dict(divergence='skew_kl(0.2)', row_gate='reward_agrees', advantages='recomputed'),
+    'skew_reverse_kl': dict(divergence='skew_reverse_kl(0.2)', row_gate='teacher_likelihood(0.5)',
+                            token_gate='divergence(keep=0.5)', reduction='sequence_mean'),
+    'alpha_divergence': dict(divergence='alpha_divergence(0.4)', window='tokens(0, 4)',
+                             token_gate='soft_or(keep=0.6)'),
+    'squared_hellinger': dict(divergence='squared_hellinger',
+                              token_gate='teachability(keep=0.4, top_k=3)'),
+    'total_variation': dict(divergence='total_variation', reference_kl='k2(0.2)', temperature=0.8),
+    'scaled_jensen_shannon': dict(divergence='scaled_jensen_shannon(0.6)'),
+    'extrapolated': dict(extrapolation=1.25, reference_kl='k3(0.3)', student_logprobs='sampler',
+                         discount=1.0, teacher_temperature=1.2),
+    'k2_extrapolated': dict(DIRECT, estimator='k2', extrapolation=1.5,
+                            anneal='linear(steps=4, to=0.25)'),
     'k3_with_reward': dict(route='direct', estimator='k3', divergence='forward_kl',
-                           importance='ppo_clip', clip_epsilon=0.2, reward_coef=1.0,
+                           importance='ppo_clip(0.2)', reward_coef=1.0,
                            reward_baseline='group_mean_std', row_gate='reward_agrees'),
-    'full_extrapolated': dict(DIRECT, support='full', extrapolation=1.3, window_tokens=2,
-                              temperature=0.9, teacher_temperature=1.4, token_gate='teachability',
-                              token_top_k=3, token_keep=0.4),
-    'drop': dict(TOP_K, support='teacher_top_k', tail='drop', divergence='forward_kl',
-                 reference_coef=0.1, reference_estimator='full'),
-    'renormalize': dict(TOP_K, support='student_top_k', tail='renormalize', extrapolation=0.7,
+    'full_extrapolated': dict(DIRECT, support='full', extrapolation=1.3, window='tokens(0, 2)',
+                              temperature=0.9, teacher_temperature=1.4,
+                              token_gate='teachability(keep=0.4, top_k=3)'),
+    'drop': dict(DIRECT, support='teacher_top_k(4, tail="drop")', divergence='forward_kl',
+                 reference_kl='full(0.1)'),
+    'renormalize': dict(DIRECT, support='student_top_k(4, tail="renormalize")', extrapolation=0.7,
                         row_gate='reward_agrees', temperature=0.8, teacher_temperature=1.3),
-    'bucket': dict(TOP_K, support='union_top_k', tail='bucket', divergence='scaled_jensen_shannon',
-                   divergence_alpha=0.3, reduction='sequence_mean', token_gate='teacher_entropy',
-                   token_keep=0.5, local=Local(coef=0.5, gate='teacher_entropy', entropy=1.5)),
-    'stop_gradient': dict(TOP_K, support='teacher_top_k', tail='stop_gradient',
+    'bucket': dict(DIRECT, support='union_top_k(4, tail="bucket")',
+                   divergence='scaled_jensen_shannon(0.3)', reduction='sequence_mean',
+                   token_gate='teacher_entropy(keep=0.5)',
+                   local=Local(coef=0.5, gate='teacher_entropy(1.5)')),
+    'stop_gradient': dict(route='direct', support='teacher_top_k(4, tail="stop_gradient")',
                           importance='ratio', likelihood_coef=0.2),
     'sft': dict(distill_coef=0.0, likelihood_coef=1.0, importance='none',
-                reduction='sequence_mean', token_gate='student_entropy', token_keep=0.5),
+                reduction='sequence_mean', token_gate='student_entropy(keep=0.5)'),
     'local_untrusted': dict(local=Local(
-        coef=0.5, gate='untrusted', instead=True, support='teacher_top_k', top_k=3, tail='drop')),
+        coef=0.5, gate='untrusted', instead=True, support='teacher_top_k(3, tail="drop")')),
     'local_untrusted_by_the_sampler': dict(student_logprobs='sampler', local=Local(
-        coef=0.5, gate='untrusted', support='student_top_k', top_k=3, tail='renormalize')),
+        coef=0.5, gate='untrusted', support='student_top_k(3, tail="renormalize")')),
     'local_negative': dict(
-        baseline='leave_one_out', discount=0.5, anneal_steps=4, final_distill_coef=0.2,
+        baseline='leave_one_out', discount=0.5, anneal='linear(steps=4, to=0.2)',
         reward_coef=0.7, row_gate='wrong', local=Local(
             coef=0.5, gate='negative', instead=True, divergence='squared_hellinger',
-            support='union_top_k', top_k=3, tail='bucket')),
+            support='union_top_k(3, tail="bucket")')),
     'local_everywhere': dict(discount=1.0, returns='later', extrapolation=1.2, local=Local(
         coef=2.0, divergence='reverse_kl')),
     'local_by_entropy': dict(temperature=0.8, teacher_temperature=1.3, baseline='exact',
-                             local=Local(coef=1.5, divergence='reverse_kl', top_k=2,
-                                         support='student_top_k', tail='stop_gradient',
-                                         gate='teacher_entropy', entropy=1.7)),
+                             local=Local(coef=1.5, divergence='reverse_kl',
+                                         support='student_top_k(2, tail="stop_gradient")',
+                                         gate='teacher_entropy(1.7)')),
 }
 
 
@@ -203,34 +207,81 @@ def test_objective_is_the_oracle(x64, name):
   _assert_is_the_oracle(Objective(**GRID[name]))
 
 
-# Which field takes the values of each constant; a field of `Local` too where it has one.
-FIELDS = {
-    'ROUTES': 'route', 'ESTIMATORS': 'estimator', 'SIGNALS': 'signal', 'SHAPINGS': 'shaping',
-    'BASELINES': 'baseline', 'REWARD_BASELINES': 'reward_baseline', 'IMPORTANCE': 'importance',
-    'TOKEN_GATES': 'token_gate', 'ROW_GATES': 'row_gate', 'RETURNS': 'returns',
-    'REFERENCE_ESTIMATORS': 'reference_estimator', 'ADVANTAGES': 'advantages',
-    'REDUCTIONS': 'reduction', 'STUDENT_LOGPROBS': 'student_logprobs', 'SUPPORTS': 'support',
-    'TAILS': 'tail', 'LOCAL_GATES': 'local.gate'}
+# --- every choice by itself, with arguments from the bounds of its parameters ---
+
+# What it stands beside: the first of these that the rules let it stand beside.
+BESIDE = (
+    dict(), dict(discount=0.7), dict(reward_coef=0.5), dict(DIRECT, support='full'), DIRECT,
+    dict(DIRECT, divergence='forward_kl'), dict(distill_coef=0.0, reward_coef=1.0),
+    dict(DIRECT, support='full', divergence='forward_kl'), dict(local=Local(coef=0.5)),
+    dict(local=Local(coef=0.5, divergence='reverse_kl')))
+EVERY_FIELD = KINDS | {f'local.{field}': kind for field, kind in LOCAL_KINDS.items()}
 
 
-def _constants():
-  return {name: value for module in (support_lib, objective_lib)
-          for name, value in vars(module).items() if isinstance(value, tuple) and name.isupper()}
+def _with(fields, field, text):
+  """Fields with one more, that of the local term too."""
+  if not field.startswith('local.'):
+    return Objective(**dict(fields, **{field: text}))
+  local = dataclasses.replace(fields['local'], **{field.removeprefix('local.'): text})
+  return Objective(**dict(fields, local=local))
 
 
-def test_every_constant_has_its_field():
-  assert _constants().keys() == FIELDS.keys()
+def alone(field, text):
+  """An objective of a choice, beside as little as possible; None where the rules have none."""
+  for fields in BESIDE:
+    if field.startswith('local.') and 'local' not in fields:
+      continue
+    try:
+      o = _with(fields, field, text)
+      objective_rules.check(o)
+    except ConfigError:
+      continue
+    return o
+  return None
+
+
+CHOICES = [(field, text) for field, kind in EVERY_FIELD.items() for text in tabular.examples(kind)]
+
+
+@pytest.mark.parametrize(('field', 'text'), CHOICES)
+def test_choice_by_itself_is_the_oracle(x64, field, text):
+  name = text.partition('(')[0]
+  assert name in oracle.DEFINITIONS[field], (
+      f'objective.{field} has a new choice {name!r}: tests/oracle.py needs a definition of it that '
+      'shares nothing with the package')
+  o = alone(field, text)
+  if o is None:
+    # Of a support's tails and divergences only some pairs mean something; no name is refused.
+    assert any(alone(field, other) for f, other in CHOICES
+               if f == field and other.partition('(')[0] == name) or text == 'sampled'
+    pytest.skip('refused beside every other')
+  _assert_is_the_oracle(o)
+
+
+def test_a_new_shaping_runs_as_its_one_function(x64, monkeypatch):
+  def squash(signal: Float[Array, 'B t'], *, width: choices.Positive) -> Float[Array, 'B t']:
+    return signal / (1.0 + jnp.abs(signal) / width)
+
+  squash.__module__ = shapings.__name__
+  monkeypatch.setattr(shapings, 'squash', squash, raising=False)
+  assert 'squash(width=0.3)' in tabular.examples(KINDS['shaping'])  # the grid has it
+  with pytest.raises(AssertionError, match='tests/oracle.py needs a definition'):
+    test_choice_by_itself_is_the_oracle(None, 'shaping', 'squash(width=0.3)')
+  monkeypatch.setitem(oracle.SHAPINGS, 'squash',
+                      lambda x, own, theirs, width: np.sign(x) / (1 / np.abs(x) + 1 / width))
+  _assert_is_the_oracle(alone('shaping', 'squash(width=0.3)'))
+
+
+@pytest.mark.parametrize('field', EVERY_FIELD)
+def test_the_oracle_defines_what_there_is(field):
+  assert {*oracle.DEFINITIONS[field]} - {'none'} == {*EVERY_FIELD[field].functions}
 
 
 @pytest.mark.parametrize(('field', 'values'), [
-    *((field, _constants()[name]) for name, field in FIELDS.items()),
-    ('divergence', support_lib.names()), ('local.support', support_lib.SUPPORTS[1:])])
+    ('route', objective_lib.ROUTES), ('advantages', objective_lib.ADVANTAGES),
+    ('reduction', objective_lib.REDUCTIONS), ('student_logprobs', objective_lib.STUDENT_LOGPROBS)])
 def test_no_value_is_left_without_an_oracle(field, values):
-  def read(o):
-    return functools.reduce(getattr, field.split('.'), o)
-
-  everything = [Objective(**fields) for fields in GRID.values()]
-  assert {read(o) for o in everything} == set(values)
+  assert {getattr(Objective(**fields), field) for fields in GRID.values()} == {*values}
 
 
 def test_no_field_is_left_without_an_oracle():
@@ -238,8 +289,7 @@ def test_no_field_is_left_without_an_oracle():
   for field in dataclasses.fields(Objective):
     assert any(getattr(o, field.name) != field.default for o in everything), field.name
   for field in dataclasses.fields(Local):
-    assert field.name == 'divergence_alpha' or any(
-        getattr(o.local, field.name) != field.default for o in everything), field.name
+    assert any(getattr(o.local, field.name) != field.default for o in everything), field.name
 
 
 # --- every preset ---
@@ -255,29 +305,19 @@ def _config(name):
 
 
 def _small(part):
-  """A top-k for a vocabulary of 11: two tokens at least stay outside."""
-  return dataclasses.replace(part, top_k=min(part.top_k, VOCAB - 2))
+  """With a top-k for a vocabulary of 11: two tokens at least stay outside."""
+  return dataclasses.replace(part, support=choices.at_most(
+      part.KINDS['support'], part.support, VOCAB - 2))
 
 
 def _objectives(name):
   """Those of a preset: of its own rows, of those off-policy, and of those given beside them."""
-  c = _config(name)
-  own = config_lib.make_objective(c)
-  out = [own]
-  if c.data.off_policy_source != 'none':
-    out.append(config_lib.make_objective(c, c.data.off_policy_source))
-  if c.given.source != 'none':
-    out.append(config_lib.make_given_objective(c))
-  return [_small(dataclasses.replace(o, local=_small(o.local))) for o in dict.fromkeys(out)]
+  every = [stream.objective for stream in streams.make(config_lib.parse(_config(name)))]
+  return [_small(dataclasses.replace(o, local=_small(o.local))) for o in dict.fromkeys(every)]
 
 
 EVERY = [(name, i) for name in presets.PRESETS for i in range(len(_objectives(name)))]
 every_preset = pytest.mark.parametrize(('name', 'which'), EVERY)
-
-
-@pytest.mark.parametrize('name', presets.PRESETS)
-def test_preset_is_a_config_that_runs(name):
-  rules.validate(_config(name))
 
 
 @every_preset
@@ -287,7 +327,8 @@ def test_preset_is_the_oracle(x64, name, which):
 
 def _pushes_into_its_support(part):
   """Whether the divergence falls while mass moves into the support, even between equals."""
-  return part.divergence in ('forward_kl', 'skew_kl') and part.tail == 'drop'
+  return (part.choice('divergence').name in ('forward_kl', 'skew_kl')
+          and part.choice('support').arguments.get('tail') == 'drop')
 
 
 @every_preset
@@ -301,7 +342,7 @@ def test_a_student_equal_to_its_teacher_stays(x64, name, which):
   size = max(np.abs(np.asarray(g)).max() for g in grads.values())
   if o.local.coef and o.local.gate != 'untrusted' and _pushes_into_its_support(o.local):
     assert size > 1e-3  # of EOPD's top-k: it is made to be small beside the teacher's tail
-  elif o.route == 'policy_gradient' and not o.local.coef and not o.reference_coef:
+  elif o.route == 'policy_gradient' and not o.local.coef and o.reference_kl == 'none':
     assert size == float(loss) == 0.0  # no rounding: Adam would make full steps of it
   else:
     assert size < 1e-12
@@ -311,11 +352,15 @@ def test_a_student_equal_to_its_teacher_stays(x64, name, which):
 
 
 def _unread(f, *inputs):
-  """Where in the inputs the arrays are that no output of f depends on."""
+  """Where in the inputs the arrays are that no output of f depends on. Of log-probs and entropy,
+  which come together, one is enough; and what comes of a rollout is the same for all."""
   traced = jax.make_jaxpr(f)(*inputs)
   _, read = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.out_avals))
   places = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(inputs)]
-  return {place for place, is_read in zip(places, read, strict=True) if not is_read}
+  unread = {place for place, is_read in zip(places, read, strict=True) if not is_read}
+  pair = {'logprobs': 'entropy', 'entropy': 'logprobs'}
+  return {place for place in unread if 'rollout' not in place and (
+      (parts := place.rpartition('.'))[0] + '.' + pair.get(parts[2], parts[2])) in unread}
 
 
 @pytest.mark.parametrize('o', [
@@ -323,19 +368,17 @@ def _unread(f, *inputs):
     *(pytest.param(_objectives(name)[which], id=f'{name}-{which}') for name, which in EVERY)])
 def test_what_is_held_for_the_loss_is_what_it_reads(x64, o):
   # What is missing cannot be traced.
-  how = dict(model=_model(), objective=o, chunk_tokens=7)
+  how = dict(model=_model(), chunk_tokens=7)
   batch, heads = _only_what_is_asked_for(
       o, *tabular.batch(o, _cast(), _rollout(), REWARDS, _scorer))
   params, head = _cast().params, _model().head(_cast().params)
-  unread = _unread(lambda batch, heads: update.gradient(
-      params, batch, heads, jnp.int32(STEP), jax.random.key(8), group_size=2, on_policy=True,
-      microbatch_rows=2, **how)[:2], batch, heads)
-  # The entropy comes with the log-probs; what comes of a rollout is the same for all.
-  assert {place for place in unread if 'rollout' not in place and 'entropy' not in place} == set()
+  assert not _unread(lambda batch, heads: update.gradient(
+      params, batch, heads, jnp.int32(STEP), jax.random.key(8), term=_term(o), **how)[:2],
+      batch, heads)
   rows = jax.eval_shape(lambda batch, heads: update.weigh(
       o, batch, 1.0, head, heads, jax.random.key(8), group_size=2, chunk_tokens=7)[0], batch, heads)
-  unread = _unread(lambda rows: update.loss_fn(params, rows, 1.0, heads, **how)[0], rows)
-  assert {place for place in unread if 'rollout' not in place} == set()
+  assert not _unread(lambda rows: update.loss_fn(
+      params, rows, 1.0, heads, objective=o, **how)[0], rows)
 
 
 # --- a step: given rows beside the student's, and the metrics of gates and schedules ---
@@ -343,22 +386,22 @@ def test_what_is_held_for_the_loss_is_what_it_reads(x64, o):
 
 def test_a_step_adds_the_gradient_of_given_rows(x64):
   cast, rollout, key = _cast(), _rollout(), jax.random.key(8)
-  o = Objective(shaping='clip', shaping_scale=0.5, window_tokens=3, anneal_steps=4,
-                final_distill_coef=0.2, local=Local(coef=0.5, gate='untrusted', instead=True))
-  beside = Objective(route='direct', support='full', importance='none', divergence='skew_kl',
-                     divergence_alpha=0.1, distill_coef=0.3)
+  o = Objective(shaping='clip(0.5)', window='tokens(0, 3)', anneal='linear(steps=4, to=0.2)',
+                local=Local(coef=0.5, gate='untrusted', instead=True))
+  beside = Objective(route='direct', support='full', importance='none', divergence='skew_kl(0.1)',
+                     distill_coef=0.3)
   order = np.array([5, 4, 3, 0])  # other rows
   written = jax.tree.map(lambda x: x[order], rollout)
   optimizer = optax.sgd(1.0)
   step = quick_jit(functools.partial(
-      update.update_fn, model=_model(), optimizer=optimizer, objective=o, given_objective=beside,
-      group_size=2, on_policy=True, chunk_tokens=7, microbatch_rows=2))
+      update.update_fn, model=_model(), optimizer=optimizer, chunk_tokens=7,
+      terms=(_term(o), _term(beside, 'given'))))
   batch, heads = _only_what_is_asked_for(o, *tabular.batch(o, cast, rollout, REWARDS, _scorer))
   given = _only_what_is_asked_for(beside, *tabular.batch(
       beside, cast, written, REWARDS[order], _scorer))[0]
   state = TrainState(step=jnp.int32(STEP), params=cast.params,
                      opt_state=optimizer.init(cast.params))
-  after, metrics = step(state, batch, heads, None, given, key)
+  after, metrics = step(state, (batch, given), heads, None, key)
 
   losses, slopes = [], {'table': 0.0, 'head': 0.0}
   for objective, rows in ((o, rollout), (beside, written)):
@@ -385,54 +428,59 @@ def test_a_step_adds_the_gradient_of_given_rows(x64):
 # --- properties ---
 
 
+def _divergences():
+  """Every divergence, with parameters all over their bounds."""
+  for name, f in KINDS['divergence'].functions.items():
+    hints = [*choices.parameters(f).values()]
+    if not hints:
+      yield name
+    for bounds in map(choices.bounds, hints):
+      yield from (f'{name}({x})' for x in np.linspace(bounds.low, bounds.high, 9).tolist()
+                  if x in bounds)
+
+
 def _may_be_dropped_anywhere():
-  """(divergence, alpha) whose terms may be left out on any support."""
-  alphas = {name: [0.0] for name in support_lib.names()} | {
-      name: np.linspace(low, high, 9)[slice(None) if ends else slice(1, -1)]
-      for name, (low, high, ends) in divergences.ALPHAS.items()}
-  fields = dict(DIRECT, support='student_top_k', top_k=4, tail='drop')
-  for name in support_lib.names():
-    for alpha in alphas[name]:
-      try:
-        objective_lib.check_objective(
-            Objective(divergence=name, divergence_alpha=float(alpha), **fields))
-      except ValueError as refused:
-        assert "tail='drop'" in str(refused)
-        continue
-      yield name, float(alpha)
+  """Divergences whose terms may be left out on any support."""
+  fields = dict(DIRECT, support='student_top_k(4, tail="drop")')
+  for divergence in _divergences():
+    try:
+      objective_rules.check(Objective(divergence=divergence, **fields))
+    except ConfigError as refused:
+      assert "tail=\"drop\"" in str(refused)
+      continue
+    yield divergence
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(student=st.floats(-12.0, 0.0), teacher=st.floats(-12.0, 0.0))
 def test_terms_that_may_be_dropped_are_never_negative(student, teacher):
-  pairs = list(_may_be_dropped_anywhere())
-  assert {name for name, _ in pairs} == set(support_lib.names()) - {
+  may = list(_may_be_dropped_anywhere())
+  assert {text.partition('(')[0] for text in may} == {*KINDS['divergence'].functions} - {
       'forward_kl', 'reverse_kl', 'skew_kl', 'skew_reverse_kl'}
   s, t = np.exp(student), np.exp(teacher)
-  for name, alpha in pairs:
+  for divergence in may:
     with jax.enable_x64(True):
-      got = float(support_lib.term(name, alpha)(jnp.float64(student), jnp.float64(teacher)))
-    assert got >= -1e-13 * (s + t), (name, alpha)  # rounding
-    assert got == pytest.approx(oracle.terms(name, alpha, s, t), rel=1e-6, abs=1e-12), (name, alpha)
+      got = float(Objective(divergence=divergence).term(jnp.float64(student), jnp.float64(teacher)))
+    assert got >= -1e-13 * (s + t), divergence  # rounding
+    assert got == pytest.approx(oracle.terms(divergence, s, t), rel=1e-6, abs=1e-12), divergence
 
 
 def test_formulas_of_the_oracle_are_divergences():
   # Its derivatives by complex steps of its functions, and f(1) = 0 and f convex.
   u = np.exp(np.linspace(-3, 3, 41))
-  for name in support_lib.names():
-    for alpha in (0.2, 0.5, 0.7) if support_lib.takes_alpha(name) else (0.0,):
-      f, slope = oracle.GENERATORS[name](u, alpha)
-      stepped = oracle.GENERATORS[name](u + 1j * oracle.STEP, alpha)[0].imag / oracle.STEP
-      np.testing.assert_allclose(slope, stepped, rtol=1e-12, atol=1e-12, err_msg=name)
-      assert abs(oracle.GENERATORS[name](np.ones(1), alpha)[0][0]) < 1e-15
-      assert np.all(np.diff(slope) >= -1e-12), name
+  for divergence in _divergences():
+    f, slope = oracle.generator(divergence, u)
+    stepped = oracle.generator(divergence, u + 1j * oracle.STEP)[0].imag / oracle.STEP
+    np.testing.assert_allclose(slope, stepped, rtol=1e-11, atol=1e-11, err_msg=divergence)
+    assert abs(oracle.generator(divergence, np.ones(1))[0][0]) < 1e-15
+    assert np.all(np.diff(slope) >= -1e-11), divergence
 
 
 @functools.lru_cache
 def _of_any_reading():
   """One program that reads every per-token array: gates, reference, local term, all of it."""
-  return Objective(discount=0.5, reward_coef=0.3, reference_coef=0.2, reference_estimator='k3',
-                   token_gate='soft_or', token_keep=0.7, extrapolation=1.2,
+  return Objective(discount=0.5, reward_coef=0.3, reference_kl='k3(0.2)',
+                   token_gate='soft_or(keep=0.7)', extrapolation=1.2,
                    baseline='leave_one_out', local=Local(coef=0.5, gate='untrusted'))
 
 

@@ -82,9 +82,9 @@ def _step(student, params, teacher, teacher_params, rollout, objective):
   optimizer = optax.sgd(1.0)
   state = TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
   after, metrics = quick_jit(functools.partial(
-      update.update_fn, model=student, optimizer=optimizer, objective=objective, group_size=1,
-      on_policy=True, chunk_tokens=5, microbatch_rows=0))(
-          state, Batch(rollout, graded, own),
+      update.update_fn, model=student, optimizer=optimizer, terms=(update.Term('own', objective),),
+      chunk_tokens=5))(
+          state, (Batch(rollout, graded, own),),
           Heads(teacher.head(teacher_params) if exact else None))
   grads = jax.tree.map(lambda a, b: np.asarray(a - b), params, after.params)
   return metrics, flatten(grads)

@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 
 from opd_jax import models
-from opd_jax.algorithm import objective as objective_lib
 from opd_jax.algorithm import score, update
+from opd_jax.algorithm.objective import Local, Objective
+from opd_jax.algorithm.update import Term
 from opd_jax.models import params as params_lib
+from opd_jax.rules import objective as objective_rules
 from opd_jax.types import Batch, Head, Heads, Rollout, Scores, Wants, Weighted
 
 # A shift by one, wrong padding or another position would show at every length used here.
@@ -156,8 +158,8 @@ def _temporary_bytes(jitted, *args):
 
 
 @pytest.mark.parametrize('objective', [
-    objective_lib.Objective(route='direct', support='full'), objective_lib.Objective(),
-    objective_lib.Objective(route='direct', support='union_top_k', top_k=8, tail='bucket')],
+    Objective(route='direct', support='full'), Objective(),
+    Objective(route='direct', support='union_top_k(8, tail="bucket")')],
     ids=['full', 'sampled', 'top_k'])
 def test_the_loss_never_holds_the_logits_of_the_batch(wide, objective):
   model, params, rollout = wide
@@ -189,18 +191,17 @@ def test_scoring_never_holds_the_logits_of_the_batch(wide):
 
 QWEN, PADDED, MANY = 151936, 152064, 1024  # Qwen's vocabulary as two of its models pad it
 EVERYTHING = dict(  # four models' rows of the vocabulary at each token
-    baseline='exact', token_gate='teachability', token_keep=0.5, token_top_k=16,
-    reference_coef=0.1, reference_estimator='full',
-    local=objective_lib.Local(coef=1.0, divergence='jensen_shannon', divergence_alpha=0.5,
-                              support='union_top_k', top_k=32, tail='bucket'))
+    baseline='exact', token_gate='teachability(keep=0.5, top_k=16)', reference_kl='full(0.1)',
+    local=Local(coef=1.0, divergence='jensen_shannon(0.5)',
+                support='union_top_k(32, tail="bucket")'))
 
 
 @pytest.mark.parametrize('fields', [
     dict(), dict(route='direct', support='full', importance='none'), EVERYTHING],
     ids=['sampled', 'full', 'everything'])
 def test_a_step_never_holds_the_logits_of_the_batch_at_a_real_vocabulary(fields):
-  o = objective_lib.Objective(**fields)
-  objective_lib.check_objective(o)
+  o = Objective(**fields)
+  objective_rules.check(o)
   rows, width = 16, 16
   model = models.build(qwen3_config(vocab_size=PADDED, num_hidden_layers=1, hidden_size=width,
                                     max_position_embeddings=2 * MANY))
@@ -217,8 +218,7 @@ def test_a_step_never_holds_the_logits_of_the_batch_at_a_real_vocabulary(fields)
   scores = Scores(array(*per_token), array(*per_token), array(rows, MANY, width))
   head = Head(array(width, QWEN), QWEN)
   step = jax.jit(functools.partial(
-      update.gradient, model=model, objective=o, group_size=1, on_policy=True, chunk_tokens=64,
-      microbatch_rows=1))
+      update.gradient, model=model, term=Term('own', o, microbatch_rows=1), chunk_tokens=64))
   used = _temporary_bytes(
       step, params_lib.abstract_params(model.specs), Batch(rollout, scores, scores, scores),
       Heads(head, head), array(dtype=jnp.int32), None)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from opd_jax.algorithm import signals, update
+from opd_jax.algorithm.gates import keep_highest
 from opd_jax.algorithm.objective import Objective
 from opd_jax.types import Batch, Heads, Scores
 
@@ -50,12 +51,12 @@ def _gate(o, batch, rewards=None):
 
 @pytest.mark.parametrize(('fields', 'by_hand'), [
     (dict(), lambda s, t: t - s),
-    (dict(shaping='clip', shaping_scale=0.5), lambda s, t: min(max(t - s, -0.5), 0.5)),
+    (dict(shaping='clip(0.5)'), lambda s, t: min(max(t - s, -0.5), 0.5)),
     (dict(shaping='log'), lambda s, t: np.sign(t - s) * np.log(1 + abs(t - s))),
-    (dict(shaping='power', shaping_scale=0.7), lambda s, t: np.exp(t)**0.7 - np.exp(s)**0.7),
+    (dict(shaping='power(0.7)'), lambda s, t: np.exp(t)**0.7 - np.exp(s)**0.7),
     (dict(signal='fixed_negative'), lambda s, t: -1.0 if t < s else 0.0),
     (dict(divergence='forward_kl'), lambda s, t: np.exp(t) / np.exp(s) - 1),
-    (dict(divergence='forward_kl', shaping='clip', shaping_scale=0.3),
+    (dict(divergence='forward_kl', shaping='clip(0.3)'),
      lambda s, t: min(max(np.exp(t - s) - 1, -0.3), 0.3)),
 ], ids=['log_ratio', 'clip', 'log', 'power', 'fixed_negative', 'forward_kl', 'clipped_forward_kl'])
 def test_signal_of_every_token(batch, fields, by_hand):
@@ -68,13 +69,13 @@ def test_signal_of_every_token(batch, fields, by_hand):
 
 def test_power_of_a_small_exponent_is_the_log_ratio(batch):
   plain = _weights(Objective(), batch)
-  power = _weights(Objective(shaping='power', shaping_scale=1e-7), batch) / 1e-7
+  power = _weights(Objective(shaping='power(1e-7)'), batch) / 1e-7
   np.testing.assert_allclose(power, plain, rtol=1e-5)
 
 
 def test_shaping_comes_before_the_return(batch):
-  o = Objective(shaping='clip', shaping_scale=0.5, discount=0.9)
-  clipped = _weights(Objective(shaping='clip', shaping_scale=0.5), batch)
+  o = Objective(shaping='clip(0.5)', discount=0.9)
+  clipped = _weights(Objective(shaping='clip(0.5)'), batch)
   got = _weights(o, batch)
   for b in range(len(PROMPTS)):
     places = np.flatnonzero(np.asarray(batch[0].mask)[b])
@@ -127,7 +128,7 @@ class TestGates:
 
   @pytest.mark.parametrize(('start', 'tokens'), [(0, 1), (0, 2), (1, 2), (3, 9)])
   def test_window(self, batch, start, tokens):
-    got = _gate(Objective(window_start=start, window_tokens=tokens), batch)
+    got = _gate(Objective(window=f'tokens({start}, {tokens})'), batch)
     want = make_rollout(PROMPTS, COMPLETIONS, prompt_width=2, room=5).mask * 0
     want = np.array(want)
     for b, completion in enumerate(COMPLETIONS):
@@ -148,7 +149,7 @@ class TestGates:
     kept = np.argsort(-means)[:int(np.ceil(keep * 4))]
     want = mask * np.isin(np.arange(4), kept)[:, None]
     np.testing.assert_array_equal(
-        _gate(Objective(row_gate='teacher_likelihood', row_keep=keep), batch), want)
+        _gate(Objective(row_gate=f'teacher_likelihood({keep})'), batch), want)
 
   @pytest.mark.parametrize('gate', ['student_entropy', 'teacher_entropy', 'divergence', 'soft_or'])
   @pytest.mark.parametrize('keep', [0.25, 0.5, 0.95])
@@ -164,10 +165,10 @@ class TestGates:
     want = np.zeros(score.shape)
     for p in ordered[:int(np.ceil(keep * len(places)))]:
       want[tuple(p)] = 1
-    np.testing.assert_array_equal(_gate(Objective(token_gate=gate, token_keep=keep), batch), want)
+    np.testing.assert_array_equal(_gate(Objective(token_gate=f'{gate}(keep={keep})'), batch), want)
 
   def test_tokens_are_chosen_among_those_that_the_other_gates_leave(self, batch):
-    o = Objective(token_gate='student_entropy', token_keep=0.5, window_tokens=1)
+    o = Objective(token_gate='student_entropy(0.5)', window='tokens(0, 1)')
     got = _gate(o, batch)
     assert got.sum() == 2 and got[:, 1].sum() == 2  # of the four first tokens
 
@@ -175,7 +176,7 @@ class TestGates:
     rollout = make_rollout([[5]] * 4, [[1], [1, 2], [], []], prompt_width=1, room=2,
                            dtype=jnp.float64)
     theirs = rollout.mask * jnp.array([[-1.0], [-2.0], [0.0], [0.0]])
-    got = signals.gate(Objective(row_gate='teacher_likelihood', row_keep=0.5),
+    got = signals.gate(Objective(row_gate='teacher_likelihood(0.5)'),
                       Batch(rollout, _scores(theirs, theirs)))
     np.testing.assert_array_equal(got, [[1, 0], [0, 0], [0, 0], [0, 0]])
 
@@ -186,7 +187,7 @@ class TestGates:
     entropy = jnp.array([[1.0, 100.0], [0.1, 100.0]])
     theirs = jnp.array([[-1.0, 0.0], [-1.8, 0.0]])
     own = jnp.array([[-1.0, -2.0], [-1.0, -2.0]])
-    got = signals.gate(Objective(token_gate='soft_or', token_keep=0.5, window_tokens=1),
+    got = signals.gate(Objective(token_gate='soft_or(0.5)', window='tokens(0, 1)'),
                       Batch(rollout, _scores(theirs, entropy), _scores(own, entropy)))
     np.testing.assert_array_equal(got, [[1, 0], [1, 0]])
 
@@ -196,19 +197,19 @@ class TestGates:
   def test_nothing_to_choose_from(self, x64):
     rollout = make_rollout([[5]], [[]], prompt_width=1, room=2, dtype=jnp.float64)
     zeros = jnp.zeros((1, 2))
-    got = signals.gate(Objective(token_gate='student_entropy', token_keep=0.5),
+    got = signals.gate(Objective(token_gate='student_entropy(0.5)'),
                       Batch(rollout, student=_scores(zeros, zeros)))
     np.testing.assert_array_equal(got, zeros)
 
 
 def test_keep_highest_keeps_ties():
-  got = signals.keep_highest(jnp.array([1.0, 2.0, 2.0, 0.0]), jnp.ones(4, bool), 0.25)
+  got = keep_highest(jnp.array([1.0, 2.0, 2.0, 0.0]), jnp.ones(4, bool), 0.25)
   np.testing.assert_array_equal(got, [0, 1, 1, 0])
 
 
 def test_keep_highest_counts_as_in_exact_arithmetic():
   for share, n in ((0.6, 25), (0.3, 50), (0.1, 10), (0.25, 9)):
-    got = signals.keep_highest(jnp.arange(float(n)), jnp.ones(n, bool), share)
+    got = keep_highest(jnp.arange(float(n)), jnp.ones(n, bool), share)
     assert float(jnp.sum(got)) == math.ceil(fractions.Fraction(str(share)) * n)
 
 
@@ -221,6 +222,6 @@ def test_everything_is_detached(batch):
     weights = signals.distillation_advantage(o, graded, 1)
     # Of any one token: the sum of all is zero with this baseline, and so has no gradient anyway.
     return weights[0, 1] + jnp.sum(signals.gate(
-        Objective(token_gate='divergence', token_keep=0.5), graded))
+        Objective(token_gate='divergence(0.5)'), graded))
 
   assert not np.asarray(jax.grad(total)(jnp.asarray(own))).any()

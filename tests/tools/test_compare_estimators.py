@@ -204,8 +204,7 @@ def measured(tmp_path_factory):
     return seen[-1]
 
   # A clip that is far below the largest log-ratios of this pair.
-  c = tiny.with_models('opd_sampled', **TINY, objective__shaping='clip',
-                       objective__shaping_scale=0.5)
+  c = tiny.with_models('opd_sampled', **TINY, objective__shaping='clip(0.5)')
   out, folder = io.StringIO(), tmp_path_factory.mktemp('diagnose')
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(compare_estimators, 'objectives', some)
@@ -325,9 +324,8 @@ class TestObjectives:
       assert (o.temperature, o.teacher_temperature, o.reduction) == (0.7, 0.9, 'sequence_mean')
       assert o.needs_teacher and not o.needs_rewards, name
     assert got[compare_estimators.EXACT] == got[compare_estimators.THIS]
-    assert got['teacher top 16, bucket'].support == 'teacher_top_k'
-    assert dataclasses.replace(got['sampled, clip 5'], shaping='none', shaping_scale=0.0) == (
-        got['sampled'])
+    assert got['teacher top 16, bucket'].support == 'teacher_top_k(16, tail="bucket")'
+    assert dataclasses.replace(got['sampled, clip 5'], shaping='none') == got['sampled']
 
   def test_k2_only_for_samples_of_the_policy_itself(self):
     for fields in (dict(sample__top_p=0.9), dict(sample__top_k=3)):

@@ -15,13 +15,12 @@ import functools
 from typing import Any
 
 import jax
+from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from opd_jax.types import Head
-
-# (head, constants, hidden [n, D], *arrays [n, ...]) -> (losses [n], {name: [n]})
+# (head, constants, hidden [n, ...], *arrays [n, ...]) -> (losses [n], {name: [n]})
 ChunkFn = Callable[..., tuple[Array, dict[str, Array]]]
 
 
@@ -41,27 +40,29 @@ def map_over_chunks(fn: Callable[..., dict[str, Array]], chunk_tokens: int, *arr
   return {name: cut.join(a) for name, a in out.items()}
 
 
-def sum_over_chunks(fn: ChunkFn, chunk_tokens: int, head: Head, constants: Any,
-                    hidden: Float[Array, 'B C D'], *arrays: Any
-                    ) -> tuple[Float[Array, ''], dict[str, Array]]:
-  """The sum of fn's losses over all tokens, and its other outputs as [B, C].
+def sum_over_chunks(fn: ChunkFn, chunk_tokens: int, head: Any, constants: Any, hidden: Any,
+                    *arrays: Any) -> tuple[Float[Array, ''], dict[str, Array]]:
+  """Sums fn's losses over all tokens; its other outputs come back as [B, C].
 
-  Differentiable in `head` and `hidden` only, and only the sum is: `constants`, `arrays` and the
-  outputs beside the sum have no gradient, whatever fn does with them. A chunk's gradient is made
-  with its value (nothing, where nobody differentiates) and the head's is summed in float32 at
-  least; the result has the parameter's dtype. Not twice differentiable.
+  Differentiable in `head` and `hidden` only, and only the sum is. A chunk's gradient is made with
+  its value (nothing, where nobody differentiates) and the head's is summed in float32 at least; the
+  result has the parameter's dtype. Not twice differentiable.
 
   Args:
-    fn: (head, constants, hidden [n, D], *arrays [n, ...]) -> (losses [n], {name: [n]}), for tokens
-      in any order and of any rows. It may close over what is static, not over arrays: those go
-      through `constants` (a teacher's head) and `arrays`.
+    fn: (head, constants, hidden [n, ...], *arrays [n, ...]) -> (losses [n], {name: [n]}), for
+      tokens in any order and of any rows. It may close over what is static, not over arrays: those
+      go through `constants` (a teacher's head) and `arrays`.
     chunk_tokens: the largest n, at least 1.
-    head: of the student.
+    head: of the student; any pytree of floating-point arrays that all tokens share.
     constants: any pytree; passed on as it is.
-    hidden: final hidden states.
+    hidden: final hidden states; any pytree of floating-point arrays [B, C, ...].
     arrays: pytrees of [B, C, ...] (integers and None too), cut as `hidden` is.
+
+  Raises:
+    ValueError: somebody differentiates by `constants` or `arrays`, or an output beside the sum: the
+      gradient that they would get is zero, whatever fn does with them.
   """
-  cut = _Cut(*hidden.shape[:2], chunk_tokens)
+  cut = _Cut(*jax.tree.leaves(hidden)[0].shape[:2], chunk_tokens)
   xs = (cut.real, *jax.tree.map(cut.split, (hidden, arrays)))
   total, out = _scan(fn, head, constants, *xs)
   return total, {name: cut.join(a) for name, a in out.items()}
@@ -108,8 +109,8 @@ class _Cut:
     return a[:self.batch, :self.length]
 
 
-def _wide(x):
-  return jnp.promote_types(x.dtype, jnp.float32)
+def _wide(tree):
+  return jnp.promote_types(jnp.result_type(*jax.tree.leaves(tree)), jnp.float32)
 
 
 def _chunk(fn, head, hidden, constants, real, arrays):
@@ -129,7 +130,15 @@ def _scan(fn, head, constants, real, hidden, arrays):
   return jax.lax.scan(step, jnp.zeros((), _wide(hidden)), (real, hidden, arrays))
 
 
-def _forward(fn, head, constants, real, hidden, arrays):
+def _forward(fn, *inputs):
+  _, constants, _, _, arrays = inputs
+  lost = _places({'constants': constants, 'arrays': arrays}, lambda x: x.perturbed)
+  if lost:
+    raise ValueError(
+        f'sum_over_chunks has no gradient by {lost}, by which it is differentiated; allowed: '
+        'jax.lax.stop_gradient of it, or a place in `head` (of all tokens) or `hidden` (of each), '
+        'which are pytrees')
+  head, constants, real, hidden, arrays = jax.tree.map(lambda x: x.value, inputs)
   grad_fn = jax.value_and_grad(functools.partial(_chunk, fn), argnums=(0, 1), has_aux=True)
 
   def step(carry, xs):
@@ -148,9 +157,24 @@ def _forward(fn, head, constants, real, hidden, arrays):
 def _backward(fn, residuals, cotangents):
   del fn
   head, d_head, d_hidden = residuals
-  scale, _ = cotangents
+  scale, of_out = cotangents
+  lost = _places(of_out, lambda x: not (
+      isinstance(x, SymbolicZero) or x.dtype == jax.dtypes.float0))
+  if lost:
+    raise ValueError(
+        f'sum_over_chunks has no gradient of {lost}, which is differentiated; allowed: '
+        'jax.lax.stop_gradient of it, or a place in the losses')
+  if isinstance(scale, SymbolicZero):
+    return (None,) * 5
   d_head = jax.tree.map(lambda x, like: (scale * x).astype(like.dtype), d_head, head)
-  return d_head, None, None, (scale * d_hidden).astype(d_hidden.dtype), None
+  d_hidden = jax.tree.map(lambda x: (scale * x).astype(x.dtype), d_hidden)
+  return d_head, None, None, d_hidden, None
 
 
-_scan.defvjp(_forward, _backward)
+def _places(tree, there):
+  return ', '.join(jax.tree_util.keystr(path, simple=True, separator='.')
+                   for path, x in jax.tree.leaves_with_path(tree) if there(x))
+
+
+# Symbolic zeros say which inputs and outputs have a gradient at all.
+_scan.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from opd_jax.algorithm import score, vocabulary
-from opd_jax.algorithm import support as support_lib
+from opd_jax.algorithm.objective import Objective
 from opd_jax.types import Head
 
 B, C, D, V = 5, 6, 4, 11  # 30 tokens; 5 rows, which no chunk of 2 or 4 rows divides
@@ -105,7 +105,8 @@ def test_a_map_is_that_of_all_tokens_at_once():
 
   for chunk_tokens in (1, 2, 4, 10, 35, 99):
     seen.clear()
-    out = vocabulary.map_over_chunks(fn, chunk_tokens, x, None, jnp.stack([x, x], axis=-1))
+    out = quick_jit(lambda *arrays, n=chunk_tokens: vocabulary.map_over_chunks(fn, n, *arrays))(
+        x, None, jnp.stack([x, x], axis=-1))
     assert max(seen) <= chunk_tokens
     np.testing.assert_array_equal(out['one'], x + 1)
     np.testing.assert_array_equal(out['two'], x**2)
@@ -133,17 +134,74 @@ def test_padding_reaches_nothing_though_zeros_there_would_be_infinite():
       np.testing.assert_allclose(a, b, rtol=2e-5)
 
 
-def test_nothing_but_head_and_hidden_states_has_a_gradient():
+# --- a tree of hidden states, and no gradient that is lost in silence ---
+
+
+def _two_states(head, constants, hidden, targets, weights):
+  """A cross entropy of the last hidden states, and what matches those of a layer to a fixed map."""
+  logprobs = jax.nn.log_softmax(head['vocabulary'].logits(hidden['last']))
+  chosen = jnp.take_along_axis(logprobs, targets[:, None], axis=1)[:, 0]
+  assert hidden['absent'] is None
+  matched = jnp.sum((hidden['layer'] @ head['map'] - constants)**2, axis=-1)
+  return weights * (jnp.tanh(matched) * chosen), {'matched': matched}
+
+
+@pytest.mark.parametrize('chunk_tokens', SIZES)
+def test_gradient_by_a_tree_of_hidden_states(x64, chunk_tokens):
+  inputs, rng = _inputs(), np.random.RandomState(1)
+  head = {'vocabulary': inputs['head'], 'map': jnp.asarray(rng.standard_normal((3, 2)))}
+  hidden = {'last': inputs['hidden'], 'layer': inputs['other']['states'], 'absent': None}
+  constants = jnp.asarray(rng.standard_normal((1, 2)))
+
+  def unchunked(head, constants, hidden, *arrays):
+    flat = jax.tree.map(lambda a: a.reshape(B * C, *a.shape[2:]), (hidden, *arrays))
+    losses, out = _two_states(head, constants, *flat)
+    return jnp.sum(losses), {'matched': out['matched'].reshape(B, C)}
+
+  def grad(f):
+    return quick_jit(jax.value_and_grad(lambda head, hidden: f(
+        head, constants, hidden, inputs['targets'], inputs['weights']), (0, 1), has_aux=True))(
+            head, hidden)
+
+  want = grad(unchunked)
+  assert all(np.linalg.norm(g) > 0.1 for g in jax.tree.leaves(want[1]))
+  # float64, sums of 30 terms of order 10.
+  got = grad(functools.partial(vocabulary.sum_over_chunks, _two_states, chunk_tokens))
+  _close(got, want, 1e-12)
+
+
+def _loss(head, constants, hidden, weights, other):
   inputs = _inputs(jnp.float32)
+  return vocabulary.sum_over_chunks(
+      _fn, 4, head, constants, hidden, inputs['targets'], weights, other)
 
-  def total(weights, constants, other):
-    value, out = vocabulary.sum_over_chunks(
-        _fn, 4, inputs['head'], constants, inputs['hidden'], inputs['targets'], weights, other)
-    return value + jnp.sum(out['kl'])
 
-  grads = quick_jit(jax.grad(total, (0, 1, 2)))(
-      inputs['weights'], inputs['constants'], inputs['other'])
-  assert not any(np.any(g) for g in jax.tree.leaves(grads))
+# What surrounds a loss: programs, recomputation, microbatches, a batch of batches.
+AROUND = {
+    'alone': lambda f: f, 'jit': jax.jit, 'checkpoint': jax.checkpoint,
+    'scan': lambda f: lambda *x: jax.lax.scan(
+        lambda total, _: (total + f(*x), None), 0.0, jnp.arange(2))[0],
+    'vmap': lambda f: lambda *x: jnp.sum(jax.vmap(lambda scale: scale * f(*x))(jnp.ones(2)))}
+
+
+@pytest.mark.parametrize('around', AROUND)
+def test_a_gradient_that_would_be_lost_is_refused(around):
+  inputs = _inputs(jnp.float32)
+  names = ('head', 'constants', 'hidden', 'weights', 'other')
+
+  def grad(by, of=lambda value, out: value, of_inputs=lambda x: x):
+    loss = AROUND[around](lambda *x: of(*_loss(*of_inputs(x))))
+    return jax.eval_shape(jax.grad(loss, by), *(inputs[name] for name in names))
+
+  grad((0, 2))
+  for by, place in ((1, 'constants.matrix'), (3, r'arrays\.1'), (4, 'arrays.2.states')):
+    for more in ((by,), (0, by)):
+      with pytest.raises(ValueError, match=f'no gradient by {place}, .*allowed: .*stop_gradient'):
+        grad(more)
+    grad((0, by), of_inputs=lambda x, by=by: (*x[:by], jax.lax.stop_gradient(x[by]), *x[by + 1:]))
+  with pytest.raises(ValueError, match='no gradient of kl, .*allowed: .*stop_gradient'):
+    grad((0, 2), of=lambda value, out: value + jnp.sum(out['kl']))
+  grad((0, 2), of=lambda value, out: value + jax.lax.stop_gradient(jnp.sum(out['kl'])))
 
 
 def test_a_model_whose_hidden_states_are_its_logits():
@@ -209,14 +267,12 @@ def _temporary_bytes(support, chunk_tokens):
   def fn(head, teacher_head, hidden, teacher_hidden):
     student, teacher = score.same_width(score.log_softmax(hidden, head, 1.0),
                                         score.log_softmax(teacher_hidden, teacher_head, 1.0))
-    term = support_lib.term('reverse_kl', 0.0)
-    if support == 'full':
-      return support_lib.full(term, student, teacher), {}
-    return support_lib.on_support(term, student, teacher, support=support, top_k=32,
-                                 tail='bucket'), {}
+    how = support if support == 'full' else f'{support}(32, "bucket")'
+    return Objective(support=how).over_support(student, teacher), {}
 
   def loss(head, hidden, teacher_head, teacher_hidden):
-    return vocabulary.sum_over_chunks(fn, chunk_tokens, head, teacher_head, hidden, teacher_hidden)[0]
+    return vocabulary.sum_over_chunks(
+        fn, chunk_tokens, head, teacher_head, hidden, teacher_hidden)[0]
 
   used = 151669  # tokens; what is beyond is padding, and each model has its own
   compiled = jax.jit(jax.grad(loss, (0, 1))).lower(

@@ -21,14 +21,14 @@ import pathlib
 from ml_collections import ConfigDict
 
 from opd_jax import config as config_lib
-from opd_jax import presets
+from opd_jax import experiment, presets
 
 ASSETS = pathlib.Path(__file__).resolve().parent / 'assets'
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """Arguments: rank (of the adapters; 0 trains the whole model), preset (the objective)."""
-  arg = config_lib.parse_arg(arg, rank=32, preset='opd_exact')
+  arg = experiment.parse_arg(arg, rank=32, preset='opd_exact')
   c = config_lib.default_config()
   c.name = 'checkpoints'
   c.student.lora.rank = arg.rank

@@ -20,14 +20,16 @@ which are 8 settings of RL, 5 of exact OPD, 4 of exact OPD with small batches, 4
 from ml_collections import ConfigDict
 
 from opd_jax import config as config_lib
+from opd_jax import experiment
+from opd_jax.errors import ConfigError
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """Argument: size (tiny), seeds (how many, from 0), sweep (rl or opd: the tuning runs)."""
-  arg = config_lib.parse_arg(arg, size='tiny', seeds=1, sweep='')
+  arg = experiment.parse_arg(arg, size='tiny', seeds=1, sweep='')
   if arg.size != 'tiny':
-    raise config_lib.ConfigError(f"size={arg.size!r}; allowed: ['tiny']")
-  c = config_lib.default_pipeline()
+    raise ConfigError(f"size={arg.size!r}; allowed: ['tiny']")
+  c = experiment.default_pipeline()
   c.name = 'dense_vs_rl'
   if arg.sweep:
     return sweep(c, arg.sweep)
@@ -156,7 +158,7 @@ def opd_sampled() -> ConfigDict:
 def sweep(c: ConfigDict, which: str) -> ConfigDict:
   """The runs that the settings above were chosen from."""
   if which not in ('rl', 'opd'):
-    raise config_lib.ConfigError(f"sweep={which!r}; allowed: ['opd', 'rl']")
+    raise ConfigError(f"sweep={which!r}; allowed: ['opd', 'rl']")
   c.name = f'dense_vs_rl_sweep_{which}'
   c.seeds = (100,)
   stages = {}

@@ -16,7 +16,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from opd_jax import config as config_lib
-from opd_jax import presets
+from opd_jax import experiment, presets
 from opd_jax.algorithm import choices
 from opd_jax.algorithm.objective import KINDS
 
@@ -26,9 +26,9 @@ ROWS = 128
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """Arguments: only (names joined by '+', all of them by default), seeds (how many, from 0)."""
-  arg = config_lib.parse_arg(arg, only='', seeds=1)
+  arg = experiment.parse_arg(arg, only='', seeds=1)
   names = arg.only.split('+') if arg.only else list(presets.PRESETS)
-  c = config_lib.default_pipeline()
+  c = experiment.default_pipeline()
   c.name = 'presets'
   c.seeds = tuple(range(arg.seeds))
   c.stages = ConfigDict({name: stage(name) for name in names})

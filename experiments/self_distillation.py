@@ -15,14 +15,15 @@ import pathlib
 from ml_collections import ConfigDict
 
 from opd_jax import config as config_lib
+from opd_jax import experiment
 
 MODEL = str(pathlib.Path(__file__).resolve().parent / 'assets' / 'teacher')
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
   """Argument: seeds (how many, from 0)."""
-  arg = config_lib.parse_arg(arg, seeds=1)
-  c = config_lib.default_pipeline()
+  arg = experiment.parse_arg(arg, seeds=1)
+  c = experiment.default_pipeline()
   c.name = 'self_distillation'
   c.seeds = tuple(range(arg.seeds))
   c.stages = ConfigDict(dict(rescored=rescored(), sampler=sampler(), sft=sft()))

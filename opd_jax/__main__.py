@@ -51,7 +51,7 @@ COMMANDS = {
         'opd diagnose --config experiments/quickstart.py --stage opd'),
     'evaluate': Command(
         "evaluates a Hugging Face directory on a run's held-out problems, as the run would",
-        ('config', 'workdir', 'stage', 'model', 'teacher'), ('config',),
+        ('config', 'workdir', 'stage', 'model', 'teacher'), ('config', 'model'),
         'opd evaluate --config experiments/quickstart.py --stage opd --model DIR'),
     'report': Command(
         'writes the tables and the picture of a finished pipeline again',
@@ -155,9 +155,9 @@ def define_flags() -> None:
   from absl import flags
   from ml_collections import config_flags
   config_flags.DEFINE_config_file('config', None, FLAGS['config'][1], lock_config=True)
-  for name in ('workdir', 'stage', 'output'):
+  for name in ('workdir', 'stage', 'model', 'output'):
     flags.DEFINE_string(name, None, FLAGS[name][1])
-  for name, default in (('model', ''), ('teacher', ''), ('format', 'full'), ('dtype', '')):
+  for name, default in (('teacher', ''), ('format', 'full'), ('dtype', '')):
     flags.DEFINE_string(name, default, FLAGS[name][1])
   flags.DEFINE_integer('step', -1, FLAGS['step'][1])
 

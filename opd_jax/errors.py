@@ -26,7 +26,8 @@ def refusal(settings: Any, fields: str, why: str, allowed: Any, group: str = '')
     value = functools.reduce(getattr, field.split('.'), settings)
     parent, _, name = f'{group}{field}'.rpartition('.')
     shown = name if parent == last and parts else f'{parent}.{name}'.lstrip('.')
-    parts.append(f'{shown}={value!r}')
+    text = repr(value)
+    parts.append(f'{shown}={text if len(text) <= 400 else text[:400] + "..."}')
     last = parent
   reason = f': {why}' if why else ''
   return f'{", ".join(parts)}{reason}; allowed: {allowed}'

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from opd_jax import config as config_lib
 from opd_jax.config import Run
 from opd_jax.errors import ConfigError
+from opd_jax.files.workdir import EXPORT
 from opd_jax.rules.run import STAGE
 
-EXPORT = 'export'  # of a run's work directory, what later stages start from
 PARTS = ('student', 'teacher', 'reference')  # those of a stage that an earlier stage may make
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from opd_jax import config as config_lib
+from opd_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +234,7 @@ def apply(c: ConfigDict, name: str) -> ConfigDict:
     ConfigError: there is no such preset; lists those there are.
   """
   if name not in PRESETS:
-    raise config_lib.ConfigError(f'preset={name!r}; allowed: {sorted(PRESETS)}')
+    raise ConfigError(f'preset={name!r}; allowed: {sorted(PRESETS)}')
   preset, neutral = PRESETS[name], config_lib.default_config()
   rows = c.data.prompts_per_step * c.data.samples_per_prompt
   kept = {'reduction': c.objective.reduction}

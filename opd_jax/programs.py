@@ -82,8 +82,9 @@ class Programs:
       scores = self.scorers[stream.name, part](params, rollout)
       return score.only(scores, wants(stream.objective)[part])
 
-    return Grader(loaded.gives, loaded.tokenizer, loaded.stop_tokens, grade,
-                  loaded.model.head(params), params)
+    # A head is a copy where it is tied to the embedding: only where somebody reads it.
+    read = any(wants(s.objective)[part].hidden for s in self.parts.streams)
+    return Grader(grade, loaded.model.head(params) if read else None, params)
 
   def write(self, stream: Stream, student: Params, graders: Graders, indices: np.ndarray,
             key: jax.Array) -> Rollout:
@@ -136,9 +137,7 @@ class Programs:
 
   def heads(self, graders: Graders) -> Heads:
     """Picks the heads of the models whose hidden states the loss takes."""
-    asked = [wants(s.objective) for s in self.parts.streams]
-    return Heads(**{part: grader.head for part, grader in graders.items()
-                    if any(w[part].hidden for w in asked)})
+    return Heads(**{part: grader.head for part, grader in graders.items()})
 
   def compile_count(self) -> int:
     """Counts compiled programs: one a function that is in use, or something retraces."""

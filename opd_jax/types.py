@@ -167,7 +167,7 @@ class Model:
   """A causal language model as three pure functions and a table.
 
   Attributes:
-    family: the Hugging Face `model_type`, which is also the name of the file in `models/`.
+    family: the Hugging Face `model_type`, which is also the name of the file in `models/families/`.
     config: the family's frozen configuration; `config.vocab_size` is V.
     vocab_in_use: ids below this are tokens, the rest is padding of the vocabulary.
     specs: nested dict of `params.ParamSpec`, the one table of shapes, axes, init and file names.

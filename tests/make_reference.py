@@ -1,5 +1,5 @@
-"""Makes tests/data/<family>_reference.npz: logits of transformers' own models, for the check that
-runs without torch (test_parity.py). In an environment with the `parity` extra:
+"""Makes tests/references/<family>_reference.npz: logits of transformers' own models, for the check
+that runs without torch (test_parity.py). In an environment with the `parity` extra:
 
     python tests/make_reference.py [family ...]
 

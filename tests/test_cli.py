@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import tiny
 
-from opd_jax import config
+from opd_jax import experiment
 from opd_jax.__main__ import COMMANDS
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.files import huggingface
 from opd_jax.models import params
 
 EXPERIMENT = '''
-from opd_jax import config
+from opd_jax import config, experiment
 
 def get_config(arg=None):
-  arg = config.parse_arg(arg, size='tiny', n=1)
+  arg = experiment.parse_arg(arg, size='tiny', n=1)
   c = config.default_config()
   c.steps = arg.n
   return c
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
   path = tmp_path_factory.mktemp('cli')
   c = tiny.with_models('opd_sampled', steps=8, eval__every_steps=4)
   tiny.write_config(path / 'one.py', c)
-  both = config.default_pipeline()
+  both = experiment.default_pipeline()
   both.stages = ConfigDict(dict(first=tiny.config('sft'), second=tiny.config('sft')))
   both.order = ('first', 'second')
   both.report.methods, both.report.labels = ('second',), ('second',)
@@ -111,14 +111,13 @@ MISTAKES = [
     ('train --config one.py --config.steps=0', ('steps=0', 'at least 1')),
     ('train --config one.py extra', ("['extra']",)),
     ('train --config one.py --colour=red', ('colour',)),
-    ('train', ('config',)),
     ('train --config nowhere.py', ('nowhere.py',)),
     ('train --config broken.py', ('nonsense_module',)),
     ('train --config argument.py:huge=3', ("'huge'", "['n', 'size']")),
     ('train --config argument.py:n=x', ("'n=x'", 'n takes a int')),
     ('train --config one.py --workdir one.py/run', ('workdir=', 'one.py/run')),
     ('evaluate --config one.py --model nowhere', ("model='nowhere'", 'a Hugging Face directory')),
-    ('evaluate --config one.py', ("model=''",)),
+    ('evaluate --config one.py', ("'evaluate' needs --model DIR",)),
     ('evaluate --config one.py --model half', ('half', 'config.json')),
     ('evaluate --config one.py --model base --teacher other',
      ("teacher='other'", '64 tokens', 'same token ids')),
@@ -135,7 +134,7 @@ MISTAKES = [
 # Python and JAX two dozen times would take longer than all other tests here.
 FORKS = '''
 import json, os, sys
-import opd_jax.__main__, opd_jax.pipeline
+import opd_jax.__main__, opd_jax.tools.pipeline
 from absl import app, flags
 from ml_collections import config_flags
 for i, args in enumerate(json.load(sys.stdin)):
@@ -170,6 +169,15 @@ def outcomes(folder):
       (folder / f'{i}.err').read_text()) for i, (args, _) in enumerate(MISTAKES)}
 
 
+def test_a_command_without_its_config_says_what_there_is(folder):
+  done = tiny.opd('train', cwd=folder)
+  assert done.returncode == 2 and 'Traceback' not in done.stderr
+  first, *rest = done.stderr.splitlines()
+  assert first.startswith("error: 'train' needs --config FILE")
+  assert COMMANDS['train'].example in first
+  assert any('quickstart.py: ' in line for line in rest)
+
+
 @pytest.mark.parametrize(('args', 'parts'), MISTAKES)
 def test_mistakes_are_one_line(args, parts, outcomes):
   assert_one_line(outcomes[args], *parts)
@@ -197,7 +205,8 @@ class TestExport:
     done = tiny.opd('export', '--workdir', 'moved', '--output', 'out16', '--dtype', 'bfloat16',
                     cwd=folder)
     assert done.returncode == 0, done.stderr
-    whole, half = (params.flatten(huggingface.load(folder / d, {}).read()) for d in ('run/export', 'out16'))
+    whole, half = (params.flatten(huggingface.load(folder / d, {}).read())
+                   for d in ('run/export', 'out16'))
     for name in whole:
       np.testing.assert_array_equal(half[name], whole[name].astype(ml_dtypes.bfloat16), name)
 
@@ -231,8 +240,8 @@ class TestUsage:
   def test_no_command(self, args, folder):
     done = tiny.opd(*args, cwd=folder)
     assert done.returncode == 2 and 'Traceback' not in done.stderr
-    for command in COMMANDS:
-      assert f'opd {command} --' in done.stderr
+    for name, command in COMMANDS.items():
+      assert f'opd {name}' in done.stderr and command.does in done.stderr
     if args:
       assert done.stderr.startswith(f"error: command 'tarin'; allowed: {list(COMMANDS)}\n")
 

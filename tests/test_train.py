@@ -261,7 +261,9 @@ def test_self_distillation_leaves_every_bit_where_it_was(tmp_path):
   for name in start:
     assert start[name].tobytes() == end[name].tobytes(), name
   for row in tiny.rows(tmp_path, 'train'):
-    assert (row['grad_norm'], row['update_norm'], row['reverse_kl']) == (0.0, 0.0, 0.0)
+    assert (row['grad_norm'], row['update_norm']) == (0.0, 0.0)
+    # The loss's own forward pass is another program than the scorer's: float32 rounding.
+    assert abs(row['reverse_kl']) < 1e-6
   accuracies = ('sampled_accuracy', 'greedy_accuracy', 'length')
   assert all(result['before'][k] == result['after'][k] for k in accuracies)
   assert result['after']['reverse_kl'] == 0.0
@@ -363,7 +365,7 @@ class TestInterrupted:
     with pytest.raises(train.PreemptedError) as e:
       train.train(c, tmp_path)
     step = tiny.rows(tmp_path, 'train')[-1]['step']
-    assert f'step {step};' in str(e.value)
+    assert f'step {step},' in str(e.value)
     assert tiny.checkpoint_steps(tmp_path)[-1] == step
 
 
@@ -546,8 +548,8 @@ def test_batches_are_the_students_or_not_as_seed_and_step_say():
   # and nothing compiled twice.
   assert rows[-1]['compiles'] == 5
   assert all(r['gap_max'] < 1e-4 for r in rows if 'gap_max' in r)
-  # Rows beside: their likelihood rises, and their tokens cost.
-  assert rows[-1]['given_loss'] < rows[0]['given_loss']
+  # Rows beside, other ones in every step: what they add to the loss, and that their tokens cost.
+  # (That they add their gradient is in test_oracle.py.)
   assert rows[0]['given_loss'] == pytest.approx(-0.1 * rows[0]['given_logprob'], rel=1e-5)
   assert 0 < rows[0]['given_loss'] < rows[0]['loss']
   parts = parts_of(c)
@@ -560,8 +562,9 @@ def test_batches_are_the_students_or_not_as_seed_and_step_say():
 def test_a_reference_and_a_random_gate():
   c, workdir = mixed()[1]
   rows = tiny.rows(workdir, 'train')
-  assert rows[0]['reference_kl'] == 0.0  # the student has not moved
-  assert all(r['reference_kl'] > 0.0 for r in rows[1:])
+  # The student has not moved: what is left is the square of the rounding between two programs.
+  assert rows[0]['reference_kl'] < 1e-12
+  assert all(r['reference_kl'] > 1e-9 for r in rows[1:])
   rates = [r['local_rate'] for r in rows]
   assert len(set(rates)) > 4 and all(0.0 < rate < 1.0 for rate in rates)
   assert rows[-1]['compiles'] == 3  # the reference has the student's programs, and the teacher too
@@ -603,7 +606,8 @@ def test_samples_of_a_mixture_with_the_teacher(tmp_path):
 
 
 def test_advantages_are_recomputed_and_coefficients_annealed(tmp_path):
-  fields = dict(steps=2, optimizer__updates_per_batch=2, objective__anneal='linear(steps=4, to=0.2)')
+  fields = dict(steps=2, optimizer__updates_per_batch=2,
+                objective__anneal='linear(steps=4, to=0.2)')
   runs = {}
   for kept in ('kept', 'recomputed'):
     c = tiny.with_models('opd_sampled', objective__advantages=kept, **fields)

@@ -14,7 +14,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 def batch_metrics(o: Objective, on_policy: bool, batch: Batch, aux: dict[str, Float[Array, 'B t']]
                   ) -> dict[str, Array]:
-  """Token means over the mask (nats a token where it is a KL or an entropy).
+  """Takes token means over the mask (nats a token where it is a KL or an entropy).
 
   `divergence` is the one of the loss, over its support (with the exact baseline: over the full
   vocabulary). Tokens that a gate leaves out are in. On the student's own samples only:

@@ -33,7 +33,7 @@ def truncate(logits: Float[Array, 'B V'], top_k: int, top_p: float) -> Float[Arr
 
 
 def draw(logits: Float[Array, 'B V'], key: PRNGKeyArray) -> Int[Array, 'B']:
-  """One draw per row from softmax(logits), by inverting the cumulative distribution twice.
+  """Draws once a row from softmax(logits), by inverting the cumulative distribution twice.
 
   First a block of tokens is drawn by its mass, then a token within it, each with a uniform of its
   own. On CPU this is several times faster than Gumbel-argmax over a large vocabulary (one uniform

@@ -19,12 +19,12 @@ from opd_jax.types import Head, Model, Params, Rollout, Scores, Wants
 
 def log_softmax(hidden: Float[Array, 'n D'], head: Head, temperature: float
                 ) -> Float[Array, 'n V']:
-  """log softmax(head(hidden) / temperature), in float32 at least."""
+  """Computes log softmax(head(hidden) / temperature), in float32 at least."""
   return jax.nn.log_softmax(head.logits(hidden) / temperature, axis=-1)
 
 
 def same_width(*logprobs: Float[Array, 'n _']) -> tuple[Float[Array, 'n _'], ...]:
-  """Log-probs of several models over one vocabulary that is padded to different widths.
+  """Cuts log-probs of several models over one vocabulary that is padded to different widths.
 
   The narrowest has every token; what the others have beyond it has probability zero (`Head`).
   """
@@ -33,17 +33,17 @@ def same_width(*logprobs: Float[Array, 'n _']) -> tuple[Float[Array, 'n _'], ...
 
 
 def entropy_of(logprobs: Float[Array, 'n V']) -> Float[Array, 'n']:
-  """-sum_v p log p, in nats."""
+  """Computes -sum_v p log p, in nats."""
   return -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
 
 
 def pick(logprobs: Float[Array, 'n V'], targets: Int[Array, 'n']) -> Float[Array, 'n']:
-  """logprobs[i, targets[i]]."""
+  """Picks logprobs[i, targets[i]]."""
   return jnp.take_along_axis(logprobs, targets[:, None], axis=-1)[:, 0]
 
 
 def completion_hidden(model: Model, params: Params, rollout: Rollout) -> Float[Array, 'B C D']:
-  """The final hidden states that predict the completion, teacher-forced on the rollout."""
+  """Computes the final hidden states that predict the completion, teacher-forced on the rollout."""
   # The last token predicts nothing that is scored, and the prompt's predictions are not either.
   tokens, valid = rollout.tokens[:, :-1], rollout.valid[:, :-1]
   hidden, _ = model.forward(params, tokens, positions_of(valid), valid, None)
@@ -51,18 +51,18 @@ def completion_hidden(model: Model, params: Params, rollout: Rollout) -> Float[A
 
 
 def to_rows(completion: Float[Array, 'B C'], rollout: Rollout) -> Float[Array, 'B t']:
-  """[B, C] to the [B, T-1] convention, zero where the mask is."""
+  """Brings [B, C] to the [B, T-1] convention, zero where the mask is."""
   padded = jnp.pad(completion, ((0, 0), (rollout.prompt_length - 1, 0)))
   return jnp.where(rollout.mask > 0, padded, 0.0)
 
 
 def to_completion(per_token: Float[Array, 'B t'], rollout: Rollout) -> Float[Array, 'B C']:
-  """The inverse of `to_rows`: the [B, T-1] entries that belong to the completion."""
+  """Inverts `to_rows`: takes the [B, T-1] entries that belong to the completion."""
   return per_token[:, rollout.prompt_length - 1:]
 
 
 def split_rows(tree: Any, microbatch_rows: int) -> Any:
-  """Leaves [B, ...] to [B / m, m, ...] for a loop over microbatches; m = 0 means all rows.
+  """Splits leaves [B, ...] into [B / m, m, ...] for a loop over microbatches; m = 0: all rows.
 
   Raises:
     ValueError: m does not divide B.
@@ -78,7 +78,7 @@ def split_rows(tree: Any, microbatch_rows: int) -> Any:
 
 
 def join_rows(tree: Any) -> Any:
-  """The inverse of `split_rows`."""
+  """Inverts `split_rows`."""
   return jax.tree.map(
       lambda a: a.swapaxes(0, 1).reshape(a.shape[0] * a.shape[1], *a.shape[2:]), tree)
 

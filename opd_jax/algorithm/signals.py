@@ -17,7 +17,7 @@ from opd_jax.types import Batch, Head
 
 
 def reduction_weights(mask: Float[Array, 'B t'], reduction: str) -> Float[Array, 'B t']:
-  """w_t: the mask, scaled so that it sums to 1 over the global batch; 0 for an empty mask."""
+  """Computes w_t: the mask, scaled to sum to 1 over the global batch; 0 for an empty mask."""
   if reduction == 'token_mean':
     return mask / jnp.maximum(jnp.sum(mask), 1.0)
   per_row = mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1.0)
@@ -25,7 +25,7 @@ def reduction_weights(mask: Float[Array, 'B t'], reduction: str) -> Float[Array,
 
 
 def discounted_return(rewards: Float[Array, 'B t'], discount: float) -> Float[Array, 'B t']:
-  """G_t = sum_{k >= t} discount^(k - t) r_k along a row. Discount 0 returns `rewards` itself."""
+  """Computes G_t = sum_{k >= t} discount^(k - t) r_k along a row; discount 0: `rewards`."""
   if discount == 0.0:
     return rewards
 
@@ -39,15 +39,15 @@ def discounted_return(rewards: Float[Array, 'B t'], discount: float) -> Float[Ar
 
 def group_advantage(o: Objective, rewards: Float[Array, 'B'], group_size: int
                     ) -> Float[Array, 'B']:
-  """Rewards relative to the other samples of the same prompt (rows b // group_size)."""
+  """Compares rewards with the other samples of the same prompt (rows b // group_size)."""
   groups, baseline = rewards.reshape(-1, group_size), o.choice('reward_baseline')
   return (baseline(dict(rewards=groups)) if baseline else groups).reshape(-1)
 
 
 def signal(o: Objective, own: Float[Array, 'B t'], theirs: Float[Array, 'B t']
            ) -> Float[Array, 'B t']:
-  """What the teacher says of each sampled token, from the two log-probs of it: the score-function
-  weight of the divergence, shaped (see `Objective`)."""
+  """Computes what the teacher says of each sampled token, from the two log-probs of it: the
+  score-function weight of the divergence, shaped (see `Objective`)."""
   said, shaping, known = o.choice('signal'), o.choice('shaping'), dict(own=own, theirs=theirs)
   if 'weight' in said.inputs:
     if not shaping or 'signal' in shaping.inputs:
@@ -57,13 +57,14 @@ def signal(o: Objective, own: Float[Array, 'B t'], theirs: Float[Array, 'B t']
 
 
 def distill_coef(o: Objective, step: Array) -> Array | float:
-  """The weight of distillation at a gradient step, annealed if `o` says so."""
+  """Computes the weight of distillation at a gradient step, annealed if `o` says so."""
   anneal = o.choice('anneal')
   return anneal(dict(coef=o.distill_coef, step=step)) if anneal else o.distill_coef
 
 
 def teacher_logprobs(o: Objective, batch: Batch) -> Float[Array, 'B t']:
-  """The teacher's log-probs of the sampled tokens; extrapolated, up to a constant of the prefix."""
+  """Takes the teacher's log-probs of the sampled tokens; extrapolated, up to a constant of the
+  prefix."""
   theirs = batch.teacher.logprobs
   if o.extrapolation != 1.0:
     # Where teacher and reference agree it is the teacher's own, bit for bit.
@@ -72,19 +73,20 @@ def teacher_logprobs(o: Objective, batch: Batch) -> Float[Array, 'B t']:
 
 
 def student_logprobs(o: Objective, batch: Batch) -> Float[Array, 'B t']:
-  """The student's log-probs of the sampled tokens, from where `o` says."""
+  """Takes the student's log-probs of the sampled tokens, from where `o` says."""
   if o.student_logprobs == 'rescored':
     return batch.student.logprobs
   return batch.rollout.sampler_logprobs + batch.rollout.policy_offset
 
 
 def raw_signal(o: Objective, batch: Batch) -> Float[Array, 'B t']:
-  """`signal` of a batch, zero where the mask is."""
+  """Computes `signal` of a batch, zero where the mask is."""
   return signal(o, student_logprobs(o, batch), teacher_logprobs(o, batch)) * batch.rollout.mask
 
 
 def distillation_advantage(o: Objective, batch: Batch, group_size: int) -> Float[Array, 'B t']:
-  """What the teacher's signals are worth to each token: detached, and zero where the mask is.
+  """Computes what the teacher's signals are worth to each token: detached, and zero where the mask
+  is.
 
   The exact baseline is subtracted in the loss.
   """
@@ -97,7 +99,7 @@ def distillation_advantage(o: Objective, batch: Batch, group_size: int) -> Float
 
 
 def outcome_advantage(o: Objective, batch: Batch, group_size: int) -> Float[Array, 'B t']:
-  """The part of A_t that is the same for every token of a row: verifier and likelihood."""
+  """Computes the part of A_t that is the same for every token of a row: verifier and likelihood."""
   mask = batch.rollout.mask
   total = o.likelihood_coef * mask
   if o.reward_coef:
@@ -108,7 +110,7 @@ def outcome_advantage(o: Objective, batch: Batch, group_size: int) -> Float[Arra
 
 def gate(o: Objective, batch: Batch, over_vocabulary: Callable[..., Array] | None = None
          ) -> Float[Array, 'B t']:
-  """The mask of the tokens that count: those the student chose, less what the gates leave out."""
+  """Marks the tokens that count: those the student chose, less what the gates leave out."""
   mask, known = batch.rollout.mask, _known(batch) | {'over_vocabulary': over_vocabulary}
   for field in ('window', 'row_gate', 'token_gate'):
     if choice := o.choice(field):
@@ -117,7 +119,7 @@ def gate(o: Objective, batch: Batch, over_vocabulary: Callable[..., Array] | Non
 
 
 def local_gate(o: Objective, batch: Batch, known: Mapping[str, Any]) -> Float[Array, 'B t']:
-  """1 where `objective.local` is, among the tokens of the mask.
+  """Marks the tokens where `objective.local` is, among those of the mask.
 
   Args:
     o: the objective.

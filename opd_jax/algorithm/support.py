@@ -23,7 +23,7 @@ Term = Callable[[Array, Array], Array]  # (log p_S, log p_T) -> p_S f(u), elemen
 
 
 def from_generator(f: Callable[[Array], Array]) -> Term:
-  """The term p_S f(u) of any convex f with f(1) = 0, as a function of u = p_T / p_S.
+  """Makes the term p_S f(u) of any convex f with f(1) = 0, as a function of u = p_T / p_S.
 
   For trying one out: everything here takes a term. A divergence that stays gets a function in
   `divergences.py`, in a form that does not overflow where the student is sure and the teacher is
@@ -34,7 +34,7 @@ def from_generator(f: Callable[[Array], Array]) -> Term:
 
 
 def score_weight(f: Term, log_u: Float[Array, '...']) -> Float[Array, '...']:
-  """w(u) - w(1) for the score-function estimate -E_S[w grad log p_S] of the gradient of D.
+  """Computes w(u) - w(1) for the score-function estimate -E_S[w grad log p_S] of the gradient of D.
 
   w(u) = -f(u) + u f'(u) (OPD+, 2026, arXiv 2606.01039), from the term itself: minus its derivative
   by p_S, which is of degree 0 and so may be taken at p_S = 1. (Taking f and u f' apart instead
@@ -54,7 +54,8 @@ def score_weight(f: Term, log_u: Float[Array, '...']) -> Float[Array, '...']:
 
 def extrapolate(teacher: Float[Array, 'n V'], reference: Float[Array, 'n W'] | None, scale: float
                 ) -> Float[Array, 'n V']:
-  """log of p_T^scale p_ref^(1 - scale), normalized: what ExOPD (2026, arXiv 2602.12125) distils.
+  """Computes log p_T^scale p_ref^(1 - scale), normalized: what ExOPD (2026, arXiv 2602.12125)
+  distils.
 
   At scale 1 it is the teacher, at 0 the reference; above 1 it goes on in the same direction.
   """
@@ -67,7 +68,8 @@ def extrapolate(teacher: Float[Array, 'n V'], reference: Float[Array, 'n W'] | N
 
 
 def top_k(x: Float[Array, 'n V'], k: int) -> tuple[Float[Array, 'n k'], Int[Array, 'n k']]:
-  """`jax.lax.top_k` in two steps, exactly: the k largest are within the k blocks of largest maxima.
+  """Computes `jax.lax.top_k` in two steps, exactly: the k largest are within the k blocks of
+  largest maxima.
 
   On CPUs top_k sorts the whole row, 25 ms of it at 151936 tokens; this sorts two rows of sqrt(k V).
   """
@@ -86,7 +88,7 @@ def top_k(x: Float[Array, 'n V'], k: int) -> tuple[Float[Array, 'n k'], Int[Arra
 def over_tokens(f: Term, student: Float[Array, 'n V'], teacher: Float[Array, 'n V'],
                 tokens: Int[Array, 'n K'], tail: str, counts: Int[Array, 'n K'] | None = None
                 ) -> Float[Array, 'n']:
-  """The divergence over some tokens, and what becomes of the rest.
+  """Sums the divergence over some tokens, and does to the rest what `tail` says.
 
   'drop' leaves the rest out; 'renormalize' gives both models mass 1 on the support (LSM, 2026,
   arXiv 2603.25562); 'bucket' adds the rest of both as one more token (tail-aware top-k, 2026, arXiv

@@ -49,7 +49,7 @@ from opd_jax.types import (
 def loss_fn(params: Params, rows: Weighted, coef: Array | float, heads: Heads, *, model: Model,
             objective: Objective, chunk_tokens: int
             ) -> tuple[Array, dict[str, Float[Array, 'B t']]]:
-  """The loss of some rows (its sum over microbatches is the loss of the batch), and per-token
+  """Computes the loss of some rows (its sum over microbatches is that of the batch), and per-token
   arrays [B, T-1] for the metrics. `coef` is the present distill_coef."""
   rollout = rows.rollout
   behaviour = rollout.sampler_logprobs
@@ -125,7 +125,7 @@ def _chunk_loss(o, head, constants, hidden, a):
 
 def surrogate(o: Objective, logprobs: Float[Array, '...'], logratio: Float[Array, '...'],
               advantage: Float[Array, '...']) -> Float[Array, '...']:
-  """What is differentiated for the policy gradient: its gradient is rho A grad log p_S."""
+  """Computes what is differentiated for the policy gradient: its gradient is rho A grad log p_S."""
   if o.importance == 'none':
     return logprobs * advantage
   return o.choice('importance')(dict(logprobs=logprobs, advantage=advantage, logratio=logratio,
@@ -135,8 +135,8 @@ def surrogate(o: Objective, logprobs: Float[Array, '...'], logratio: Float[Array
 def weigh(o: Objective, batch: Batch, coef: Array | float, student_head: Head | None,
           heads: Heads, key: PRNGKeyArray | None, *, group_size: int, chunk_tokens: int
           ) -> tuple[Weighted, dict[str, Array]]:
-  """What each token of a batch is worth, and the metrics of that. Everything is normalized over the
-  global batch here, so that microbatches of the result add up to the whole.
+  """Computes what each token of a batch is worth, and the metrics of that, normalized over the
+  global batch, so that microbatches of the result add up to the whole.
 
   Args:
     o: the objective.

@@ -1,7 +1,7 @@
 """Reads and writes low-rank adapters as directories in PEFT's format, strictly.
 
-As in `hf.py`, opening one checks all that can be checked without reading a weight. Left out: other
-methods than plain LoRA, and adapters of what is no linear layer of the blocks.
+As in `huggingface.py`, opening one checks all that can be checked without reading a weight. Left
+out: other methods than plain LoRA, and adapters of what is no linear layer of the blocks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def write_adapter(path: str | os.PathLike[str], model: Model, adapters: Params,
     base_name: where the base is from, for adapter_config.json; '' for nowhere.
 
   Raises:
-    FileExistsError, ValueError, ExportError: see `hf.write_checkpoint`.
+    FileExistsError, ValueError, ExportError: see `huggingface.write_checkpoint`.
   """
   specs = lora.adapter_specs(model.specs, settings)
   plan = safetensors_lib.plan(specs, adapters, None)
@@ -85,8 +85,8 @@ def read_adapter(path: str | os.PathLike[str], model: Model, base_name: str = ''
       same base differ from place to place, so that this alone is no error.
 
   Returns:
-    The settings, and a `read` like `hf.LoadedModel.read` for the tree of `lora.adapter_specs`.
-    `lora_dropout` is not applied.
+    The settings, and a `read` like `huggingface.LoadedModel.read` for the tree of
+    `lora.adapter_specs`. `lora_dropout` is not applied.
 
   Raises:
     FileNotFoundError: something is not there.

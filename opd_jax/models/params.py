@@ -1,6 +1,6 @@
 """Parameters are nested dicts of arrays, described by one table of `ParamSpec` per model.
 
-From that table come initialization, shardings (`sharding.py`), import and export (`hf.py`), and
+From that table come initialization, shardings (`sharding.py`), import and export (`files/`), and
 the parameter count. Layers are stored stacked: a per-layer parameter has a leading axis 'layer'.
 """
 

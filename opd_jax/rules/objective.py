@@ -66,7 +66,7 @@ FIELDS = (
     *within('extrapolation', 0, above=True),
     Rule('distill_coef reward_coef likelihood_coef',
          lambda o: not (o.needs_teacher or o.reward_coef or o.likelihood_coef),
-         'all are 0: there is nothing to train towards', 'at least one other than 0'),
+         'all 0: there is nothing to train towards', 'at least one other than 0'),
     *unread('reward_baseline', lambda o: not o.reward_coef, 'objective.reward_coef=0'),
     Rule('anneal distill_coef',
          lambda o: o.choice('anneal').arguments.get('to') == o.distill_coef,

@@ -11,7 +11,7 @@ from opd_jax import models, teachers
 from opd_jax.algorithm.objective import wants
 from opd_jax.data import examples, prompts
 from opd_jax.data.streams import FOREIGN, SOURCES, given_objective
-from opd_jax.errors import ConfigError
+from opd_jax.errors import ConfigError, refuse
 from opd_jax.files import huggingface
 from opd_jax.rules import objective as objective_rules
 from opd_jax.rules import rule
@@ -29,6 +29,9 @@ def check(r: Any) -> None:
     ConfigError: the first rule that is broken.
   """
   rule.check(FIELDS, r)
+  for name, value in vars(r.doctor).items():
+    if isinstance(value, str) and not _switch(value):
+      refuse(r, f'doctor.{name}', '', "'on', or 'off: REASON'")
   objective_rules.check(r.objective)
   rule.check(GIVEN, r)
   if r.given.source != 'none':
@@ -108,11 +111,6 @@ FIELDS = (
             'optimizer.weight_decay optimizer.clip_norm optimizer.eps', 0),
     *within('optimizer.b1 optimizer.b2', 0, 1, below=True),
     Rule('doctor.max_reverse_kl', lambda r: not r.doctor.max_reverse_kl > 0, '', 'above 0'),
-    *(Rule(f'doctor.{name}', lambda r, name=name: not _switch(getattr(r.doctor, name)), '',
-           "'on', or 'off: REASON'")
-      for name in ('templates', 'token_ids', 'stop_tokens', 'vocabulary', 'memory',
-                   'unused_options', 'self_kl', 'uniform_teacher', 'support', 'special_tokens',
-                   'truncation')),
     Rule('compute.microbatch_rows data.prompts_per_step data.samples_per_prompt',
          lambda r: r.compute.microbatch_rows and _rows(r) % r.compute.microbatch_rows,
          'it does not divide the rows of a batch',
@@ -169,9 +167,10 @@ ROLES = (
          'there is no teacher', lambda r: f'one of {teachers.names()[1:]}, or no use of a teacher'),
     Rule('sample.stop teacher.kind', lambda r: r.sample.stop != 'student' and not _has_teacher(r),
          '', "'student'"),
-    *unread('log.max_sampler_gap',
-            lambda r: r.data.source != 'student' or not r.data.on_policy_fraction,
-            'rows that the student does not write (data.source, data.on_policy_fraction)'),
+    Rule('log.max_sampler_gap data.source data.on_policy_fraction',
+         lambda r: r.log.max_sampler_gap and (
+             r.data.source != 'student' or not r.data.on_policy_fraction),
+         'no effect on rows that the student does not write', '0'),
     *unread('objective.student_logprobs', lambda r: not r.objective.has_signal,
             'no policy gradient from a teacher'),
     Rule('data.samples_per_prompt objective.reward_baseline',

@@ -18,7 +18,7 @@ from typing import Any
 
 from opd_jax.data.streams import Stream
 from opd_jax.files.huggingface import LoadedModel
-from opd_jax.types import Head, Params, Rollout, Scores, Wants
+from opd_jax.types import Head, Params, Rollout, Scores
 
 NONE = 'none'
 
@@ -31,18 +31,12 @@ class Grader:
   (a server, a cache) closes over what it needs, and the loop does not know.
 
   Attributes:
-    gives: what can be asked of it.
-    tokenizer: a Hugging Face tokenizer; of the student's vocabulary.
-    stop_tokens: ids that end a completion of its own.
     score: (rollout, stream) -> what the stream's objective wants of it, and nothing else; at the
       objective's temperature.
-    head: of its hidden states; None where it gives none.
+    head: of its hidden states; None where no objective wants them.
     params: of a model in this process, which may also write; None elsewhere.
   """
 
-  gives: Wants
-  tokenizer: Any
-  stop_tokens: tuple[int, ...]
   score: Callable[[Rollout, Stream], Scores]
   head: Head | None
   params: Params | None

@@ -10,7 +10,7 @@ from opd_jax.files.huggingface import LoadedModel
 def load(path: str, student: LoadedModel, options: dict[str, Any], revision: str = ''
          ) -> LoadedModel:
   """Returns the student; `path` must be empty, since it would have no effect."""
-  del options, revision  # a revision without a path is refused by config.py
+  del options, revision  # a revision without a path is refused by rules/run.py
   if path:
     raise ValueError(f"teacher.path={path!r} has no effect with teacher.kind='initial_student'; "
                      "allowed: ''")

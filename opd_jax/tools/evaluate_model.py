@@ -34,7 +34,7 @@ def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any
     ConfigError: a path that is no checkpoint directory, or a teacher with other tokens.
   """
   for name, value in (('model', path), ('teacher', teacher_path)):
-    if (value or name == 'model') and not (value and pathlib.Path(value).is_dir()):
+    if value and not pathlib.Path(value).is_dir():
       raise ConfigError(f'{name}={value!r}; allowed: a Hugging Face directory')
   run = config_lib.parse(c)
   try:

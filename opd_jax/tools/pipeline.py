@@ -19,7 +19,7 @@ from opd_jax.config import Student, Teacher
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.doctor import examine as doctor
 from opd_jax.errors import ConfigError
-from opd_jax.experiment import EXPORT, Pipeline, stage_config, stage_dir
+from opd_jax.experiment import Pipeline, stage_config, stage_dir
 from opd_jax.files import huggingface
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.rules.run import STAGE
@@ -67,7 +67,7 @@ def examine(c: ConfigDict, only: str | None, workdir: str | pathlib.Path) -> boo
   workdir, fine = pathlib.Path(workdir).resolve(), True
   for name in [only] if only else p.order:
     missing = {part: maker for part, maker in experiment.makers(p.runs[name]).items()
-               if not (stage_dir(workdir, maker, p.seeds[0]) / EXPORT).exists()}
+               if not (stage_dir(workdir, maker, p.seeds[0]) / workdir_lib.EXPORT).exists()}
     if missing:
       console.print(f'{name}: not examined: its {" and ".join(missing)} will be made by '
                     f'{[STAGE + maker for maker in missing.values()]}')

@@ -82,6 +82,17 @@ def test_arguments_by_place_and_by_name():
   assert limit == 5.0 and type(limit) is float
 
 
+@each_kind
+def test_a_name_has_one_spelling(field):
+  # Code compares the text: 'sampled ' must not be another thing than 'sampled'.
+  for name in ALL[field].names:
+    if '(' not in name:
+      choices.parse(ALL[field], name)
+      for text in (f'{name} ', f' {name}', f'{name}()', f'({name})', f'{name}  # really'):
+        with pytest.raises(choices.ChoiceError, match=f"written '{name}'"):
+          choices.parse(ALL[field], text)
+
+
 def test_none_is_no_choice():
   none = choices.parse(KINDS['shaping'], 'none')
   assert not none and none.inputs == () and none.arguments == {} and str(none) == 'none'
@@ -103,7 +114,11 @@ def test_none_is_no_choice():
     ('clip("5")', "limit='5'", 'clip(limit: above 0)'),
     ('clip(True)', 'limit=True', 'clip(limit: above 0)'),
     ('clip(0)', 'limit=0.0', 'clip(limit: above 0)'),
-    ('clip(1e999)', 'limit=inf', 'clip(limit: above 0)'), ('log(2)', 'too many', 'log')])
+    ('clip(1e999)', 'limit=inf', 'clip(limit: above 0)'), ('log(2)', 'too many', 'log'),
+    ('clip(' + '9' * 400 + ')', 'limit=999', 'clip(limit: above 0)'),
+    ('clip(limit=1, limit=2)', 'not a name', "'clip(limit)'"),
+    ('clip({[]: 1})', 'not a name', "'clip(limit)'"),
+    ('clip(' + '-' * 100_000 + '1)', 'not a name', "'clip(limit)'")])
 def test_refused(text, why, allowed):
   with pytest.raises(choices.ChoiceError) as e:
     choices.parse(KINDS['shaping'], text)

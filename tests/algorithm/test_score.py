@@ -175,7 +175,7 @@ def test_the_loss_never_holds_the_logits_of_the_batch(wide, objective):
 
   # 8 of 256 tokens at a time: a handful of chunk-sized arrays (0.25 MiB each), and the gradients of
   # the embedding and the head, of a chunk and of all (0.5 MiB each). At the size of a real
-  # vocabulary: test_chunks.
+  # vocabulary: test_vocabulary.
   assert used(8) < 0.5 * LOGITS_BYTES
   # The measure has teeth: with one chunk for all tokens it exceeds what it must stay below.
   assert used(ROWS * LONG) > LOGITS_BYTES

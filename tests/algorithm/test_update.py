@@ -175,15 +175,18 @@ class Enumeration:
     """Of the sum over prefixes of p(prefix), held fixed, times D(p_S, p_T)(prefix), the divergence
     of an objective over its support as the oracle defines it; by default the reverse KL."""
     _, probability = self.behaviour(sampler_params)
-    own, pull = _logprobs_and_pullback(self)
-    theirs = self.logprobs(self.teacher, self.teacher_params, TEACHER_TEMPERATURE)
+    rows = functools.partial(self.logprobs, self.student, temperature=TEMPERATURE)
+    own = quick_jit(rows)(self.params)
+    theirs = quick_jit(lambda p: self.logprobs(self.teacher, p, TEACHER_TEMPERATURE))(
+        self.teacher_params)
     slopes = np.zeros(own.shape)
     for v in range(VOCAB):  # by complex steps; log-probs are logits that log_softmax leaves alone
       moved = np.asarray(own, complex)
       moved[..., v] += 1j * oracle.STEP
       value = oracle.divergence(o, oracle.log_softmax(moved), np.asarray(theirs))
       slopes[..., v] = value.imag / oracle.STEP
-    return pull(jnp.asarray(slopes) * (probability * self.rollout.mask)[..., None])[0]
+    slopes = jnp.asarray(slopes) * (probability * self.rollout.mask)[..., None]
+    return quick_jit(lambda p, slopes: jax.vjp(rows, p)[1](slopes)[0])(self.params, slopes)
 
   def sequence_level_gradient(self):
     """Of KL(p_S || p_T) between distributions over whole completions; nothing held fixed."""
@@ -193,11 +196,6 @@ class Enumeration:
       return jnp.sum(jnp.exp(jnp.sum(own, axis=1)) * jnp.sum(own - theirs, axis=1))
 
     return quick_jit(jax.grad(objective))(self.params)
-
-
-def _logprobs_and_pullback(e):
-  """log p_S [B, T-1, V], and from its cotangent to that of the parameters."""
-  return jax.vjp(lambda params: e.logprobs(e.student, params, TEMPERATURE), e.params)
 
 
 @pytest.fixture

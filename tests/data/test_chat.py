@@ -5,15 +5,19 @@ import functools
 import io
 import json
 
+from ml_collections import ConfigDict
 import numpy as np
 import pytest
 import tiny
 
-from opd_jax import build, config, train
+from opd_jax import build, config, experiment, load, train
 from opd_jax.data import examples as examples_lib
+from opd_jax.data.streams import OWN
 from opd_jax.doctor import examine as doctor
+from opd_jax.doctor import static
+from opd_jax.errors import ConfigError
 from opd_jax.run import metrics
-from opd_jax.tools import pipeline
+from opd_jax.tools import evaluate_model, pipeline
 
 ROWS = [{'question': f'{i} plus one?', 'answer': f'{i + 1}'} for i in range(24)]
 LONG = [{'question': 'plus one ' * 20, 'answer': '0'}] * 2
@@ -50,6 +54,16 @@ def make(kind='opd_sampled', task=None, **fields):
   c.eval.problems, c.eval.samples_per_problem, c.eval.pass_k = 8, 1, 1
   c.checkpoint.every_steps = 100
   return tiny.override(c, **fields)
+
+
+def open_parts(c):
+  return build.open_parts(config.parse(c))
+
+
+def templates(c):
+  """What the doctor says of the templates."""
+  run = config.parse(c)
+  return static.check_templates(run, build.open_parts(run))
 
 
 class Watch:
@@ -89,7 +103,7 @@ def test_every_epoch_visits_every_row_once_in_another_order():
 
 def test_what_the_models_read():
   c, _, seen = finished()
-  tokens = build.load_student(c).tokenizer
+  tokens = load.open_student(config.parse(c)).tokenizer
   pad = tokens.eos_token_id  # this tokenizer has no padding token
   for row, ids in zip(seen.rows, seen.prompts, strict=True):
     text = tokens.decode(np.trim_zeros(ids - pad, 'f') + pad)
@@ -151,22 +165,22 @@ def test_prompts_that_nobody_grades(tmp_path, capsys):
   out = capsys.readouterr().out
   assert 'accuracy' not in out and '✗' not in out and '  · <|turn|>user' in out
   assert 'chat eval at step 2: ' in out and 'reverse KL' in out
-  with pytest.raises(config.ConfigError, match=r"checkpoint\.keep_best=1 .*'prompts'.*allowed: 0"):
-    build.build(make(task=dict(answer_column='', grader='none')))
+  with pytest.raises(ConfigError, match=r"checkpoint\.keep_best=1, .*'prompts'.*allowed: 0"):
+    open_parts(make(task=dict(answer_column='', grader='none')))
 
 
 def test_rewards_that_nobody_gives():
   c = make('grpo', task=dict(answer_column='', grader='none'), checkpoint__keep_best=0,
            data__samples_per_prompt=4)
-  with pytest.raises(config.ConfigError, match=r"objective\.reward_coef=1\.0, .*allowed: 0"):
-    build.build(c)
+  with pytest.raises(ConfigError, match=r"objective\.reward_coef=1\.0, .*allowed: 0"):
+    open_parts(c)
 
 
 def test_supervision_ends_a_turn_as_the_template_does():
   task = dict(answer_column='', completion_column='answer', grader='none')
-  s = build.build(make('sft', task=task, checkpoint__keep_best=0, data__source='dataset'))
-  rollout = s.examples.given(np.arange(4))
-  for i, row in enumerate(s.examples.rows[:4]):
+  s = open_parts(make('sft', task=task, checkpoint__keep_best=0, data__source='dataset'))
+  rollout = s.examples[OWN].given(np.arange(4))
+  for i, row in enumerate(s.examples[OWN].rows[:4]):
     learned = rollout.tokens[i][np.flatnonzero(rollout.mask[i]) + 1]
     assert s.student.tokenizer.decode(learned) == row['completion'] + '<|over|>'
     assert learned[-1] in s.student.stop_tokens
@@ -175,8 +189,8 @@ def test_supervision_ends_a_turn_as_the_template_does():
 class TestRefused:
 
   def refused(self, c, *parts):
-    with pytest.raises(config.ConfigError, match='allowed') as e:
-      build.build(c)
+    with pytest.raises(ConfigError, match='allowed') as e:
+      open_parts(c)
     for part in parts:
       assert part in str(e.value), f'{part!r} is not in {e.value}'
 
@@ -194,9 +208,9 @@ class TestRefused:
     self.refused(make(data__limit=25), 'data.limit=25', 'at most 24', "'prompts_too_long_dropped'")
 
   def test_a_limit_counts_what_fits(self):
-    s = build.build(make(data__limit=12))
-    assert [r['prompt'] for r in s.examples.rows] == [r['question'] for r in ROWS[:12]]
-    assert s.data_report['train']['examples'] == 12
+    s = open_parts(make(data__limit=12))
+    assert [r['prompt'] for r in s.examples[OWN].rows] == [r['question'] for r in ROWS[:12]]
+    assert s.report['train']['examples'] == 12
 
   def test_a_file_that_is_not_there(self):
     self.refused(make(task=dict(source='no.jsonl')), "task.options.source='no.jsonl'")
@@ -212,41 +226,41 @@ class TestRefused:
 
 def test_a_pipeline_looks_at_every_stages_prompts_first(tmp_path, monkeypatch):
   monkeypatch.setattr(train, 'train', None)
-  c = config.default_pipeline()
-  c.stages = config.ConfigDict(dict(
+  c = experiment.default_pipeline()
+  c.stages = ConfigDict(dict(
       base=make('sft', task=dict(completion_column='answer'), data__source='dataset'),
       student=make(student__path='stage:base', teacher__path='stage:base', data__limit=25)))
   c.order = ('base', 'student')
   c.report.methods, c.report.labels = ('student',), ('last',)
-  with pytest.raises(config.ConfigError, match=r'stages\.student: data\.limit=25'):
+  with pytest.raises(ConfigError, match=r'stages\.student: data\.limit=25'):
     pipeline.run(c, tmp_path)
 
 
 def test_evaluation_of_a_directory_needs_the_template_that_the_run_used(capsys):
   c = make()
   student, teacher = (str(files() / name) for name in ('student', 'teacher'))
-  with pytest.raises(config.ConfigError, match=r"prompt\.template='teacher'.*allowed"):
-    build.evaluate_model(c, student, '')
-  values = build.evaluate_model(c, student, teacher)
+  with pytest.raises(ConfigError, match=r"prompt\.template='teacher'.*allowed"):
+    evaluate_model.evaluate_model(c, student, '')
+  values = evaluate_model.evaluate_model(c, student, teacher)
   _, workdir, _ = finished()
   assert values['reverse_kl'] == tiny.rows(workdir, 'eval')[0]['reverse_kl']
 
 
 def test_the_doctor_compares_the_templates(tmp_path):
-  finding = doctor.check_templates(make(), build.build(make()))
+  finding = templates(make())
   assert finding.status == doctor.OK and '16 prompts rendered alike' in finding.detail
   other = tiny.write_chat_model(tmp_path / 'other', template=tiny.CHAT.replace('quiet', 'begin'))
   # Both models get the teacher's: the student has to learn it. The other way round, the teacher
   # would grade in a form that it does not know.
   for template, status in (('teacher', doctor.WARN), ('student', doctor.FAIL)):
     c = make(student__path=str(other), prompt__template=template)
-    finding = doctor.check_templates(c, build.build(c))
+    finding = templates(c)
     assert (finding.status, finding.field) == (status, 'prompt.template')
     assert 'begin|>' in finding.detail and 'quiet|>' in finding.detail
   strict = "{%- if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{%- endif %}"
   other = tiny.write_chat_model(tmp_path / 'strict', template=strict + tiny.CHAT)
   c = make(student__path=str(other), prompt__system='Sums.')
-  finding = doctor.check_templates(c, build.build(c))
+  finding = templates(c)
   assert finding.status == doctor.WARN and 'no system' in finding.detail
 
 
@@ -259,8 +273,8 @@ def test_the_doctor_asks_the_teacher_too(tmp_path):
                       (dict(prompt__template='none', prompt__special_tokens=True,
                             prompt__thinking='default'), 'the teacher cannot .* adds none')):
     c = make(**pair, **fields)
-    with pytest.raises(config.ConfigError, match=rf"templates' failed: .*{why}"):
-      doctor.require(c, [doctor.check_templates(c, build.build(c))])
+    with pytest.raises(ConfigError, match=rf"templates' failed: .*{why}"):
+      doctor.require(config.parse(c), [templates(c)])
 
 
 def test_the_doctor_finds_a_tokenizer_that_splits_otherwise(tmp_path):
@@ -270,9 +284,8 @@ def test_the_doctor_finds_a_tokenizer_that_splits_otherwise(tmp_path):
   (path / 'tokenizer.json').write_text(json.dumps(values))
   for template in ('student', 'teacher'):
     c = make(prompt__template=template, student__path=make().teacher.path, teacher__path=str(path))
-    s = build.build(c)
-    finding = doctor.check_templates(c, s)
-    assert doctor.check_token_ids(c, s).status == doctor.OK
+    finding = templates(c)
+    assert static.check_token_ids(config.parse(c), open_parts(c)).status == doctor.OK
     assert finding.status == doctor.FAIL and finding.field == 'teacher.path'
     assert 'token ids of the same prompt' in finding.detail
 

@@ -120,7 +120,8 @@ class TestGiven:
     ended = rollout.replace(tokens=np.where(rollout.tokens == EOS, semicolon, rollout.tokens))
     assert examples_lib.completions(ended, CHARACTERS) == [r['completion'] for r in examples.rows]
     cut = ended.replace(ended=np.zeros(5, bool))
-    assert examples_lib.completions(cut, CHARACTERS) == [r['completion'] + ';' for r in examples.rows]
+    assert examples_lib.completions(cut, CHARACTERS) == [
+        r['completion'] + ';' for r in examples.rows]
 
   def test_an_answer_cut_off_gets_nothing_even_if_it_reads_right(self):
     examples = make(5)
@@ -257,7 +258,8 @@ class TestStyle:
   def test_a_prompt_without_tokens(self):
     table = datasets.Dataset.from_list([{'prompt': p, 'grader': 'none'} for p in ('1', '', '')])
     with pytest.raises(ValueError, match="2 of 3 prompts encode to no tokens, .*'' of example 1"):
-      examples_lib.Examples(prompts, table, CHARACTERS, max_prompt_tokens=4, max_new_tokens=4, seed=0)
+      examples_lib.Examples(prompts, table, CHARACTERS, max_prompt_tokens=4, max_new_tokens=4,
+                            seed=0)
 
   def test_examples_that_nobody_grades(self):
     examples = self.chat([{'prompt': 'one?', 'completion': 'two'}] * 2)
@@ -299,7 +301,8 @@ class TestCharacterTokenizer:
       prompts_lib.encode(CHARACTERS, ['1+1', text])
 
   def test_other_alphabets_differ(self):
-    assert not prompts_lib.same_vocabulary(CHARACTERS, prompts_lib.character_tokenizer('0123456789'))
+    assert not prompts_lib.same_vocabulary(
+        CHARACTERS, prompts_lib.character_tokenizer('0123456789'))
     assert not prompts_lib.same_vocabulary(
         CHARACTERS, prompts_lib.character_tokenizer(prompts_lib.ALPHABET[::-1]))
 

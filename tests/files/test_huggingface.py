@@ -215,23 +215,25 @@ class TestReading:
 
 CHILD = '''
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:3]
 import conftest
 import jax, numpy as np, pathlib
-from opd_jax import hf, models, params, sharding, tensors, tokenizer
-import test_hf as t
+from opd_jax import sharding
+from opd_jax.files import huggingface, safetensors
+from opd_jax.models import params
+import test_huggingface as t
 assert len(jax.devices()) == 4
-path, out = pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])
+path, out = pathlib.Path(sys.argv[3]), pathlib.Path(sys.argv[4])
 slices = []
-one = tensors._read_slice
+one = safetensors._read_slice
 def spy(spec, weights, dtype, index):
   x = one(spec, weights, dtype, index)
   slices.append((spec.hf_name, x.shape))
   return x
-tensors._read_slice = spy
+safetensors._read_slice = spy
 for sizes in (dict(data=1, fsdp=2, tensor=2, expert=1), dict(data=2, fsdp=1, tensor=2, expert=1)):
   mesh = sharding.make_mesh(sizes)
-  loaded = hf.load(path, t.OPTIONS)
+  loaded = huggingface.load(path, t.OPTIONS)
   shardings = sharding.param_shardings(loaded.model.specs, mesh)
   slices.clear()
   got = loaded.read(shardings=shardings)
@@ -244,15 +246,16 @@ for sizes in (dict(data=1, fsdp=2, tensor=2, expert=1), dict(data=2, fsdp=1, ten
     parts = np.prod(spec.shape) // np.prod(shape)
     if sizes['data'] == 1 or parts == 1:  # and none is read twice
       assert len(mine) == parts, (name, mine)
-  hf.write_checkpoint(out / str(sizes['data']), loaded.model, got, loaded.tokenizer)
+  huggingface.write_checkpoint(out / str(sizes['data']), loaded.model, got, loaded.tokenizer)
 print('fine')
 '''
 
 
 def test_devices_read_their_own_slices(originals, tmp_path):
   out = subprocess.run(
-      [sys.executable, '-c', CHILD, str(tiny.ROOT / 'tests'), str(originals / 'sharded'),
-       str(tmp_path)], env={**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=4'},
+      [sys.executable, '-c', CHILD, str(tiny.ROOT / 'tests'), str(tiny.ROOT / 'tests' / 'files'),
+       str(originals / 'sharded'), str(tmp_path)],
+      env={**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=4'},
       capture_output=True, text=True, timeout=tiny.PATIENCE_S, check=False)
   assert out.stdout.splitlines()[-1:] == ['fine'], out.stderr
   want = raw(originals / 'single' / huggingface.WEIGHTS)

@@ -239,10 +239,10 @@ def test_the_router_takes_its_softmax_in_float32(normalized):
 
 CHILD = '''
 import pathlib, sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:3]
 import conftest
 import test_models
-test_models.on_meshes(pathlib.Path(sys.argv[2]))
+test_models.on_meshes(pathlib.Path(sys.argv[3]))
 '''
 MESHES = {'expert': dict(expert=2), 'expert_fsdp': dict(expert=2, fsdp=2), 'fsdp': dict(fsdp=2),
           'expert_tensor': dict(expert=2, tensor=2), 'data_fsdp': dict(data=2, fsdp=2)}
@@ -288,7 +288,8 @@ def meshed(tmp_path_factory):
   """The results of `on_meshes` in a process with four devices."""
   folder = tmp_path_factory.mktemp('mesh')
   done = subprocess.run(
-      [sys.executable, '-c', CHILD, str(tiny.ROOT / 'tests'), str(folder)], text=True,
+      [sys.executable, '-c', CHILD, str(tiny.ROOT / 'tests'),
+       str(tiny.ROOT / 'tests' / 'models'), str(folder)], text=True,
       capture_output=True, timeout=tiny.PATIENCE_S,
       env=tiny.environment(XLA_FLAGS='--xla_force_host_platform_device_count=4'))
   assert done.returncode == 0, done.stderr[-4000:]

@@ -82,7 +82,8 @@ def test_logits_equal_the_committed_reference(family, variant, tmp_path):
 
 
 def test_the_reference_is_small():
-  assert sum(f.stat().st_size for f in make_reference.FOLDER.iterdir()) < 100_000
+  files = list(make_reference.FOLDER.glob('*_reference.npz'))
+  assert files and sum(f.stat().st_size for f in files) < 100_000
 
 
 @pytest.fixture(scope='module', params=CASES, ids=[f'{f}-{v}' for f, v in CASES])

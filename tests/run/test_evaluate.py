@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from opd_jax import build, sharding
+from opd_jax import build, config, programs, tasks
 from opd_jax.algorithm import sample, score
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.files import huggingface
@@ -77,10 +77,10 @@ class TestInterval:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-  """`hf.LoadedModel` with its parameters read."""
+  """`huggingface.LoadedModel` with its parameters read."""
 
   model: Model
-  prompts_lib: Any
+  tokenizer: Any
   stop_tokens: tuple[int, ...]
   params: Params
 
@@ -91,13 +91,17 @@ def models():
   return [Loaded(m.model, m.tokenizer, m.stop_tokens, jax.device_put(m.read())) for m in loaded]
 
 
+def make_evaluator(models, problems, **fields):
+  run = config.parse(tiny.config('opd_sampled', **fields))
+  return programs.make_evaluator(
+      run, models[0], models[1].model, task=tasks.get(run.task.name),
+      examples=build.load_examples(run, 'eval', problems, models[0].tokenizer, prompts_lib.Style()),
+      stop_tokens=models[0].stop_tokens, mesh=build.make_mesh(run))
+
+
 @pytest.fixture(scope='module')
 def evaluator(models):
-  c = tiny.config('opd_sampled')
-  mesh = sharding.make_mesh(c.compute.mesh.to_dict())
-  examples = build.load_examples(c, 'eval', 16, models[0].tokenizer, prompts_lib.Style())
-  return build.make_evaluator(c, models[0], models[1].model, examples, mesh,
-                              models[0].stop_tokens)
+  return make_evaluator(models, 16)
 
 
 class TestEvaluator:
@@ -154,11 +158,7 @@ class TestEvaluator:
 
   def test_microbatches_are_those_of_training(self, models, evaluator):
     rollout = evaluator._sample(models[0].params, evaluator._prompts, evaluator._key)
-    c = tiny.config('opd_sampled', compute__microbatch_rows=16)
-    examples = build.load_examples(c, 'eval', 12, models[0].tokenizer, prompts_lib.Style())
-    small = build.make_evaluator(c, models[0], models[1].model, examples,
-                                 sharding.make_mesh(c.compute.mesh.to_dict()),
-                                 models[0].stop_tokens)
+    small = make_evaluator(models, 12, compute__microbatch_rows=16)
     rows = jax.tree.map(lambda x: x[:24] if x.ndim else x, rollout)
     both = models[0].params, models[1].params
     # 24 rows: the largest part of 16 that divides them is 8.

@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 import pytest
 import tiny
 
-from opd_jax import config, train
+from opd_jax import experiment, train
+from opd_jax.errors import ConfigError
 from opd_jax.tools import pipeline, report
 
 SEEDS = (3, 8)
@@ -18,7 +19,7 @@ T_975 = {1: 12.706204736, 2: 4.30265273}  # Student's t by degrees of freedom, f
 
 def make():
   """A base, a teacher made from it, the base distilled; two seeds."""
-  c = config.default_pipeline()
+  c = experiment.default_pipeline()
   c.name, c.seeds, c.order = 'tiny', SEEDS, ORDER
   base = tiny.config('sft', steps=60, checkpoint__every_steps=60)
   teacher = tiny.config('sft', steps=80, student__path='stage:base', eval__every_steps=20)
@@ -113,14 +114,14 @@ class TestStages:
     monkeypatch.setattr(train, 'train', None)
     c = make()
     c.stages.opd.steps = 16
-    with pytest.raises(config.ConfigError, match='steps: 15 -> 16'):
+    with pytest.raises(ConfigError, match='steps: 15 -> 16'):
       pipeline.run(c, finished[0])
 
   def test_a_wrong_last_stage_is_found_before_the_first_runs(self, tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'train', None)
     c = make()
     c.stages.opd.objective.route = 'straight'
-    with pytest.raises(config.ConfigError, match="stages.opd.objective.route='straight'"):
+    with pytest.raises(ConfigError, match="stages.opd.objective.route='straight'"):
       pipeline.run(c, tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
 
@@ -209,9 +210,9 @@ class TestReport:
     assert f"{got['reverse_kl']['mean']:.4f}" in line
 
   def test_an_unfinished_stage_is_named(self, finished, tmp_path):
-    with pytest.raises((FileNotFoundError, config.ConfigError),
+    with pytest.raises((FileNotFoundError, ConfigError),
                        match=r'stage teacher of seed 3 .*result\.json'):
-      report.write(make(), tmp_path)
+      report.write(experiment.parse_pipeline(make()), tmp_path)
 
 
 def evaluation(step, accuracy, flops=None):
@@ -228,10 +229,8 @@ def result(*accuracies, every=10, teacher=None):
 
 
 def settings(*methods, teacher='', levels=(0.5,)):
-  c = config.default_pipeline()
-  c.report.methods, c.report.labels, c.report.levels = methods, methods, levels
-  c.report.teacher = teacher
-  return c
+  return experiment.Pipeline(report=experiment.Report(
+      teacher=teacher, methods=methods, labels=methods, levels=levels))
 
 
 class TestReach:

@@ -144,6 +144,8 @@ def parse(kind: Kind, text: str) -> Choice:
       bounds.
   """
   name, positional, named = _read(kind, text)
+  if not (positional or named) and text != name:  # a choice has one spelling, which code compares
+    raise ChoiceError(f'without arguments it is written {name!r}', kind.names)
   if name == NONE and kind.optional and not (positional or named):
     return Choice(NONE, None, {}, ())
   if name not in kind.functions:
@@ -166,10 +168,11 @@ def _read(kind, text):
     if isinstance(node, ast.Name):
       return node.id, [], {}
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-      return (node.func.id, [ast.literal_eval(x) for x in node.args],
-              {x.arg: ast.literal_eval(x.value) for x in node.keywords})
-  except (SyntaxError, ValueError):
-    pass
+      named = {x.arg: ast.literal_eval(x.value) for x in node.keywords}
+      if len(named) == len(node.keywords):
+        return node.func.id, [ast.literal_eval(x) for x in node.args], named
+  except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
+    pass  # whatever Python makes of a text that is none of these
   raise ChoiceError('not a name, nor a name with arguments in brackets', kind.names)
 
 
@@ -180,7 +183,7 @@ def _checked(function, name, value):
     fine = value in typing.get_args(hint)
   else:
     base, within = typing.get_args(hint)
-    if base is float and type(value) is int:
+    if base is float and type(value) is int and abs(value) < 2**53:
       value = float(value)
     fine = type(value) is base and value in within
   if not fine:
@@ -209,7 +212,7 @@ def describe(function: Callable[..., Any]) -> str:
 
 
 def bounds(hint: Any) -> Bounds | None:
-  """The bounds of a parameter's annotation; None where it is one of some texts."""
+  """Finds the bounds of a parameter's annotation; None where it is one of some texts."""
   return None if typing.get_origin(hint) is typing.Literal else typing.get_args(hint)[1]
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 
 def inclusive(total: Float[Array, 'B t']) -> Float[Array, 'B t']:
-  """G_t = r_t + discount r_(t+1) + ..., from the token's own reward on (Williams 1992, REINFORCE)."""
+  """G_t = r_t + discount r_(t+1) + ..., from the token's own reward on (Williams 1992)."""
   return total
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 
 def keep_highest(score: Float[Array, '...'], among: Array, share: float) -> Float[Array, '...']:
-  """1 for the ceil(share * n) entries of highest score of the n that are `among`; ties are kept."""
+  """Keeps the ceil(share * n) entries of highest score of the n that are `among`, and ties."""
   flat = jnp.where(among, score, -jnp.inf).reshape(-1)
   # In float32, 0.6 * 25 is above 15: without the small factor one more would be kept.
   wanted = jnp.ceil(share * jnp.sum(among) * (1.0 - 1e-6)).astype(jnp.int32)

@@ -10,6 +10,10 @@ digests of the final parameters and of every row of metrics.jsonl, and the numbe
 Bits hold for one kind of processor and one XLA only: `check` tells the same bits from the same
 numbers up to rounding.
 
+Written at the last flat tree; on four devices, where scorers give hidden states and log-probs both
+(minillm, vopd, eopd, tropd, aopd, stable_opd, two_updates, bfloat16_teacher_gated), after scoring
+kept rows on their devices: sums in another order, first steps within 1e-5.
+
 It takes some minutes, and so is no test of the suite.
 """
 

@@ -24,6 +24,7 @@ import typing
 from typing import Annotated, Any
 
 NONE = 'none'
+LONGEST = 200  # characters of a text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +165,8 @@ def parse(kind: Kind, text: str) -> Choice:
 def _read(kind, text):
   """(name, positional arguments, named ones) of a text."""
   try:
+    if len(text) > LONGEST:  # Python's own parser can be broken by deep nesting
+      raise ValueError(text)
     node = ast.parse(text.strip(), mode='eval').body
     if isinstance(node, ast.Name):
       return node.id, [], {}

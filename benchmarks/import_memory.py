@@ -28,10 +28,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import models, sharding
+from opd_jax import models
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.files import huggingface
 from opd_jax.models import params
+from opd_jax.parallel import sharding
 
 CONFIG = dict(
     model_type='qwen3', vocab_size=32768, hidden_size=2048, intermediate_size=8192,

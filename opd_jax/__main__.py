@@ -64,7 +64,7 @@ COMMANDS = {
 }
 FLAGS = {
     'config': ('FILE or FILE:ARGUMENT', 'the experiment; --config.FIELD=VALUE changes a field of '
-               'it, such as --config.optimizer.learning_rate=1e-4 (fields: opd_jax/config.py)'),
+               'it, such as --config.optimizer.learning_rate=1e-4 (fields: opd_jax/settings.py)'),
     'workdir': ('DIR', 'where the run lives; runs/EXPERIMENT unless given'),
     'stage': ('NAME', 'of a pipeline'),
     'model': ('DIR', 'the Hugging Face directory to evaluate'),
@@ -267,7 +267,7 @@ def run_command(command: str, flags: Any) -> int:
     step = export.export(workdir, pathlib.Path(flags.output), flags.format, flags.step,
                          flags.dtype)
     print(f'step {step}: {flags.output}')
-  else:
+  elif command == 'evaluate':
     evaluate_model.evaluate_model(experiment.pick_stage(c, flags.stage), flags.model,
                                   flags.teacher)
   return 0

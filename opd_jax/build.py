@@ -6,17 +6,19 @@ Whatever does not fit together is refused here, before a weight is read or a pro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import copy
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from opd_jax import load, sharding, tasks
+from opd_jax import load, tasks
+from opd_jax.algorithm import sample
 from opd_jax.algorithm.objective import top_ks, wants
-from opd_jax.config import Run
 from opd_jax.data import examples as examples_lib
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.data import streams as streams_lib
@@ -26,7 +28,10 @@ from opd_jax.errors import ConfigError, refuse
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.load import Adapter
 from opd_jax.models import lora
+from opd_jax.parallel import sharding
 from opd_jax.run import optim
+from opd_jax.settings import Run
+from opd_jax.types import Model, Params, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +67,22 @@ class Parts:
   def read_base(self) -> lora.Frozen | None:
     """Reads the base under the adapters to its devices; None where the whole student is trained."""
     return load.read_base(self.student, self.adapter, self.frozen_dtype, self.mesh)
+
+  def read_trained(self) -> Params:
+    """Reads what the train state starts from to its devices."""
+    source, field = ((self.adapter, 'student.lora.path') if self.adapter
+                     else (self.student, 'student.path'))
+    return load.read(field, source, self.trained_specs, jnp.float32, self.mesh)
+
+  def read_frozen(self, part: str, base: lora.Frozen | None) -> Params | None:
+    """Reads the parameters of the 'teacher' or the 'reference' to their devices. A student with
+    adapters that teaches itself shares its base with its teacher: there is no second copy."""
+    loaded = getattr(self, part)
+    if loaded is None:
+      return None
+    if loaded is self.student:
+      return lora.join(base, self.read_trained())
+    return load.read(f'{part}.path', loaded, loaded.model.specs, self.frozen_dtype, self.mesh)
 
   def runs_students_programs(self, other: LoadedModel | None) -> bool:
     """Tells whether another model's parameters have the very form of the student's, so that the
@@ -104,8 +125,8 @@ def _open_parts(run):
   for field, rows in [('eval.problems', len(held_out))] + [
       ('given.prompts_per_step', s.rows) for s in streams if s.name == GIVEN]:
     if rows % shards:
-      raise ValueError(f'compute.mesh splits rows {shards} ways, which does not divide {field}='
-                       f'{rows}')
+      raise ConfigError(f'{field}={rows}: compute.mesh splits rows {shards} ways; allowed: a '
+                        f'multiple of {shards}')
   return Parts(
       student=student, adapter=adapter, teacher=teacher, reference=reference,
       frozen_dtype=jnp.dtype(run.frozen_dtype), task=tasks.get(run.task.name), streams=streams,
@@ -126,9 +147,10 @@ def _check_models(run, streams, mesh, adapter, loaded):
   """Refuses sizes that do not fit the mesh, the models or the vocabulary."""
   per_pass, shards = run.compute.microbatch_rows or streams[0].rows, sharding.row_shards(mesh)
   if per_pass % shards:
-    raise ValueError(f'compute.mesh splits rows {shards} ways, which does not divide the {per_pass}'
-                     ' rows of a pass (compute.microbatch_rows, or data.prompts_per_step x '
-                     'samples_per_prompt)')
+    fields = ('compute.microbatch_rows' if run.compute.microbatch_rows else
+              'data.prompts_per_step data.samples_per_prompt')
+    refuse(run, fields, f'compute.mesh splits the rows of a pass {shards} ways',
+           f'a multiple of {shards} rows in a pass')
   for specs in [m.model.specs for m in loaded] + ([adapter.specs] if adapter else []):
     sharding.param_shardings(specs, mesh)  # raises where the mesh does not fit
   longest = min(m.model.config.max_position_embeddings for m in loaded)
@@ -163,7 +185,7 @@ def _open_examples(run, streams, tokens, style):
   out = {s.name: own for s in streams}
   if GIVEN in out:
     out[GIVEN] = load_examples(run, run.given.split, 0, tokens, style,
-                               run.given.source == 'dataset')
+                               run.given.source == 'dataset', 'given')
   for group, field, rows in (('data', 'source', own), ('data', 'off_policy_source', own),
                              ('given', 'source', out.get(GIVEN))):
     part = getattr(run, group)
@@ -176,14 +198,18 @@ def _open_examples(run, streams, tokens, style):
 
 
 def load_examples(run: Run, split: str, limit: int, tokens: Any, style: prompts_lib.Style,
-                  with_completions: bool = False) -> Examples:
+                  with_completions: bool = False, group: str = 'data') -> Examples:
   """Encodes the first `limit` examples of a split (0 for all) of those that fit.
 
   Raises:
-    ValueError: there are fewer, or some do not fit.
+    ValueError: there are fewer, or some do not fit; names the fields, those of the split with their
+      `group`.
   """
   task = tasks.get(run.task.name)
-  rows = task.load(split, run.task.options)
+  try:
+    rows = task.load(split, run.task.options)
+  except ValueError as e:  # of the split: a task does not know for what it is asked
+    raise ConfigError(f'{group}.{e}' if str(e).startswith('split=') else str(e)) from e
   if run.data.overlong != 'drop' and 0 < limit < len(rows):
     rows = rows.select(range(limit))  # none of the others can be needed
   out = Examples(
@@ -233,6 +259,17 @@ def final_tokenizer(run: Run, student: LoadedModel, teacher: LoadedModel | None)
   out = copy.deepcopy(student.tokenizer)
   out.chat_template = teacher.tokenizer.chat_template
   return out
+
+
+def make_sampler(run: Run, model: Model, stop_tokens: tuple[int, ...], pad_token: int,
+                 **other: Any) -> Callable[..., Rollout]:
+  """Makes (params, prompts, key) -> rollout, with a run's settings but for some `other` ones; not
+  compiled yet (`sample.sample_fn`)."""
+  settings = dict(
+      model=model, max_new_tokens=run.data.max_new_tokens, temperature=run.sample.temperature,
+      top_p=run.sample.top_p, top_k=run.sample.top_k, stop_tokens=stop_tokens,
+      pad_token=pad_token)
+  return functools.partial(sample.sample_fn, **settings | other)
 
 
 def make_optimizer(run: Run) -> optax.GradientTransformation:

@@ -12,10 +12,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from opd_jax import config as config_lib
-from opd_jax.config import Run
 from opd_jax.errors import ConfigError
 from opd_jax.files.workdir import EXPORT
 from opd_jax.rules.run import STAGE
+from opd_jax.settings import Run
 
 PARTS = ('student', 'teacher', 'reference')  # those of a stage that an earlier stage may make
 

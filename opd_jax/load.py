@@ -6,24 +6,27 @@ is known to be right.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from opd_jax import models, sharding, teachers
-from opd_jax.config import Run
+from opd_jax import models, teachers
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.errors import ConfigError
 from opd_jax.files import factory, huggingface, peft
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.models import lora
 from opd_jax.models import params as params_lib
+from opd_jax.parallel import sharding
+from opd_jax.settings import Run
 from opd_jax.types import Params
 
 INIT, SAMPLE, EVAL, BESIDE, GATE = range(5)  # what a random key is for
+DIRECTORY = 'a Hugging Face checkpoint directory'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,22 @@ def fold_in(key: jax.Array, purpose: int, step: int) -> jax.Array:
   return jax.random.fold_in(jax.random.fold_in(key, purpose), step)
 
 
+@contextlib.contextmanager
+def naming(where: str, allowed: str = '') -> Iterator[None]:
+  """Puts 'field=value: ' before what is refused within, and what is allowed after it, unless it is
+  said already.
+
+  Raises:
+    ConfigError: for a ValueError or a missing file.
+  """
+  try:
+    yield
+  except (ValueError, FileNotFoundError) as e:
+    text = str(e) if str(e).startswith(where.partition('.')[0] + '.') else f'{where}: {e}'
+    raise ConfigError(text if not allowed or 'allowed: ' in text else
+                      f'{text}; allowed: {allowed}') from e
+
+
 def compute_options(run: Run) -> dict[str, Any]:
   """Picks the `models.build` options of a run."""
   return dict(dtype=jnp.dtype(run.compute.dtype), remat=run.compute.remat,
@@ -56,16 +75,13 @@ def open_student(run: Run) -> LoadedModel:
   """Opens the student before training: a checkpoint, or fresh parameters from the seed.
 
   Raises:
-    ValueError: it cannot be opened.
+    ConfigError: it cannot be opened.
   """
   if run.student.factory:
     return open_flax(run, 'student')
   if run.student.path:
-    try:
+    with naming(f'student.path={run.student.path!r}', DIRECTORY):
       return huggingface.load(run.student.path, compute_options(run), run.student.revision)
-    except (ValueError, FileNotFoundError) as e:
-      raise ValueError(f'student.path={run.student.path!r}: {e}; allowed: a Hugging Face '
-                       'checkpoint directory') from e
   characters = prompts_lib.character_tokenizer()
   model = models.build({**run.student.fresh, 'vocab_size': len(characters)},
                        **compute_options(run))
@@ -77,22 +93,20 @@ def make_adapter(run: Run, student: LoadedModel) -> Adapter | None:
   """Makes the adapters to train, fresh from the seed or from a PEFT directory; None without any.
 
   Raises:
-    ValueError: settings or a directory that do not fit the student.
+    ConfigError: settings or a directory that do not fit the student.
   """
   group = run.student.lora
   if not run.has_adapter:
     return None
   if group.path:
-    try:
+    with naming(f'student.lora.path={group.path!r}'):
       settings, read = peft.read_adapter(group.path, student.model, run.student.path)
-    except (ValueError, FileNotFoundError) as e:
-      raise ValueError(f'student.lora.path={group.path!r}: {e}') from e
     return Adapter(settings, lora.adapter_specs(student.model.specs, settings), read)
   settings = lora.Settings(rank=group.rank, alpha=group.alpha, targets=group.targets)
   try:
     specs = lora.adapter_specs(student.model.specs, settings)
-  except ValueError as e:
-    raise ValueError(f'student.{e}') from e
+  except ValueError as e:  # which begins with 'lora.'
+    raise ConfigError(f'student.{e}') from e
   return Adapter(settings, specs, _fresh_reader(run, specs))
 
 
@@ -114,24 +128,20 @@ def open_flax(run: Run, part: str, path: str | None = None) -> LoadedModel:
     path: a directory in place of the part's own.
 
   Raises:
-    ValueError: names the fields. `read` raises a ConfigError for parameters that do not do.
+    ConfigError: names the fields; so does `read`, for parameters that do not do.
   """
   group = getattr(run, part)
   revision = group.revision if path is None else ''
   path = group.path if path is None else path
   where = f'{part}.factory={group.factory!r}, {part}.path={path!r}'
-  try:
+  with naming(where):
     directory = str(huggingface.fetch(path, revision)) if path else ''
     loaded = factory.load(group.factory, directory, jnp.dtype(run.compute.dtype),
                           fold_in(jax.random.key(run.seed), INIT, 0))
-  except (ValueError, FileNotFoundError) as e:
-    raise ValueError(f'{where}: {e}') from e
 
   def read(dtype=jnp.float32, shardings=None):
-    try:
+    with naming(where):
       return loaded.read(dtype, shardings)
-    except (ValueError, FileNotFoundError) as e:
-      raise ConfigError(f'{where}: {e}') from e
 
   return dataclasses.replace(loaded, read=read)
 
@@ -140,83 +150,51 @@ def open_teacher(run: Run, student: LoadedModel) -> LoadedModel | None:
   """Opens the teacher, if there is one. Whether it fits the student is for the doctor to say.
 
   Raises:
-    ValueError: it cannot be opened.
+    ConfigError: it cannot be opened.
   """
   t = run.teacher
   if t.kind == teachers.NONE:
     return None
-  try:
-    if t.factory:
-      return open_flax(run, 'teacher')
+  if t.factory:
+    return open_flax(run, 'teacher')
+  with naming(f'teacher.path={t.path!r}', DIRECTORY):
     return teachers.load(t.kind, t.path, student, compute_options(run), t.revision)
-  except (ValueError, FileNotFoundError) as e:
-    if str(e).startswith('teacher.'):
-      raise
-    raise ValueError(f'teacher.path={t.path!r}: {e}; allowed: a Hugging Face checkpoint '
-                     'directory') from e
 
 
 def open_reference(run: Run, student: LoadedModel) -> LoadedModel | None:
   """Opens the reference model, if there is one: any kind of teacher, of the student's vocabulary.
 
   Raises:
-    ValueError: it cannot be opened, or has other tokens.
+    ConfigError: it cannot be opened, or has other tokens.
   """
   if run.reference.kind == teachers.NONE:
     return None
   where = f'reference.path={run.reference.path!r}'
-  try:
+  with naming(where, DIRECTORY):
     loaded = teachers.load(run.reference.kind, run.reference.path, student, compute_options(run),
                            run.reference.revision)
-  except (ValueError, FileNotFoundError) as e:
-    raise ValueError(f'{where}: {e}; allowed: a Hugging Face checkpoint directory') from e
   if not prompts_lib.same_vocabulary(student.tokenizer, loaded.tokenizer):
-    raise ValueError(f'{where} has {len(loaded.tokenizer)} tokens, not those of the student '
+    raise ConfigError(f'{where} has {len(loaded.tokenizer)} tokens, not those of the student '
                      f'({len(student.tokenizer)}); allowed: a model that maps the same strings to '
                      'the same token ids')
   return loaded
 
 
-# --- reading weights; `parts` is a `build.Parts` ---
-
-
-def read(field: str, source: LoadedModel | Adapter, dtype: Any, shardings: Any) -> Params:
-  """Reads weights; errors name the config field.
+def read(field: str, source: LoadedModel | Adapter, specs: dict[str, Any], dtype: Any,
+         mesh: jax.sharding.Mesh) -> Params:
+  """Reads weights, laid out by the table of their specs, to their devices.
 
   Raises:
-    ConfigError: the weights have NaN or infinity, or a copy of a tied head that differs.
+    ConfigError: names the config field: NaN or infinity, or a copy of a tied head that differs.
   """
-  try:
-    return source.read(dtype, shardings)
-  except ValueError as e:
-    raise ConfigError(f'{field}: {e}') from e
+  with naming(field):
+    return source.read(dtype, sharding.param_shardings(specs, mesh))
 
 
-def read_base(student: LoadedModel, adapter: Adapter | None, dtype: str, mesh: jax.sharding.Mesh
+def read_base(student: LoadedModel, adapter: Adapter | None, dtype: Any, mesh: jax.sharding.Mesh
               ) -> lora.Frozen | None:
   """Reads the base under the adapters to its devices; None where the whole student is trained."""
   if adapter is None:
     return None
-  weights = sharding.param_shardings(student.model.specs, mesh)
-  return lora.Frozen(read('student.path', student, jnp.dtype(dtype), weights),
+  return lora.Frozen(read('student.path', student, student.model.specs, jnp.dtype(dtype), mesh),
                      adapter.settings.scale)
-
-
-def read_trained(parts: Any) -> Params:
-  """Reads what the train state starts from to its devices."""
-  source, field = ((parts.adapter, 'student.lora.path') if parts.adapter
-                   else (parts.student, 'student.path'))
-  shardings = sharding.param_shardings(parts.trained_specs, parts.mesh)
-  return read(field, source, jnp.float32, shardings)
-
-
-def read_frozen(parts: Any, part: str, base: lora.Frozen | None) -> Params | None:
-  """Reads the parameters of the 'teacher' or the 'reference' to their devices. A student with
-  adapters that teaches itself shares its base with its teacher: there is no second copy."""
-  loaded = getattr(parts, part)
-  if loaded is None:
-    return None
-  if loaded is parts.student:
-    return lora.join(base, read_trained(parts))
-  weights = sharding.param_shardings(loaded.model.specs, parts.mesh)
-  return read(f'{part}.path', loaded, parts.frozen_dtype, weights)

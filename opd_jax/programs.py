@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -21,11 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from opd_jax import load, sharding
-from opd_jax.algorithm import sample, score, update
+from opd_jax import build, load
+from opd_jax.algorithm import score, update
 from opd_jax.algorithm.objective import wants
 from opd_jax.build import Parts
-from opd_jax.config import Run
 from opd_jax.data import examples as examples_lib
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.data.examples import Examples
@@ -34,7 +34,9 @@ from opd_jax.files import checkpoint
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.models import lora
 from opd_jax.models import params as params_lib
+from opd_jax.parallel import sharding
 from opd_jax.run import evaluate
+from opd_jax.settings import Run
 from opd_jax.teachers import Grader
 from opd_jax.types import Batch, Heads, Model, Params, Rollout, Scores, TrainState, Wants
 
@@ -74,7 +76,7 @@ class Programs:
     for part in ('teacher', 'reference'):
       loaded = getattr(self.parts, part)
       if loaded is not None:
-        out[part] = self._local_grader(part, loaded, load.read_frozen(self.parts, part, base))
+        out[part] = self._local_grader(part, loaded, self.parts.read_frozen(part, base))
     return out
 
   def _local_grader(self, part: str, loaded: LoadedModel, params: Params) -> Grader:
@@ -191,11 +193,9 @@ def term_of(stream: Stream) -> update.Term:
 def make_writer(run: Run, parts: Parts, stream: Stream) -> Callable[..., Rollout]:
   """Makes the sampler of a stream that a model writes."""
   teacher = parts.teacher and parts.teacher.model
-  return jax.jit(functools.partial(
-      sample.sample_fn, model=teacher if stream.writer == 'teacher' else parts.student.model,
-      max_new_tokens=run.data.max_new_tokens, temperature=run.sample.temperature,
-      top_p=run.sample.top_p, top_k=run.sample.top_k, stop_tokens=parts.stop_tokens,
-      pad_token=parts.pad_token, mix_share=stream.teacher_mix,
+  writer = teacher if stream.writer == 'teacher' else parts.student.model
+  return jax.jit(build.make_sampler(
+      run, writer, parts.stop_tokens, parts.pad_token, mix_share=stream.teacher_mix,
       mix_model=teacher if stream.teacher_mix else None,
       mix_temperature=stream.objective.teacher_temperature),
       out_shardings=sharding.by_rows(parts.mesh))
@@ -231,16 +231,25 @@ def make_evaluator(run: Run, student: LoadedModel, teacher: Model | None, *, tas
                    examples: Examples, stop_tokens: tuple[int, ...], mesh: jax.sharding.Mesh
                    ) -> evaluate.Evaluator:
   """Makes the evaluation of models shaped like `student` on held-out examples."""
-  settings = evaluate.Settings(
-      samples_per_problem=run.eval.samples_per_problem, pass_k=run.eval.pass_k,
-      max_new_tokens=run.data.max_new_tokens, temperature=run.sample.temperature,
-      teacher_temperature=run.objective.teacher_temperature, top_p=run.eval.top_p,
-      top_k=run.eval.top_k, chunk_tokens=run.compute.chunk_tokens,
-      microbatch_rows=run.compute.microbatch_rows, overlap_top_k=run.eval.overlap_top_k)
+  draw = functools.partial(build.make_sampler, run, student.model, stop_tokens,
+                           prompts_lib.pad_id(student.tokenizer))
+  rows, samples = sharding.by_rows(mesh), run.eval.samples_per_problem
+  compare = None
+  if teacher is not None:
+    # Nearest below what training takes at a time: over all rows at once, the attention scores alone
+    # may be larger than anything that training holds.
+    compare = jax.jit(functools.partial(
+        evaluate.row_sums, model=student.model, teacher=teacher,
+        temperature=run.sample.temperature, teacher_temperature=run.objective.teacher_temperature,
+        chunk_tokens=run.compute.chunk_tokens,
+        microbatch_rows=math.gcd(run.compute.microbatch_rows, len(examples) * samples),
+        overlap_top_k=evaluate.clamp_top_k(run.eval.overlap_top_k, student.model)),
+        out_shardings=sharding.replicated(mesh))
   return evaluate.Evaluator(
-      settings, model=student.model, teacher=teacher, task=task, examples=examples,
-      tokenizer=student.tokenizer, stop_tokens=stop_tokens,
-      pad_token=prompts_lib.pad_id(student.tokenizer), mesh=mesh,
+      sample=jax.jit(draw(top_p=run.eval.top_p, top_k=run.eval.top_k), out_shardings=rows),
+      greedy=jax.jit(draw(temperature=0.0, top_p=1.0, top_k=0), out_shardings=rows),
+      compare=compare, samples_per_problem=samples, pass_k=run.eval.pass_k, task=task,
+      examples=examples, tokenizer=student.tokenizer, mesh=mesh,
       key=load.fold_in(jax.random.key(run.seed), load.EVAL, 0))
 
 

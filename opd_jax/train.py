@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 from opd_jax import build, load
 from opd_jax import config as config_lib
 from opd_jax.build import Parts
-from opd_jax.config import Run
 from opd_jax.data import streams as streams_lib
 from opd_jax.doctor import examine as doctor
 from opd_jax.files import checkpoint, huggingface, peft
@@ -31,6 +30,7 @@ from opd_jax.programs import Graders, Programs, compile_programs
 from opd_jax.run import flops
 from opd_jax.run.book import Book, new_history
 from opd_jax.run.interrupts import Interrupts, PreemptedError
+from opd_jax.settings import Run
 from opd_jax.types import Params, TrainState
 
 
@@ -167,7 +167,7 @@ def restore(run: Run, programs: Programs, store: checkpoint.Checkpoints, workdir
   """Restores the newest checkpoint and the book that goes with it; without one, the state before
   training and a book with the history `fresh`."""
   parts, restored = programs.parts, store.restore_latest(programs.state)
-  state, history = restored or (programs.init(load.read_trained(parts)), fresh)
+  state, history = restored or (programs.init(parts.read_trained()), fresh)
   return state, Book(
       run, workdir, history, restored=restored is not None,
       operations=lambda step, lengths: count_operations(run, parts, step - 1, lengths),

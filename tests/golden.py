@@ -32,6 +32,8 @@ import sys
 import tempfile
 from typing import Any
 
+import quick
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILE = ROOT / 'tests' / 'references' / 'golden.json'
 DEVICES = tuple(map(int, os.environ.get('GOLDEN_DEVICES', '1,4').split(',')))
@@ -175,8 +177,7 @@ def run(names: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
       # Without optimization programs compile several times faster, and bits are bits.
       env = dict(os.environ, JAX_PLATFORMS='cpu', HF_HUB_OFFLINE='1', PYTHONPATH=str(ROOT),
-                 XLA_FLAGS=f'--xla_force_host_platform_device_count={devices} '
-                           '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false')
+                 XLA_FLAGS=f'--xla_force_host_platform_device_count={devices} {quick.flags()}')
       env.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/cache')
       env.update(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
                  JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES='-1')

@@ -15,10 +15,11 @@ import tabular
 import tiny
 
 from opd_jax import config as config_lib
-from opd_jax import presets, sharding
+from opd_jax import presets
 from opd_jax.algorithm import choices, score, signals, update
 from opd_jax.algorithm.objective import KINDS, Objective
 from opd_jax.data import streams
+from opd_jax.parallel import sharding
 from opd_jax.run import evaluate
 from opd_jax.types import Batch, Scores, TrainState, Wants
 

@@ -26,13 +26,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import opd_jax
-from opd_jax import models, sharding, tasks, teachers
+from opd_jax import models, tasks, teachers
 from opd_jax.algorithm import sample, score
 from opd_jax.algorithm.objective import KINDS, Objective
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.files import huggingface
 from opd_jax.models import nn
 from opd_jax.models import params as params_lib
+from opd_jax.parallel import sharding
 from opd_jax.types import UNUSED_LOGIT
 
 PACKAGE = pathlib.Path(opd_jax.__file__).parent
@@ -44,8 +45,8 @@ each_file = pytest.mark.parametrize('file', FILES, ids=lambda f: str(f.relative_
 # Folders, and the files beside them. Each imports from those before it only, and a file of a folder
 # from its own folder too: a new file has the rank of its folder.
 LAYERS = (
-    'types errors', 'models', 'algorithm', 'sharding', 'data', 'files', 'tasks teachers', 'run',
-    'rules', 'config', 'experiment presets', 'load', 'build', 'doctor', 'programs', 'train',
+    'types errors', 'models', 'algorithm', 'parallel settings', 'data', 'files', 'tasks teachers',
+    'run', 'rules', 'config', 'experiment presets', 'load', 'build', 'doctor', 'programs', 'train',
     'tools', '__main__')
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer.split()}
 PURE = ('types', 'models', 'algorithm')
@@ -53,7 +54,7 @@ PURE_MAY_IMPORT = {'__future__', 'ast', 'collections', 'dataclasses', 'functools
                    'itertools', 'math', 're', 'types', 'typing', 'flax', 'jax', 'jaxtyping',
                    'numpy', 'optax', 'opd_jax'}
 FLAX = ('flax.struct', 'flax.traverse_util')  # the rest is for Flax modules
-COMPILES = ('programs.py', 'run/evaluate.py', 'tools/compare_estimators.py',
+COMPILES = ('programs.py', 'doctor/rollouts.py', 'tools/compare_estimators.py',
             'tools/compare_models.py')
 # Who writes configs or reads them, and who takes one to hand it on to those.
 CONFIGS = ('config.py', 'experiment.py', 'presets.py')

@@ -449,7 +449,7 @@ class TestAdapters:
     c = self._config('opd_sampled', teacher__kind='initial_student', teacher__path='')
     parts = parts_of(c)
     frozen = parts.read_base()
-    teacher = params.flatten(load.read_frozen(parts, 'teacher', frozen))
+    teacher = params.flatten(parts.read_frozen('teacher', frozen))
     for name, leaf in params.flatten(frozen.base).items():
       mine = teacher[name].base if isinstance(teacher[name], lora.LoRA) else teacher[name]
       assert mine is leaf, name  # the same array, not a copy
@@ -460,7 +460,7 @@ class TestAdapters:
 
   def test_the_base_is_kept_in_bfloat16_and_adapters_in_float32(self):
     parts = parts_of(self._config('opd_sampled', compute__frozen_dtype='bfloat16'))
-    base, trained = parts.read_base().base, load.read_trained(parts)
+    base, trained = parts.read_base().base, parts.read_trained()
     assert {str(x.dtype) for x in jax.tree.leaves(base)} == {'bfloat16'}
     assert {str(x.dtype) for x in jax.tree.leaves(trained)} == {'float32'}
 

@@ -251,11 +251,13 @@ def get_config():
   return path
 
 
-def environment(**extra: str) -> dict[str, str]:
-  """For child processes. The rest, conftest.py has put into the environment of all."""
+def environment(devices: int = 1, **extra: str) -> dict[str, str]:
+  """For child processes, with so many CPU devices. The rest, conftest.py has put into the
+  environment of all."""
   out = dict(os.environ, JAX_NUMPY_RANK_PROMOTION='raise',
              MALLOC_ARENA_MAX='1')  # set by the user: the launcher leaves the allocator alone
   out['PYTHONPATH'] = os.pathsep.join([str(ROOT), *filter(None, [out.get('PYTHONPATH')])])
+  out['XLA_FLAGS'] += f' --xla_force_host_platform_device_count={devices}'
   return out | extra
 
 

@@ -73,7 +73,11 @@ def loss_fn(params: Params, rows: Weighted, coef: Array | float, heads: Heads, *
 
 
 def _chunk_loss(o, head, constants, hidden, a):
-  """The losses of n tokens, and what the metrics want of each."""
+  """The losses [n] of n tokens, and what the metrics want of each.
+
+  `hidden` [n, D] is the student's, with a gradient; `a` has the arrays of `loss_fn` for these
+  tokens, [n], and hidden states [n, D] of the others. Distributions are [n, V].
+  """
   coef, heads = constants
   own = score_lib.log_softmax(hidden, head, o.temperature)
   chosen, terms = a['mask'] > 0, []
@@ -87,13 +91,13 @@ def _chunk_loss(o, head, constants, hidden, a):
   reference = None
   if 'reference_hidden' in a:
     reference = score_lib.log_softmax(a['reference_hidden'], heads.reference, o.temperature)
-  if 'teacher_hidden' in a:
+  if 'teacher_hidden' in a:  # the loss wants the teacher's whole distribution, not one token of it
     theirs = score_lib.log_softmax(a['teacher_hidden'], heads.teacher, o.teacher_temperature)
     out['teacher_logprobs'] = score_lib.pick(theirs, a['targets'])
     out['teacher_entropy'] = score_lib.entropy_of(theirs)
     teacher = support_lib.extrapolate(theirs, reference, o.extrapolation)
     mine = own
-    if 'student_hidden' in a:
+    if 'student_hidden' in a:  # the baseline of an earlier policy, which wrote the rows
       mine = jax.lax.stop_gradient(
           score_lib.log_softmax(a['student_hidden'], head, o.temperature))
     if o.support != 'sampled' or o.exact_baseline:
@@ -101,7 +105,7 @@ def _chunk_loss(o, head, constants, hidden, a):
     if o.local.coef:
       out['local'] = o.local.over_support(*score_lib.same_width(own, teacher))
       terms.append(a['local_weights'] * coef * o.local.coef * out['local'])
-  if o.estimator != 'none':
+  if o.estimator != 'none':  # or of one token: k2, k3
     log_u = at_chosen(a['teacher_logprobs'] - logprobs)
     out['divergence'] = o.choice('estimator')(dict(log_u=log_u))
   if o.needs_teacher and o.route == 'direct':

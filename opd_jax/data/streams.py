@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 
 from opd_jax.algorithm.objective import Objective
+from opd_jax.settings import Run
 
 SOURCES = ('student', 'teacher', 'dataset')
 FOREIGN = SOURCES[1:]  # writers other than the student
@@ -71,8 +71,8 @@ def of_step(streams: tuple[Stream, ...], seed: int, step: int) -> tuple[Stream, 
   return tuple(s for s in streams if s.steps[0] <= draw < s.steps[1])
 
 
-def make(run: Any) -> tuple[Stream, ...]:
-  """Makes the streams of a `config.Run`."""
+def make(run: Run) -> tuple[Stream, ...]:
+  """Makes the streams of a run."""
   share, microbatch = run.data.on_policy_fraction, run.compute.microbatch_rows
   own = Stream(
       OWN, run.data.source, run.sample.teacher_mix if run.data.source == 'student' else 0.0,
@@ -90,7 +90,7 @@ def make(run: Any) -> tuple[Stream, ...]:
   return tuple(out)
 
 
-def objective_of(run: Any, writer: str) -> Objective:
+def objective_of(run: Run, writer: str) -> Objective:
   """Makes the objective of `config.objective` for rows of a writer.
 
   The temperature at which the student is distilled is the sampler's, on other text too; text that
@@ -100,7 +100,7 @@ def objective_of(run: Any, writer: str) -> Objective:
   return dataclasses.replace(run.objective, temperature=run.sample.temperature if own else 1.0)
 
 
-def given_objective(run: Any) -> Objective:
+def given_objective(run: Run) -> Objective:
   """Makes the objective of the rows of `config.given`."""
   g = run.given
   if not g.distill_coef:

@@ -16,16 +16,16 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from opd_jax import build, load
+from opd_jax import build
 from opd_jax import config as config_lib
 from opd_jax.build import Parts
-from opd_jax.config import Run
 from opd_jax.doctor import memory, rollouts, static
 from opd_jax.doctor.finding import FAIL, OFF, OK, WARN, Finding
 from opd_jax.errors import ConfigError
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.models import lora
 from opd_jax.rules import rule
+from opd_jax.settings import Run
 from opd_jax.types import Params
 
 RESULT = 'doctor.json'
@@ -122,7 +122,7 @@ def command(c: ConfigDict, console: Console) -> bool:
   parts = build.open_parts(run)
   findings = examine(run, parts)
   base = parts.read_base()
-  student = lora.join(base, load.read_trained(parts))
-  findings += examine_rollouts(run, parts, student, load.read_frozen(parts, 'teacher', base))
+  student = lora.join(base, parts.read_trained())
+  findings += examine_rollouts(run, parts, student, parts.read_frozen('teacher', base))
   console.print(table(run.name, findings))
   return all(f.status != FAIL for f in findings)

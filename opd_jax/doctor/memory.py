@@ -8,11 +8,11 @@ import os
 import jax
 import numpy as np
 
-from opd_jax import sharding
 from opd_jax.build import Parts
-from opd_jax.config import Run
 from opd_jax.doctor.finding import FAIL, OK, WARN, Finding
 from opd_jax.models import params as params_lib
+from opd_jax.parallel import sharding
+from opd_jax.settings import Run
 
 GIB = 2**30
 

@@ -8,12 +8,13 @@ import math
 import jax
 import numpy as np
 
-from opd_jax import sharding
+from opd_jax import build
 from opd_jax.build import Parts
-from opd_jax.config import Run
 from opd_jax.data.streams import OWN
 from opd_jax.doctor.finding import FAIL, OK, SKIPPED, WARN, Finding
+from opd_jax.parallel import sharding
 from opd_jax.run import evaluate
+from opd_jax.settings import Run
 from opd_jax.types import Params
 
 
@@ -49,15 +50,22 @@ def take_probe(run: Run, parts: Parts, student: Params, teacher: Params | None) 
   shards = sharding.row_shards(parts.mesh)
   count = -(-run.doctor.rollouts // shards) * shards
   room = min(run.data.max_new_tokens, run.doctor.max_new_tokens)
-  look = evaluate.make_probe(
-      model=parts.student.model, teacher=parts.teacher and parts.teacher.model, mesh=parts.mesh,
-      max_new_tokens=room, temperature=run.sample.temperature, top_p=run.sample.top_p,
-      top_k=run.sample.top_k, stop_tokens=parts.stop_tokens, pad_token=parts.pad_token,
-      teacher_temperature=run.objective.teacher_temperature, chunk_tokens=run.compute.chunk_tokens)
+  sample = build.make_sampler(run, parts.student.model, parts.stop_tokens, parts.pad_token,
+                              max_new_tokens=room)
+
+  def look(student, teacher, prompts, key):
+    rollout = sample(student, prompts, key)
+    return rollout, evaluate.compare(
+        student, teacher, rollout, model=parts.student.model,
+        teacher=parts.teacher and parts.teacher.model, temperature=run.sample.temperature,
+        teacher_temperature=run.objective.teacher_temperature,
+        chunk_tokens=run.compute.chunk_tokens)
+
   indices = np.arange(count) % len(parts.examples[OWN])
   prompts = sharding.put(parts.examples[OWN].prompts(indices), sharding.by_rows(parts.mesh))
   with jax.set_mesh(parts.mesh):
-    rollout, scores = jax.device_get(look(student, teacher, prompts, jax.random.key(run.seed)))
+    program = jax.jit(look, out_shardings=sharding.by_rows(parts.mesh))
+    rollout, scores = jax.device_get(program(student, teacher, prompts, jax.random.key(run.seed)))
   scores = {name: np.asarray(x, np.float64) for name, x in scores.items()}
   own = scores['logprobs']
   return Probe(

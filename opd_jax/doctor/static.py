@@ -6,12 +6,12 @@ import dataclasses
 from typing import Any
 
 from opd_jax.build import Parts
-from opd_jax.config import Run
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.data.streams import OWN
 from opd_jax.doctor.finding import FAIL, OK, SKIPPED, WARN, Finding
 from opd_jax.models import params as params_lib
 from opd_jax.rules import run as rules
+from opd_jax.settings import Run
 
 
 def check_templates(run: Run, parts: Parts) -> Finding:

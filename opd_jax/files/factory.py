@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import models, sharding
+from opd_jax import models
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.files import huggingface
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.models import flax_module
 from opd_jax.models.params import abstract_params
+from opd_jax.parallel import sharding
 from opd_jax.types import Model
 
 

@@ -17,13 +17,14 @@ from opd_jax.rules import objective as objective_rules
 from opd_jax.rules import rule
 from opd_jax.rules.rule import Rule, choice, least, unread, within
 from opd_jax.run import optim
+from opd_jax.settings import Run, Student
 
 STAGE = 'stage:'  # prefix of a path that names an earlier stage of the same pipeline
 NO_TEACHER = "teacher.kind='none'"
 
 
-def check(r: Any) -> None:
-  """Checks a `config.Run`.
+def check(r: Run) -> None:
+  """Checks the settings of a run.
 
   Raises:
     ConfigError: the first rule that is broken.
@@ -327,11 +328,10 @@ ADAPTER = (
 )
 
 
-def unused_options(r: Any) -> list[str]:
-  """Lists 'field=value (why)' for options of a `config.Run` that were changed and that nothing will
-  read."""
+def unused_options(r: Run) -> list[str]:
+  """Lists 'field=value (why)' for options that were changed and that nothing will read."""
   teacherless = not _has_teacher(r)
-  fresh = type(r.student)().fresh
+  fresh = Student().fresh
   changed = [f'student.fresh.{k}={v!r}' for k, v in sorted(r.student.fresh.items())
              if fresh.get(k, v) != v]
   out = []

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from opd_jax.run import metrics
+from opd_jax.settings import Run
 
 
 class NonFiniteError(FloatingPointError):
@@ -36,13 +37,13 @@ class Book:
     history: see `new_history`.
   """
 
-  def __init__(self, run: Any, workdir: pathlib.Path, history: dict[str, Any], *, restored: bool,
+  def __init__(self, run: Run, workdir: pathlib.Path, history: dict[str, Any], *, restored: bool,
                operations: Callable[[int, dict[str, np.ndarray]], dict[str, float]],
                compile_count: Callable[[], int]):
     """Opens the records.
 
     Args:
-      run: a `config.Run`.
+      run: for its name, its seed, its steps, and when to log, to evaluate and to stop.
       workdir: where metrics go.
       history: of a new run, or of the checkpoint that was restored, whose later rows are dropped.
       restored: which of the two.

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-import dataclasses
-import functools
-import math
 from typing import Any
 
 import jax
@@ -14,9 +11,9 @@ from jaxtyping import Array
 import numpy as np
 import scipy.stats
 
-from opd_jax import sharding
-from opd_jax.algorithm import divergences, metrics, sample, score, vocabulary
+from opd_jax.algorithm import divergences, metrics, score, vocabulary
 from opd_jax.data import examples as examples_lib
+from opd_jax.parallel import sharding
 from opd_jax.types import Model, Params, Rollout
 
 OVERLAP = ('overlap_count', 'overlap_mass', 'mass_outside')
@@ -109,38 +106,6 @@ def clamp_top_k(k: int, model: Model) -> int:
   return min(k, model.vocab_in_use // 2)
 
 
-def make_probe(*, model: Model, teacher: Model | None, mesh: jax.sharding.Mesh,
-               max_new_tokens: int, temperature: float, top_p: float, top_k: int,
-               stop_tokens: tuple[int, ...], pad_token: int, teacher_temperature: float,
-               chunk_tokens: int) -> Callable[..., tuple[Rollout, dict[str, Array]]]:
-  """Compiles (params, teacher_params | None, prompts, key) -> (rollout, `compare` of it)."""
-  def probe(params, teacher_params, prompts, key):
-    rollout = sample.sample_fn(
-        params, prompts, key, model=model, max_new_tokens=max_new_tokens, temperature=temperature,
-        top_p=top_p, top_k=top_k, stop_tokens=stop_tokens, pad_token=pad_token)
-    return rollout, compare(
-        params, teacher_params, rollout, model=model, teacher=teacher, temperature=temperature,
-        teacher_temperature=teacher_temperature, chunk_tokens=chunk_tokens)
-
-  return jax.jit(probe, out_shardings=sharding.by_rows(mesh))
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """How much to evaluate. Temperatures are those of the run; greedy decoding comes beside them."""
-
-  samples_per_problem: int
-  pass_k: int
-  max_new_tokens: int
-  temperature: float
-  teacher_temperature: float
-  top_p: float
-  top_k: int
-  chunk_tokens: int
-  microbatch_rows: int  # of a forward pass, 0 for all; where it does not divide them, its gcd
-  overlap_top_k: int  # most likely tokens that student and teacher are compared on, 0 for none
-
-
 class Evaluator:
   """Compiled evaluation of one model on one fixed set of problems.
 
@@ -148,36 +113,31 @@ class Evaluator:
   model's.
   """
 
-  def __init__(self, settings: Settings, *, model: Model, teacher: Model | None, task: Any,
-               examples: examples_lib.Examples, tokenizer: Any, stop_tokens: tuple[int, ...],
-               pad_token: int, mesh: jax.sharding.Mesh, key: jax.Array):
-    self._settings, self._task, self._tokenizer, self._key = settings, task, tokenizer, key
-    self._mesh = mesh
+  def __init__(self, *, sample: Callable[..., Rollout], greedy: Callable[..., Rollout],
+               compare: Callable[..., dict[str, Array]] | None, samples_per_problem: int,
+               pass_k: int, task: Any, examples: examples_lib.Examples, tokenizer: Any,
+               mesh: jax.sharding.Mesh, key: jax.Array):
+    """Takes what evaluates.
+
+    Args:
+      sample, greedy: compiled (params, prompts, key) -> rollout; the second takes the most likely
+        tokens.
+      compare: compiled (params, teacher_params, rollout) -> `row_sums`; None without a teacher.
+      samples_per_problem, pass_k: how many are drawn, and the k of pass@k.
+      task, examples: what is asked and how it is graded.
+      tokenizer: of the answers.
+      mesh: where prompts go.
+      key: of all draws.
+    """
+    self._sample, self._greedy, self._compare = sample, greedy, compare
+    self._count, self._pass_k, self._task, self._tokenizer = (
+        samples_per_problem, pass_k, task, tokenizer)
+    self._mesh, self._key = mesh, key
     self.rows, self._text = examples.rows, examples.text
     self._graded = examples_lib.has_verifier(task, examples)
-    once = np.arange(len(examples))
-    put = functools.partial(sharding.put, shardings=sharding.by_rows(mesh))
-    self._greedy_prompts = put(examples.prompts(once))
-    self._prompts = put(examples.prompts(np.repeat(once, settings.samples_per_problem)))
-    common = dict(model=model, max_new_tokens=settings.max_new_tokens, stop_tokens=stop_tokens,
-                  pad_token=pad_token)
-    rows = sharding.by_rows(mesh)
-    self._sample = jax.jit(functools.partial(
-        sample.sample_fn, temperature=settings.temperature, top_p=settings.top_p,
-        top_k=settings.top_k, **common), out_shardings=rows)
-    self._greedy = jax.jit(functools.partial(
-        sample.sample_fn, temperature=0.0, top_p=1.0, top_k=0, **common), out_shardings=rows)
-    self._kl = None
-    if teacher is not None:
-      # Nearest below what training takes at a time: over all rows at once, the attention scores
-      # alone may be larger than anything that training holds.
-      microbatch = math.gcd(settings.microbatch_rows, len(once) * settings.samples_per_problem)
-      self._kl = jax.jit(functools.partial(
-          row_sums, model=model, teacher=teacher, temperature=settings.temperature,
-          teacher_temperature=settings.teacher_temperature, chunk_tokens=settings.chunk_tokens,
-          microbatch_rows=microbatch,
-          overlap_top_k=clamp_top_k(settings.overlap_top_k, model)),
-          out_shardings=sharding.replicated(mesh))
+    once, by_rows = np.arange(len(examples)), sharding.by_rows(mesh)
+    self._greedy_prompts = sharding.put(examples.prompts(once), by_rows)
+    self._prompts = sharding.put(examples.prompts(np.repeat(once, samples_per_problem)), by_rows)
 
   def __call__(self, params: Params, teacher_params: Params | None, transcripts: int
                ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -188,30 +148,29 @@ class Evaluator:
     own samples, reverse_kl (exact, nats a token), overlap_count, overlap_mass and mass_outside
     (`metrics.overlap`, token means); mean length; truncation rate.
     """
-    s = self._settings
     rollout = jax.block_until_ready(self._sample(params, self._prompts, self._key))
-    graded = [row for row in self.rows for _ in range(s.samples_per_problem)]
+    graded = [row for row in self.rows for _ in range(self._count)]
     rewards, texts = examples_lib.grade(self._task, graded, rollout, self._tokenizer)
-    rewards = rewards.reshape(len(self.rows), s.samples_per_problem)
+    rewards = rewards.reshape(len(self.rows), self._count)
     out = self._accuracies(params, rewards) if self._graded else {}
-    if self._kl is not None and teacher_params is not None:
+    if self._compare is not None and teacher_params is not None:
       sums = {name: np.asarray(x) for name, x in
-              self._kl(params, teacher_params, rollout).items()}
+              self._compare(params, teacher_params, rollout).items()}
       count = sums.pop('tokens').sum()
       out |= {name: float(sums[name].sum() / count) for name in ('reverse_kl', *OVERLAP)
               if name in sums}
     out['length'] = float(np.asarray(rollout.mask).sum(axis=1).mean())
     out['truncation_rate'] = float(1.0 - np.asarray(rollout.ended).mean())
-    shown = [{'prompt': self._text(i // s.samples_per_problem), 'completion': texts[i],
+    shown = [{'prompt': self._text(i // self._count), 'completion': texts[i],
               'reward': float(rewards.reshape(-1)[i]) if self._graded else None}
-             for i in range(0, min(transcripts, len(self.rows)) * s.samples_per_problem,
-                            s.samples_per_problem)]
+             for i in range(0, min(transcripts, len(self.rows)) * self._count,
+                            self._count)]
     return out, shown
 
   def _accuracies(self, params, rewards):
     greedy = jax.block_until_ready(self._greedy(params, self._greedy_prompts, self._key))
     greedy_rewards, _ = examples_lib.grade(self._task, self.rows, greedy, self._tokenizer)
-    out, k = {}, self._settings.pass_k
+    out, k = {}, self._pass_k
     for name, values in (('sampled_accuracy', rewards.mean(axis=1)),
                          (f'pass_at_{k}', pass_at_k(rewards, k)),
                          ('greedy_accuracy', greedy_rewards)):
@@ -222,4 +181,5 @@ class Evaluator:
 
   def compile_count(self) -> int:
     """Counts the programs that this evaluator has compiled."""
-    return sum(f._cache_size() for f in (self._sample, self._greedy, self._kl) if f is not None)
+    programs = (self._sample, self._greedy, self._compare)
+    return sum(program._cache_size() for program in programs if program is not None)

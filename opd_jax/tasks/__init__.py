@@ -4,7 +4,7 @@ A task module offers
   Options: a frozen dataclass, the knobs (`config.task.options`);
   load(split, options) -> datasets.Dataset of examples; the split 'eval' is the held-out one, and
     the 'corpus' split, where a task has one, also has a column 'completion'. The log shows the
-    Dataset's `info.description`;
+    Dataset's `info.description`. An unknown split is a ValueError "split='NAME'; allowed: [...]";
   prompt(example) -> what a student is given: a text, or for a chat template a list of messages
     {'role': ..., 'content': ...} that ends with the user's;
   grade(example, text) -> the reward of a completed answer, 0 to 1; None, whatever the text, for the

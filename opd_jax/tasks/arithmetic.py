@@ -126,7 +126,7 @@ def load(split: str, options: Options) -> datasets.Dataset:
       if problem not in held_out:
         problems.append(problem)
   else:
-    raise ValueError(f"split={split!r}; arithmetic has ['corpus', 'eval', 'train']")
+    raise ValueError(f"split={split!r}; allowed: ['corpus', 'eval', 'train']")
   columns: dict[str, Any] = {'problem': problems, 'answer': [solve(p) for p in problems]}
   if split == 'corpus':
     kinds = rng.choices(('clean', 'direct', 'sloppy'), (o.clean, o.direct, o.sloppy),

@@ -174,7 +174,7 @@ def load(split: str, options: Options) -> datasets.Dataset:
       fit its column, a row without what its columns promise, no rows left.
   """
   if split not in ('eval', 'train'):
-    raise ValueError(f"split={split!r}; prompts has ['eval', 'train']")
+    raise ValueError(f"split={split!r}; allowed: ['eval', 'train']")
   o = options
   held_out = None
   if not o.holdout_examples:

@@ -29,18 +29,19 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from opd_jax import build, load, sharding, teachers
+from opd_jax import build, load, teachers
 from opd_jax import config as config_lib
 from opd_jax.algorithm import update
 from opd_jax.algorithm.objective import Objective
 from opd_jax.build import Parts
-from opd_jax.config import Run
 from opd_jax.data.streams import OWN, Stream
 from opd_jax.doctor import examine as doctor
 from opd_jax.errors import refuse
 from opd_jax.models import lora
+from opd_jax.parallel import sharding
 from opd_jax.programs import Graders, Programs, compile_programs, term_of
 from opd_jax.run import evaluate, flops
+from opd_jax.settings import Run
 from opd_jax.tools import compare_models, gradient_statistics
 from opd_jax.types import Params, Rollout
 
@@ -190,7 +191,7 @@ def take_probe(run: Run, parts: Parts) -> Probe:
   programs = compile_programs(run, dataclasses.replace(
       parts, streams=tuple(streams.values()),
       examples={name: parts.examples[OWN] for name in streams}))
-  base, trained = parts.read_base(), load.read_trained(parts)
+  base, trained = parts.read_base(), parts.read_trained()
   probe = Probe(streams, programs, [], [], trained, base, programs.connect(base))
   key = jax.random.key(run.seed)
   for batch in range(run.diagnose.batches):

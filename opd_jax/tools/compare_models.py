@@ -9,13 +9,13 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from opd_jax import sharding
 from opd_jax.algorithm import metrics, score
 from opd_jax.build import Parts
-from opd_jax.config import Run
 from opd_jax.data import examples as examples_lib
 from opd_jax.data.streams import OWN
+from opd_jax.parallel import sharding
 from opd_jax.run import evaluate
+from opd_jax.settings import Run
 from opd_jax.tools import gradient_statistics
 
 TOP_KS = (1, 4, 16)

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from opd_jax import build, load, programs, sharding, tasks
+from opd_jax import build, load, programs, tasks
 from opd_jax import config as config_lib
-from opd_jax.config import Run
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.errors import ConfigError
 from opd_jax.files import huggingface
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.models import flax_module
 from opd_jax.run import metrics
+from opd_jax.settings import Run
 
 
 def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any
   evaluator = programs.make_evaluator(
       run, student, teacher and teacher.model, task=tasks.get(run.task.name), examples=held_out,
       stop_tokens=stop_tokens, mesh=mesh)
-  weights = [m and load.read(field, m, jnp.float32, sharding.param_shardings(m.model.specs, mesh))
+  weights = [m and load.read(field, m, m.model.specs, jnp.float32, mesh)
              for field, m in (('model', student), ('teacher', teacher))]
   display = metrics.Display(path, 0, 1)
   with jax.set_mesh(mesh):

@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 
-from opd_jax import build, load, programs, sharding
+from opd_jax import build, load, programs
 from opd_jax import config as config_lib
-from opd_jax.config import Run
 from opd_jax.errors import ConfigError
 from opd_jax.files import checkpoint, huggingface, peft
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.models import lora
+from opd_jax.parallel import sharding
+from opd_jax.settings import Run
 
 FORMATS = ('full', 'adapter')
 DTYPES = ('', 'float32', 'bfloat16')

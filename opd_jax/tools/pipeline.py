@@ -15,7 +15,6 @@ from rich.console import Console
 
 from opd_jax import build, experiment, train
 from opd_jax import config as config_lib
-from opd_jax.config import Student, Teacher
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.doctor import examine as doctor
 from opd_jax.errors import ConfigError
@@ -23,6 +22,7 @@ from opd_jax.experiment import Pipeline, stage_config, stage_dir
 from opd_jax.files import huggingface
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.rules.run import STAGE
+from opd_jax.settings import Student, Teacher
 from opd_jax.tools import compare_estimators, report
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from opd_jax import build, config, load, models, programs, train
+from opd_jax import build, config, models, programs, train
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.data.streams import OWN
 from opd_jax.doctor import examine as doctor
@@ -37,9 +37,9 @@ def _examine(c):
   """Every finding by the name of its check."""
   run, parts = _open(c)
   base = parts.read_base()
-  student = lora.join(base, load.read_trained(parts))
+  student = lora.join(base, parts.read_trained())
   found = doctor.examine(run, parts) + doctor.examine_rollouts(
-      run, parts, student, load.read_frozen(parts, 'teacher', base))
+      run, parts, student, parts.read_frozen('teacher', base))
   return {f.check: f for f in found}
 
 

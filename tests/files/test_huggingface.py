@@ -218,7 +218,7 @@ import sys
 sys.path[:0] = sys.argv[1:3]
 import conftest
 import jax, numpy as np, pathlib
-from opd_jax import sharding
+from opd_jax.parallel import sharding
 from opd_jax.files import huggingface, safetensors
 from opd_jax.models import params
 import test_huggingface as t
@@ -255,8 +255,8 @@ def test_devices_read_their_own_slices(originals, tmp_path):
   out = subprocess.run(
       [sys.executable, '-c', CHILD, str(tiny.ROOT / 'tests'), str(tiny.ROOT / 'tests' / 'files'),
        str(originals / 'sharded'), str(tmp_path)],
-      env={**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=4'},
-      capture_output=True, text=True, timeout=tiny.PATIENCE_S, check=False)
+      env=tiny.environment(devices=4), capture_output=True, text=True, timeout=tiny.PATIENCE_S,
+      check=False)
   assert out.stdout.splitlines()[-1:] == ['fine'], out.stderr
   want = raw(originals / 'single' / huggingface.WEIGHTS)
   for name in ('1', '2'):  # exported from the mesh

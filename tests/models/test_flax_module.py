@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 import tiny
 
-from opd_jax import build, experiment, load, models, sharding, train
+from opd_jax import build, experiment, load, models, train
 from opd_jax import config as config_lib
 from opd_jax.algorithm import objective as objective_lib
 from opd_jax.algorithm import sample, score, update
@@ -26,6 +26,7 @@ from opd_jax.files import huggingface
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.models import flax_module
 from opd_jax.models import params as params_lib
+from opd_jax.parallel import sharding
 from opd_jax.run import flops
 from opd_jax.tools import evaluate_model
 from opd_jax.tools import export as export_lib

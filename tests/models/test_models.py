@@ -267,7 +267,7 @@ def _flat(result):
 
 def on_meshes(folder):
   """What the child does: value, logits and gradients on each mesh, and where experts lie."""
-  from opd_jax import sharding
+  from opd_jax.parallel import sharding
   where = {}
   model = models.build(_config('qwen3_moe'), remat=True)
   for name, sizes in MESHES.items():
@@ -291,7 +291,7 @@ def meshed(tmp_path_factory):
       [sys.executable, '-c', CHILD, str(tiny.ROOT / 'tests'),
        str(tiny.ROOT / 'tests' / 'models'), str(folder)], text=True,
       capture_output=True, timeout=tiny.PATIENCE_S,
-      env=tiny.environment(XLA_FLAGS='--xla_force_host_platform_device_count=4'))
+      env=tiny.environment(devices=4))
   assert done.returncode == 0, done.stderr[-4000:]
   return folder
 

@@ -162,8 +162,8 @@ class TestEvaluator:
     rows = jax.tree.map(lambda x: x[:24] if x.ndim else x, rollout)
     both = models[0].params, models[1].params
     # 24 rows: the largest part of 16 that divides them is 8.
-    assert 'f32[8,10,32]' in small._kl.lower(*both, rows).compile().as_text()
-    mine, whole = small._kl(*both, rows), evaluator._kl(*both, rollout)
+    assert 'f32[8,10,32]' in small._compare.lower(*both, rows).compile().as_text()
+    mine, whole = small._compare(*both, rows), evaluator._compare(*both, rollout)
     assert mine.keys() == whole.keys() == {'reverse_kl', 'tokens', *evaluate.OVERLAP}
     for name in mine:  # absolutely: of the mass outside little is left, as a difference from 1
       np.testing.assert_allclose(mine[name], whole[name][:24], rtol=1e-4, atol=1e-5, err_msg=name)

@@ -31,13 +31,14 @@ def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
   devices = jax.devices() if devices is None else devices
   shape = [sizes[name] for name in MESH_AXES]
   if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
-    raise ValueError(f'mesh={sizes}; allowed: sizes of at least 1, of which one may be -1')
+    raise ValueError(f'compute.mesh={sizes}; allowed: sizes of at least 1, of which one may be -1')
   if -1 in shape:
     known = int(np.prod([n for n in shape if n != -1]))
     shape[shape.index(-1)] = max(len(devices) // known, 1)
   if int(np.prod(shape)) != len(devices):
-    raise ValueError(f'mesh={dict(zip(MESH_AXES, shape, strict=True))} needs '
-                     f'{int(np.prod(shape))} devices, and there are {len(devices)}')
+    raise ValueError(f'compute.mesh={sizes} needs {int(np.prod(shape))} devices; allowed: sizes '
+                     f'whose product is {len(devices)}, the devices that there are, of which one '
+                     'may be -1')
   return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape),
                        devices=devices)
 
@@ -83,8 +84,9 @@ def param_shardings(specs: dict[str, Any], mesh: Mesh) -> Any:
     sharding = NamedSharding(mesh, partition_spec(spec.axes))
     for size, axis in zip(spec.shape, sharding.spec, strict=True):
       if axis is not None and size % mesh.shape[axis]:
-        raise ValueError(f'parameter {name}: shape {spec.shape} along {spec.axes} is not divisible '
-                         f'by mesh.{axis}={mesh.shape[axis]}')
+        raise ValueError(f'compute.mesh.{axis}={mesh.shape[axis]} does not divide the shape '
+                         f'{spec.shape} of the parameter {name} along {spec.axes}; allowed: a '
+                         f'divisor of {size}')
     return sharding
 
   return unflatten({name: one(name, spec) for name, spec in flatten(specs).items()})

@@ -270,6 +270,8 @@ def run_command(command: str, flags: Any) -> int:
   elif command == 'evaluate':
     evaluate_model.evaluate_model(experiment.pick_stage(c, flags.stage), flags.model,
                                   flags.teacher)
+  else:
+    raise AssertionError(f'{command} is in COMMANDS and does nothing')
   return 0
 
 

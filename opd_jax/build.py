@@ -181,7 +181,7 @@ def _check_wants(streams, teacher, reference):
 
 def _open_examples(run, streams, tokens, style):
   own = load_examples(run, run.data.split, run.data.limit, tokens, style,
-                      'dataset' in (run.data.source, run.data.off_policy_source))
+                      'dataset' in (run.data.source, run.data.off_policy_source), 'data')
   out = {s.name: own for s in streams}
   if GIVEN in out:
     out[GIVEN] = load_examples(run, run.given.split, 0, tokens, style,
@@ -198,18 +198,19 @@ def _open_examples(run, streams, tokens, style):
 
 
 def load_examples(run: Run, split: str, limit: int, tokens: Any, style: prompts_lib.Style,
-                  with_completions: bool = False, group: str = 'data') -> Examples:
+                  with_completions: bool = False, group: str = '') -> Examples:
   """Encodes the first `limit` examples of a split (0 for all) of those that fit.
 
+  `group` is that of the field which says the split, '' where none does.
+
   Raises:
-    ValueError: there are fewer, or some do not fit; names the fields, those of the split with their
-      `group`.
+    ValueError: there are fewer, some do not fit, or the task refuses the split.
   """
   task = tasks.get(run.task.name)
   try:
     rows = task.load(split, run.task.options)
   except ValueError as e:  # of the split: a task does not know for what it is asked
-    raise ConfigError(f'{group}.{e}' if str(e).startswith('split=') else str(e)) from e
+    raise ConfigError(f'{group}.{e}' if group and str(e).startswith('split=') else str(e)) from e
   if run.data.overlong != 'drop' and 0 < limit < len(rows):
     rows = rows.select(range(limit))  # none of the others can be needed
   out = Examples(
@@ -263,8 +264,8 @@ def final_tokenizer(run: Run, student: LoadedModel, teacher: LoadedModel | None)
 
 def make_sampler(run: Run, model: Model, stop_tokens: tuple[int, ...], pad_token: int,
                  **other: Any) -> Callable[..., Rollout]:
-  """Makes (params, prompts, key) -> rollout, with a run's settings but for some `other` ones; not
-  compiled yet (`sample.sample_fn`)."""
+  """Makes (params, prompts, key) -> rollout, not compiled yet: `sample.sample_fn` with the settings
+  of a run, but for `other` ones of its keywords, such as temperature=0.0."""
   settings = dict(
       model=model, max_new_tokens=run.data.max_new_tokens, temperature=run.sample.temperature,
       top_p=run.sample.top_p, top_k=run.sample.top_k, stop_tokens=stop_tokens,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -51,8 +52,8 @@ def fold_in(key: jax.Array, purpose: int, step: int) -> jax.Array:
 
 @contextlib.contextmanager
 def naming(where: str, allowed: str = '') -> Iterator[None]:
-  """Puts 'field=value: ' before what is refused within, and what is allowed after it, unless it is
-  said already.
+  """Puts 'field=value: ' before what is refused within, and what is allowed after it, unless the
+  text begins with a field of the same part, or says what is allowed.
 
   Raises:
     ConfigError: for a ValueError or a missing file.
@@ -60,7 +61,8 @@ def naming(where: str, allowed: str = '') -> Iterator[None]:
   try:
     yield
   except (ValueError, FileNotFoundError) as e:
-    text = str(e) if str(e).startswith(where.partition('.')[0] + '.') else f'{where}: {e}'
+    part = where.partition('.')[0]
+    text = str(e) if re.match(rf'{part}\.[\w.]+=', str(e)) else f'{where}: {e}'
     raise ConfigError(text if not allowed or 'allowed: ' in text else
                       f'{text}; allowed: {allowed}') from e
 
@@ -175,8 +177,8 @@ def open_reference(run: Run, student: LoadedModel) -> LoadedModel | None:
                            run.reference.revision)
   if not prompts_lib.same_vocabulary(student.tokenizer, loaded.tokenizer):
     raise ConfigError(f'{where} has {len(loaded.tokenizer)} tokens, not those of the student '
-                     f'({len(student.tokenizer)}); allowed: a model that maps the same strings to '
-                     'the same token ids')
+                      f'({len(student.tokenizer)}); allowed: a model that maps the same strings to '
+                      'the same token ids')
   return loaded
 
 
@@ -187,8 +189,9 @@ def read(field: str, source: LoadedModel | Adapter, specs: dict[str, Any], dtype
   Raises:
     ConfigError: names the config field: NaN or infinity, or a copy of a tied head that differs.
   """
+  shardings = sharding.param_shardings(specs, mesh)
   with naming(field):
-    return source.read(dtype, sharding.param_shardings(specs, mesh))
+    return source.read(dtype, shardings)
 
 
 def read_base(student: LoadedModel, adapter: Adapter | None, dtype: Any, mesh: jax.sharding.Mesh

@@ -236,8 +236,8 @@ def make_evaluator(run: Run, student: LoadedModel, teacher: Model | None, *, tas
   rows, samples = sharding.by_rows(mesh), run.eval.samples_per_problem
   compare = None
   if teacher is not None:
-    # Nearest below what training takes at a time: over all rows at once, the attention scores alone
-    # may be larger than anything that training holds.
+    # What training takes at a time, or its largest part that divides the rows: over all at once,
+    # the attention scores alone may be larger than anything that training holds.
     compare = jax.jit(functools.partial(
         evaluate.row_sums, model=student.model, teacher=teacher,
         temperature=run.sample.temperature, teacher_temperature=run.objective.teacher_temperature,

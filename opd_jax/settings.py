@@ -1,4 +1,5 @@
-"""Every field of a run: name, type, default and meaning, in one place.
+"""Every field of a run: name, type, default and meaning. Those of the objective are in
+algorithm/objective.py, the options of a task in its file.
 
 `Run` is what the code reads: frozen, checked, without None. `config.parse` makes it of the
 `ConfigDict` that people write.
@@ -91,7 +92,7 @@ class Task:
   """What it learns on."""
 
   name: str = 'arithmetic'  # a file in opd_jax/tasks/
-  options: Any = dataclasses.field(default_factory=dict)  # the task's own Options, all spelled out
+  options: Any = dataclasses.field(default_factory=dict)  # `config.parse` makes the task's Options
 
 
 @dataclasses.dataclass(frozen=True)

@@ -229,9 +229,18 @@ def test_no_folder_has_more_than_12_files():
   assert not {name: n for name, n in counts.items() if n > 12}
 
 
+def test_the_readmes_map_is_in_the_order_of_imports():
+  text = (PACKAGE.parent / 'README.md').read_text().partition('| path | holds |')[2]
+  first = [line.split('|')[1] for line in text.split('\n\n')[0].splitlines()[2:]]
+  listed = [[name for name in re.findall(r'`opd_jax/(\w+)', cell)] for cell in first]
+  assert {name for names in listed for name in names} == set(RANK)
+  ranks = [RANK[name] for names in listed for name in names]
+  assert ranks == sorted(ranks), listed
+
+
 def test_the_path_of_a_step_is_short():
   lines = {_name(f): len(f.read_text().splitlines()) for f in FILES if _module(f) in PATH
-           and not {'choices', 'gates'} & set(f.parts)}
+           and not ({'choices', 'gates'} & set(f.parts) and f.name != '__init__.py')}
   assert sum(lines.values()) < PATH_LINES, lines
 
 
@@ -632,7 +641,7 @@ def test_task(name, tmp_path):
       reward = task.grade(row, text)
       assert isinstance(reward, float) and 0.0 <= reward <= 1.0
     assert task.grade(row, '') < 1.0, 'saying nothing is worth the full reward'
-  with pytest.raises(ValueError, match='no_such_split'):
+  with pytest.raises(ValueError, match=r"^split='no_such_split'; allowed: \["):
     task.load('no_such_split', options)
   with pytest.raises(ValueError, match='no_such_knob') as error:
     tasks.options(task, {'no_such_knob': 1})

@@ -56,7 +56,9 @@ class Examples:
         completion longer than the room for it.
     """
     if not len(dataset):
-      raise ValueError('the split has no examples; allowed: at least one')
+      raise ValueError(f'task.name={task.__name__.rpartition(".")[2]!r}: a split has no examples'
+                       f' ({dataset.info.description or "the task says no more"}); allowed: at '
+                       'least one')
     self.rows = dataset.to_list()
     self._seed, self._tokenizer = seed, tokenizer
     self._prompt_room, self._completion_room = max_prompt_tokens, max_new_tokens

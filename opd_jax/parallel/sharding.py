@@ -78,7 +78,7 @@ def param_shardings(specs: dict[str, Any], mesh: Mesh) -> Any:
   """Makes one NamedSharding per parameter, from its table.
 
   Raises:
-    ValueError: an axis that its mesh axis does not divide; names the parameter.
+    ValueError: an axis that its mesh axis does not divide; names the field and the parameter.
   """
   def one(name: str, spec: ParamSpec) -> NamedSharding:
     sharding = NamedSharding(mesh, partition_spec(spec.axes))

@@ -42,7 +42,10 @@ def check(r: Run) -> None:
   for part in ('student', 'teacher', 'reference'):
     _check_source(part, getattr(r, part))
   if not (r.student.path or r.student.factory):
-    models.build({**r.student.fresh, 'vocab_size': 64})  # a config.json that nothing implements
+    try:
+      models.build({**r.student.fresh, 'vocab_size': 64})
+    except ValueError as e:  # a config.json that nothing implements
+      raise ConfigError(f'student.fresh: {e}') from e
 
 
 def _check_source(part: str, group: Any) -> None:

@@ -132,7 +132,7 @@ class Evaluator:
     self._sample, self._greedy, self._compare = sample, greedy, compare
     self._count, self._pass_k, self._task, self._tokenizer = (
         samples_per_problem, pass_k, task, tokenizer)
-    self._mesh, self._key = mesh, key
+    self._key = key
     self.rows, self._text = examples.rows, examples.text
     self._graded = examples_lib.has_verifier(task, examples)
     once, by_rows = np.arange(len(examples)), sharding.by_rows(mesh)

@@ -49,9 +49,9 @@ def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any
     # What such a run exported has the template it was trained in.
     style = build.prompt_style(run, student.tokenizer, (teacher or student).tokenizer, stop_tokens)
     held_out = build.load_examples(run, 'eval', run.eval.problems, student.tokenizer, style)
+    mesh = build.make_mesh(run)
   except (ValueError, FileNotFoundError) as e:
     raise ConfigError(str(e)) from e
-  mesh = build.make_mesh(run)
   evaluator = programs.make_evaluator(
       run, student, teacher and teacher.model, task=tasks.get(run.task.name), examples=held_out,
       stop_tokens=stop_tokens, mesh=mesh)

@@ -73,6 +73,14 @@ PRESETS: dict[str, Preset] = {
         fields=_fields(objective=_direct('jensen_shannon(0.5)'),
                        data=dict(on_policy_fraction=0.5, off_policy_source='teacher')),
         headline="2.1x / 1.7x / 1.9x the gain of baseline KD on XSum / WMT / GSM8K"),
+    'warm_start': Preset(
+        'the supervised start of e.g. arXiv 2604.13016, by the exact divergence', **WHITE,
+        granularity='token',
+        equation='JSD_b(p_T, p_S), b = 0.5, for 20 steps on text of the teacher, then on own '
+                 'samples',
+        fields=_fields(objective=_direct('jensen_shannon(0.5)'),
+                       data=dict(warm_steps=20, off_policy_source='teacher')),
+        headline='–'),
     'minillm': Preset(
         'MiniLLM (Gu et al. 2023, arXiv 2306.08543)', **WHITE, granularity='sequence',
         equation='KL(p_S || p_T)_t exactly - rho_t mean_{k>t} r_k, r = log p_T - log p_S, samples '
@@ -227,8 +235,8 @@ def apply(c: ConfigDict, name: str) -> ConfigDict:
   Every group that a preset may set returns to its default first, so that nothing of an earlier
   method is left: objective (but for its temperature, reduction and student_logprobs), reference,
   given, the samples' teacher_mix and truncation, and who writes the rows. The rows of a batch stay
-  as many: with several samples a prompt there are fewer prompts. What needs a teacher, or the
-  student's own rows, goes with them.
+  as many: with several samples a prompt there are fewer prompts; and at least half of the steps are
+  the student's own. What needs a teacher, or the student's own rows, goes with them.
 
   Raises:
     ConfigError: there is no such preset; lists those there are.
@@ -246,7 +254,7 @@ def apply(c: ConfigDict, name: str) -> ConfigDict:
     c[group] = neutral[group]
   c.objective.update(kept)
   for group, fields in (('sample', ('top_p', 'top_k', 'teacher_mix')), ('data', (
-      'source', 'on_policy_fraction', 'off_policy_source', 'samples_per_prompt'))):
+      'source', 'on_policy_fraction', 'off_policy_source', 'warm_steps', 'samples_per_prompt'))):
     for field in fields:
       c[group][field] = neutral[group][field]
   for path, value in preset.fields.items():
@@ -256,6 +264,7 @@ def apply(c: ConfigDict, name: str) -> ConfigDict:
       here = here[group]
     here[field] = value
   c.data.prompts_per_step = max(1, rows // c.data.samples_per_prompt)
+  c.data.warm_steps = min(c.data.warm_steps, c.steps // 2)
   if preset.access == 'none':
     c.teacher, c.sample.stop = neutral.teacher, neutral.sample.stop
   if c.data.source != 'student':

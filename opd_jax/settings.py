@@ -118,6 +118,9 @@ class Data:
   # 2306.13649, its lambda).
   on_policy_fraction: float = 1.0
   off_policy_source: str = 'none'
+  # The first so many batches are all of the off-policy source: a student that is far from its
+  # teacher first learns on text that the teacher knows.
+  warm_steps: int = 0
   split: str = 'train'
   limit: int = 0  # use only the first so many examples, 0 for all
   prompts_per_step: int = 256

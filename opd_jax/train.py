@@ -125,6 +125,9 @@ def take_step(run: Run, programs: Programs, state: TrainState, base: lora.Frozen
     state, metrics = programs.update(state, streams, batches, graders, base, gate_key)
     # Later updates move away from the sampler on purpose: only the first gap means something.
     gaps = gaps or {name: v for name, v in metrics.items() if name.startswith('gap')}
+  if streams[0].on_policy:  # what the student wrote, for the book to look at
+    rollout = batches[0].rollout
+    metrics['written'] = (rollout.tokens[:, 1:], rollout.mask)
   return state, metrics | gaps
 
 

@@ -335,6 +335,14 @@ class TestRoles:
        ('data.on_policy_fraction=-0.5', '0 to 1')),
       ('opd_exact', dict(data__off_policy_source='teacher'),
        ("data.off_policy_source='teacher'", 'on_policy_fraction=1.0', "'none'")),
+      ('opd_exact', dict(data__warm_steps=2), ("data.off_policy_source='none'", 'warm_steps=2')),
+      ('opd_exact', dict(data__warm_steps=6, data__off_policy_source='teacher'),
+       ('data.warm_steps=6, steps=6', 'never write')),
+      ('opd_exact', dict(data__warm_steps=-1), ('data.warm_steps=-1', 'at least 0')),
+      ('opd_exact', dict(data__warm_steps=2, data__off_policy_source='teacher',
+                         data__on_policy_fraction=0.0), ('data.warm_steps=2', 'no effect')),
+      ('opd_sampled', dict(data__warm_steps=2, data__off_policy_source='teacher'),
+       ("objective.importance='ratio'", "data.off_policy_source='teacher'")),
       ('opd_sampled', dict(data__on_policy_fraction=0.5, data__off_policy_source='teacher'),
        ("objective.importance='ratio'", "data.off_policy_source='teacher'")),
       ('opd_sampled', dict(data__on_policy_fraction=0.5, data__off_policy_source='teacher',
@@ -684,5 +692,6 @@ def test_what_is_distilled_has_one_temperature_whoever_wrote_it():
   made = streams.make(config.parse(c))
   assert [s.name for s in made] == [streams.OWN, streams.OFF_POLICY, streams.GIVEN]
   assert [s.objective.temperature for s in made] == [0.7, 0.7, 0.7]
+  assert not any(s.warm_steps for s in made)
   imitated, = streams.make(config.parse(tiny.config('sft', sample__temperature=0.7)))
   assert imitated.objective.temperature == 1.0

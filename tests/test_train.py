@@ -24,7 +24,7 @@ from opd_jax.tasks import arithmetic
 
 EVERYWHERE = {'kind', 'step', 'loss', 'grad_norm', 'update_norm', 'entropy_student', 'logprob',
               'length', 'truncation_rate', 'flops', 'compiles', 'perf'}
-ON_POLICY = {'gap_mean', 'gap_max', 'ratio_mean', 'ratio_min', 'ratio_max'}
+ON_POLICY = {'gap_mean', 'gap_max', 'ratio_mean', 'ratio_min', 'ratio_max', 'text'}
 TAUGHT = {'reverse_kl', 'entropy_teacher'} | {f'log_ratio_p{q}' for q in ('05', 25, 50, 75, 95)}
 FIELDS = {
     'sft': EVERYWHERE,
@@ -37,7 +37,7 @@ FIELDS = {
 # student's own program, so sampled OPD has three and not four.
 PROGRAMS = {'sft': 1, 'sft_teacher': 2, 'grpo': 2, 'opd_sampled': 3, 'opd_exact': 3}
 EVALUATED = {'sampled_accuracy', 'greedy_accuracy', 'pass_at_2', 'length', 'truncation_rate',
-             'flops'}
+             'text', 'flops'}
 
 
 def parts_of(c):
@@ -536,6 +536,19 @@ def mixed():
       train.train(c, workdir)
     out.append((c, workdir))
   return out
+
+
+def test_the_student_writes_nothing_in_the_first_steps(tmp_path):
+  c = tiny.with_models('opd_exact', steps=5, data__warm_steps=3, data__off_policy_source='teacher',
+                       given__source='dataset', given__split='corpus', given__prompts_per_step=8,
+                       given__likelihood_coef=0.1)
+  train.train(c, tmp_path)
+  rows = tiny.rows(tmp_path, 'train')
+  # Only on its own samples is there a reverse KL, and a text to look at; the others go on.
+  assert ['reverse_kl' in r for r in rows] == [False] * 3 + [True] * 2
+  assert ['text' in r for r in rows] == [False] * 3 + [True] * 2
+  assert all('given_loss' in r for r in rows)
+  assert [r['step'] for r in rows] == [1, 2, 3, 4, 5]
 
 
 def test_batches_are_the_students_or_not_as_seed_and_step_say():

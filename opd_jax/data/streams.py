@@ -1,8 +1,9 @@
 """Streams: who writes the rows of a step, on which prompts, and what they are for.
 
 A run has one to three of them: the rows of `config.data`; the batches of those that the student
-does not write (`data.on_policy_fraction`); and rows beside them in every step (`config.given`). The
-loop treats all alike: it writes them, has them graded, and adds their gradients.
+does not write (`data.on_policy_fraction`, `data.warm_steps`); and rows beside them in every step
+(`config.given`). The loop treats all alike: it writes them, has them graded, and adds their
+gradients.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Stream:
     samples: completions of each prompt.
     steps: the part of 0..1 that a step's draw (`step_draw`) must fall into for the stream to take
       part, the upper end excluded.
+    warm_steps: the first steps of a run, in which the student writes nothing.
     microbatch_rows: rows per forward and backward pass, 0 for all of them.
   """
 
@@ -45,12 +47,19 @@ class Stream:
   prompts: int
   samples: int
   steps: tuple[float, float]
+  warm_steps: int
   microbatch_rows: int
 
   @property
   def rows(self) -> int:
     """Rows of a step."""
     return self.prompts * self.samples
+
+  def takes_part(self, step: int, draw: float) -> bool:
+    """Tells whether a step is taken on rows of this stream too."""
+    if step < self.warm_steps:
+      return self.name != OWN
+    return self.steps[0] <= draw < self.steps[1]
 
   @property
   def on_policy(self) -> bool:
@@ -68,7 +77,7 @@ def step_draw(seed: int, step: int) -> float:
 def of_step(streams: tuple[Stream, ...], seed: int, step: int) -> tuple[Stream, ...]:
   """Picks the streams that take part in a step, the first of them the one of `config.data`."""
   draw = step_draw(seed, step)
-  return tuple(s for s in streams if s.steps[0] <= draw < s.steps[1])
+  return tuple(s for s in streams if s.takes_part(step, draw))
 
 
 def make(run: Run) -> tuple[Stream, ...]:
@@ -77,7 +86,7 @@ def make(run: Run) -> tuple[Stream, ...]:
   own = Stream(
       OWN, run.data.source, run.sample.teacher_mix if run.data.source == 'student' else 0.0,
       objective_of(run, run.data.source), run.data.split, run.data.prompts_per_step,
-      run.data.samples_per_prompt, (0.0, share), microbatch)
+      run.data.samples_per_prompt, (0.0, share), run.data.warm_steps, microbatch)
   out = [own]
   if run.data.off_policy_source != 'none':
     writer = run.data.off_policy_source
@@ -86,7 +95,7 @@ def make(run: Run) -> tuple[Stream, ...]:
   if run.given.source != 'none':
     rows = run.given.prompts_per_step
     out.append(Stream(GIVEN, run.given.source, 0.0, given_objective(run), run.given.split, rows, 1,
-                      (0.0, 1.0), math.gcd(microbatch, rows)))
+                      (0.0, 1.0), run.data.warm_steps, math.gcd(microbatch, rows)))
   return tuple(out)
 
 

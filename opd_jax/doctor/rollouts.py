@@ -112,8 +112,14 @@ def check_support(run: Run, parts: Parts, p: Probe) -> Finding:
                    'on teacher samples first, or choose a closer teacher', 'teacher.path')
   # Another template shows in nearly every first token; without one it may be the student's habit.
   odd = run.prompt.template != 'none' and np.median(at_first) > max(1.0, 3 * kl)
-  return Finding('support', WARN if odd or kl > limit / 2 else OK, detail
-                 + ('; the first token stands out: compare templates' if odd else ''))
+  far = kl > limit / 2
+  detail += '; the first token stands out: compare templates' if odd else ''
+  if far and run.objective.needs_teacher and run.data.on_policy_fraction == 1 and (
+      not run.data.warm_steps):
+    detail += ("; from so far the student is likely to end in a few tokens that it repeats, with a "
+               "falling loss: begin with the teacher's text (presets 'warm_start', or data."
+               "warm_steps with data.off_policy_source='teacher')")
+  return Finding('support', WARN if odd or far else OK, detail)
 
 
 def check_special_tokens(run: Run, parts: Parts, p: Probe) -> Finding:

@@ -93,8 +93,9 @@ FIELDS = (
            'optimizer.updates_per_batch eval.problems eval.samples_per_problem '
            'checkpoint.every_steps checkpoint.keep_latest log.every_steps log.plain_every_steps '
            'doctor.rollouts doctor.max_new_tokens diagnose.prompts', 1),
-    *least('data.limit compute.microbatch_rows optimizer.warmup_steps eval.every_steps '
-           'eval.overlap_top_k checkpoint.keep_best log.transcripts sample.top_k eval.top_k', 0),
+    *least('data.limit data.warm_steps compute.microbatch_rows optimizer.warmup_steps '
+           'eval.every_steps eval.overlap_top_k checkpoint.keep_best log.transcripts sample.top_k '
+           'eval.top_k', 0),
     *least('diagnose.batches', 8), *least('diagnose.top_k', 2),
     choice('teacher.kind', teachers.names), choice('reference.kind', teachers.names),
     choice('data.source', SOURCES), choice('data.overlong', examples.OVERLONG),
@@ -254,16 +255,25 @@ def _foreign_rows(field):
            "reference_kl but 'full'"))
 
 
+def _mixes(r):
+  return r.data.on_policy_fraction < 1 or r.data.warm_steps > 0
+
+
 FOREIGN_ROWS = (*_foreign_rows('data.source'), *_foreign_rows('data.off_policy_source'))
 
 MIXTURE = (
-    Rule('data.off_policy_source data.on_policy_fraction',
-         lambda r: (r.data.off_policy_source != 'none') != (r.data.on_policy_fraction < 1), '',
-         "'teacher' or 'dataset' below 1, 'none' at 1"),
-    Rule('data.on_policy_fraction data.source objective.reward_coef objective.row_gate',
-         lambda r: r.data.on_policy_fraction < 1 and (
-             r.data.source != 'student' or r.objective.needs_rewards), '',
-         "1, or data.source='student' and no use of rewards, which are for what the student wrote"),
+    Rule('data.off_policy_source data.on_policy_fraction data.warm_steps',
+         lambda r: (r.data.off_policy_source != 'none') != _mixes(r), '',
+         "'teacher' or 'dataset' below 1 or with warm steps, else 'none'"),
+    Rule('data.on_policy_fraction data.warm_steps data.source objective.reward_coef '
+         'objective.row_gate',
+         lambda r: _mixes(r) and (r.data.source != 'student' or r.objective.needs_rewards), '',
+         "1 and 0, or data.source='student' and no use of rewards, which are for what the student "
+         'wrote'),
+    *unread('data.warm_steps', lambda r: not r.data.on_policy_fraction,
+            'data.on_policy_fraction=0, where the student never writes'),
+    Rule('data.warm_steps steps', lambda r: r.data.warm_steps >= r.steps and r.data.warm_steps,
+         'the student would never write', 'fewer than the steps of the run'),
     Rule('sample.teacher_mix data.source data.on_policy_fraction sample.top_p sample.top_k',
          lambda r: r.sample.teacher_mix and (
              r.data.source != 'student' or _truncated(r) or not r.data.on_policy_fraction), '',

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from opd_jax.run import metrics
+from opd_jax.run import metrics, texts
 from opd_jax.settings import Run
 
 
@@ -24,7 +24,7 @@ def new_history(settings: dict[str, Any]) -> dict[str, Any]:
   """Makes the history of a run that has not begun: what a checkpoint holds beside the train state.
 
   'step', 'flops' so far by who spent them, 'evals', and the config; later 'teacher', its
-  evaluation, and 'stopped_at', where a goal ended the run early.
+  evaluation, 'stopped_at', where a goal ended the run early, and 'watch' (`texts.Watch`).
   """
   return {'step': 0, 'flops': {'student': 0.0, 'sampling': 0.0, 'teacher': 0.0}, 'evals': [],
           'config': settings}
@@ -56,6 +56,7 @@ class Book:
     self._writer = metrics.Writer(workdir, history['step'] if restored else None)
     self._display = metrics.Display(run.name, run.steps, run.log.plain_every_steps)
     self._clock, self._pending = metrics.Clock(), None
+    self._watch = texts.Watch(history.setdefault('watch', {}))
     if restored:
       self.say(f'{run.name}: resumed from the checkpoint of step {history["step"]}')
 
@@ -108,6 +109,7 @@ class Book:
       return
     (step, values), self._pending = self._pending, None
     values = jax.device_get(values)
+    written = values.pop('written', None)
     lengths = {name: values.pop(name) for name in [n for n in values if n.endswith('lengths')]}
     for name, amount in self._operations(step, lengths).items():
       self.history['flops'][name] += amount
@@ -118,6 +120,10 @@ class Book:
     own = lengths['lengths']
     row |= {'length': float(own.mean()), 'flops': dict(self.history['flops']),
             'compiles': self._compile_count(), 'perf': self._clock.read(1, int(own.sum()))}
+    if written:
+      row['text'] = texts.text_metrics(*written, self._run.data.samples_per_prompt)
+      for alarm in self._watch.look(row):
+        self.say(f'{self._run.name} step {step}: ALARM {alarm}')
     if step % self._run.log.every_steps == 0:
       self._writer.write('train', step, row)
     self._display.progress(step, row)

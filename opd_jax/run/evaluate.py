@@ -14,6 +14,7 @@ import scipy.stats
 from opd_jax.algorithm import divergences, metrics, score, vocabulary
 from opd_jax.data import examples as examples_lib
 from opd_jax.parallel import sharding
+from opd_jax.run import texts as texts_lib
 from opd_jax.types import Model, Params, Rollout
 
 OVERLAP = ('overlap_count', 'overlap_mass', 'mass_outside')
@@ -146,7 +147,8 @@ class Evaluator:
     Metrics: sampled_accuracy (avg@k), pass@k, greedy_accuracy, each with `_low`, `_high`
     (none of them where the task does not grade these examples); with a teacher, on the student's
     own samples, reverse_kl (exact, nats a token), overlap_count, overlap_mass and mass_outside
-    (`metrics.overlap`, token means); mean length; truncation rate.
+    (`metrics.overlap`, token means); text/compression, text/distinct_4, text/shared_4 (run/texts);
+    mean length; truncation rate.
     """
     rollout = jax.block_until_ready(self._sample(params, self._prompts, self._key))
     graded = [row for row in self.rows for _ in range(self._count)]
@@ -159,6 +161,8 @@ class Evaluator:
       count = sums.pop('tokens').sum()
       out |= {name: float(sums[name].sum() / count) for name in ('reverse_kl', *OVERLAP)
               if name in sums}
+    out['text'] = {'compression': texts_lib.compression(texts), **texts_lib.text_metrics(
+        rollout.tokens[:, 1:], rollout.mask, self._count)}
     out['length'] = float(np.asarray(rollout.mask).sum(axis=1).mean())
     out['truncation_rate'] = float(1.0 - np.asarray(rollout.ended).mean())
     shown = [{'prompt': self._text(i // self._count), 'completion': texts[i],

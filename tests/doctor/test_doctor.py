@@ -111,6 +111,18 @@ def test_a_teacher_that_finds_the_students_text_unlikely(tmp_path):
   assert 'doctor.max_reverse_kl=6.0' in found['support'].detail
 
 
+def test_a_student_that_is_far_is_told_how_to_begin(tmp_path, healthy):
+  path = _teacher(tmp_path, lambda name, x: -x if name == 'head' else x)
+  far = dict(teacher__path=path, doctor__max_reverse_kl=30.0)
+  asked = "presets 'warm_start'"
+  warm = dict(steps=4, data__warm_steps=2, data__off_policy_source='teacher')
+  found = _examine(_pair(**far))['support']
+  assert found.status == WARN and asked in found.detail
+  assert asked not in healthy['support'].detail
+  warmed = _examine(_pair('opd_exact', **far, **warm))['support']
+  assert warmed.status == WARN and asked not in warmed.detail
+
+
 def test_the_log_ratio_is_that_of_the_models(healthy):
   # Against the run's own metric on other rollouts of the same policies.
   detail = healthy['support'].detail

@@ -20,7 +20,7 @@ from opd_jax.data import prompts as prompts_lib
 from opd_jax.errors import ConfigError
 from opd_jax.files import factory, huggingface, peft
 from opd_jax.files.huggingface import LoadedModel
-from opd_jax.models import lora
+from opd_jax.models import flax_module, lora
 from opd_jax.models import params as params_lib
 from opd_jax.parallel import sharding
 from opd_jax.settings import Run
@@ -143,7 +143,10 @@ def open_flax(run: Run, part: str, path: str | None = None) -> LoadedModel:
 
   def read(dtype=jnp.float32, shardings=None):
     with naming(where):
-      return loaded.read(dtype, shardings)
+      params = loaded.read(dtype, shardings)
+      if part == 'student':
+        flax_module.check_gradient(loaded.model, params)
+      return params
 
   return dataclasses.replace(loaded, read=read)
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from opd_jax.algorithm import vocabulary
 from opd_jax.models.nn import positions_of
-from opd_jax.types import Head, Model, Params, Rollout, Scores, Wants
+from opd_jax.types import Batch, Head, Model, Params, Rollout, Scores, Wants
 
 
 def log_softmax(hidden: Float[Array, 'n D'], head: Head, temperature: float
@@ -59,6 +59,23 @@ def to_rows(completion: Float[Array, 'B C'], rollout: Rollout) -> Float[Array, '
 def to_completion(per_token: Float[Array, 'B t'], rollout: Rollout) -> Float[Array, 'B C']:
   """Inverts `to_rows`: takes the [B, T-1] entries that belong to the completion."""
   return per_token[:, rollout.prompt_length - 1:]
+
+
+def chosen_only(batch: Batch) -> Batch:
+  """Puts zero into every log-prob and entropy of a batch where the mask is zero.
+
+  A caller's may be anything there, NaN too, and zero times NaN is NaN. Hidden states, which are
+  large, are replaced in the loss, a few tokens at a time.
+  """
+  def clean(x):
+    return None if x is None else jnp.where(batch.rollout.mask > 0, x, 0.0)
+
+  rollout = batch.rollout.replace(sampler_logprobs=clean(batch.rollout.sampler_logprobs),
+                                  policy_offset=clean(batch.rollout.policy_offset))
+  return batch.replace(rollout=rollout, **{
+      name: scores.replace(logprobs=clean(scores.logprobs), entropy=clean(scores.entropy))
+      for name in ('teacher', 'student', 'reference')
+      if (scores := getattr(batch, name)) is not None})
 
 
 def split_rows(tree: Any, microbatch_rows: int) -> Any:

@@ -79,41 +79,45 @@ def _chunk_loss(o, head, constants, hidden, a):
   tokens, [n], and hidden states [n, D] of the others. Distributions are [n, V].
   """
   coef, heads = constants
-  own = score_lib.log_softmax(hidden, head, o.temperature)
   chosen, terms = a['mask'] > 0, []
 
-  def at_chosen(x):  # nothing of what stands elsewhere may reach the loss, be it infinite
-    return jnp.where(chosen, x, 0.0)
+  def at_chosen(x):
+    # What stands elsewhere, NaN too, is replaced before it is computed with: replaced afterwards,
+    # it would not be in the loss and yet be in the gradient, as zero times NaN.
+    return jnp.where(chosen if x.ndim == 1 else chosen[:, None], x, 0.0)
 
+  def logprobs_of(hidden, head, temperature):
+    return score_lib.log_softmax(at_chosen(hidden), head, temperature)
+
+  own = logprobs_of(hidden, head, o.temperature)
   logprobs = at_chosen(score_lib.pick(own, a['targets']))
   out = {'logprobs': logprobs, 'entropy': score_lib.entropy_of(own),
          'logratio': logprobs - at_chosen(a['behaviour'])}
   reference = None
   if 'reference_hidden' in a:
-    reference = score_lib.log_softmax(a['reference_hidden'], heads.reference, o.temperature)
+    reference = logprobs_of(a['reference_hidden'], heads.reference, o.temperature)
   if 'teacher_hidden' in a:  # the loss wants the teacher's whole distribution, not one token of it
-    theirs = score_lib.log_softmax(a['teacher_hidden'], heads.teacher, o.teacher_temperature)
+    theirs = logprobs_of(a['teacher_hidden'], heads.teacher, o.teacher_temperature)
     out['teacher_logprobs'] = score_lib.pick(theirs, a['targets'])
     out['teacher_entropy'] = score_lib.entropy_of(theirs)
     teacher = support_lib.extrapolate(theirs, reference, o.extrapolation)
     mine = own
     if 'student_hidden' in a:  # the baseline of an earlier policy, which wrote the rows
-      mine = jax.lax.stop_gradient(
-          score_lib.log_softmax(a['student_hidden'], head, o.temperature))
+      mine = jax.lax.stop_gradient(logprobs_of(a['student_hidden'], head, o.temperature))
     if o.support != 'sampled' or o.exact_baseline:
       out['divergence'] = o.over_support(*score_lib.same_width(mine, teacher))
     if o.local.coef:
       out['local'] = o.local.over_support(*score_lib.same_width(own, teacher))
       terms.append(a['local_weights'] * coef * o.local.coef * out['local'])
   if o.estimator != 'none':  # or of one token: k2, k3
-    log_u = at_chosen(a['teacher_logprobs'] - logprobs)
+    log_u = at_chosen(a['teacher_logprobs']) - logprobs
     out['divergence'] = o.choice('estimator')(dict(log_u=log_u))
   if o.needs_teacher and o.route == 'direct':
     terms.append(a['weights'] * coef * out['divergence'])
   if o.reference_kl != 'none':
     known = {}
     if 'reference_logprobs' in a:
-      known['log_u'] = at_chosen(a['reference_logprobs'] - logprobs)
+      known['log_u'] = at_chosen(a['reference_logprobs']) - logprobs
     if reference is not None:
       known['student'], known['reference'] = score_lib.same_width(own, reference)
     weight, out['reference_kl'] = o.choice('reference_kl')(known)
@@ -219,7 +223,7 @@ def gradient(params: Params, batch: Batch, heads: Heads, step: Array, key: PRNGK
              ) -> tuple[Array, Params, dict[str, Array]]:
   """Computes loss, gradient and metrics of a batch, accumulated over microbatches; the arguments
   are those of `update_fn`."""
-  o = term.objective
+  o, batch = term.objective, score_lib.chosen_only(batch)
   coef = signals.distill_coef(o, step)
   rows, reported = weigh(o, batch, coef, model.head(lora.join(frozen, params)), heads, key,
                          group_size=term.group_size, chunk_tokens=chunk_tokens)

@@ -271,7 +271,8 @@ def check(model: Model, params: Params) -> None:
   """Runs the model on a few short rows: left padding and later tokens must change nothing.
 
   The comparison allows for rounding: 0.1 % of the largest logit where the model computes in
-  float32, 10 % in a shorter format.
+  float32, 10 % in a shorter format. On padding the logits may be anything, NaN too: the loss does
+  not look at them.
 
   Raises:
     ValueError: the logits are not finite, see the padding on the left, or see the future.
@@ -294,3 +295,29 @@ def check(model: Model, params: Params) -> None:
       raise ValueError(
           f"{what} changes the module's logits by {worst:.2g}, of at most {scale:.2g}; allowed: a "
           'causal module that attends to valid tokens only and counts `positions`, not slots')
+
+
+def check_gradient(model: Model, params: Params) -> None:
+  """Differentiates the logits of two short rows as training does; for a model that is trained.
+
+  What is NaN on padding within the module is met by a zero on the way back, and zero times NaN is
+  NaN: nothing outside of the module can mend that.
+
+  Raises:
+    ValueError: the gradient is not finite; names parameters.
+  """
+  tokens = jnp.arange(8).reshape(2, 4) % model.vocab_in_use
+  valid = jnp.arange(4)[None] >= jnp.array([[0], [2]])
+
+  def total(params):
+    hidden, _ = model.forward(params, tokens, positions_of(valid), valid, None)
+    hidden = jnp.where(valid[:, :, None], hidden, 0.0)
+    return jnp.sum(model.head(params).logits(hidden)[..., :model.vocab_in_use])
+
+  grads = flatten(jax.jit(jax.grad(total))(params))
+  bad = sorted(name for name, x in grads.items() if not bool(jnp.isfinite(x).all()))
+  if bad:
+    raise ValueError(
+        f'the gradient of the valid logits by {bad[:3]} is not finite; allowed: a module that '
+        'computes nothing infinite or NaN on padding (jnp.finfo(dtype).min in place of -inf in an '
+        'attention mask leaves a query without a key a finite average)')

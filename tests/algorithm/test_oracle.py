@@ -44,10 +44,10 @@ EXACT = 1e-10  # float64 leaves far more room, and an error of a formula is of o
 
 @functools.lru_cache  # one program for all tests of an objective
 def _gradient(o):
-  """The package's loss and gradient: in chunks of 7 tokens and microbatches of 2 rows, so that a
-  test against the oracle, which knows neither, is one of both."""
+  """The package's loss, gradient and metrics: in chunks of 7 tokens and microbatches of 2 rows, so
+  that a test against the oracle, which knows neither, is one of both."""
   return quick_jit(lambda *inputs: update.gradient(
-      *inputs, model=_model(), term=_term(o), chunk_tokens=7)[:2])
+      *inputs, model=_model(), term=_term(o), chunk_tokens=7))
 
 
 def _term(o, name='own'):
@@ -109,7 +109,7 @@ def _known(o, cast, rollout, key):
 def _run(o, cast, rollout):
   """(loss, gradient) of the package."""
   inputs = _only_what_is_asked_for(o, *tabular.batch(o, cast, rollout, REWARDS, _scorer))
-  return _gradient(o)(cast.params, *inputs, jnp.int32(STEP), jax.random.key(8))
+  return _gradient(o)(cast.params, *inputs, jnp.int32(STEP), jax.random.key(8))[:2]
 
 
 @functools.lru_cache
@@ -476,6 +476,52 @@ def test_formulas_of_the_oracle_are_divergences():
     assert np.all(np.diff(slope) >= -1e-11), divergence
 
 
+UNREAD = VOCAB - 1  # a token that stands in no row
+
+
+def _poisoned(batch, cast, value):
+  """The batch with a value, NaN or infinite, at every masked place of every array, and a student
+  whose hidden states are that on padding; tokens there are others."""
+  rollout = batch.rollout
+  completion = rollout.mask[:, rollout.prompt_length - 1:]
+
+  def fill(x):
+    keep = completion[:, :, None] if x.ndim == 3 else rollout.mask
+    return jnp.where(keep > 0, x, value)
+
+  rows = {name: x for name, x in vars(rollout).items()
+          if name not in ('mask', 'tokens', 'valid', 'ended', 'prompt_length')}
+  tokens = jnp.where(rollout.valid, rollout.tokens, UNREAD)
+  params = dict(cast.params, table=cast.params['table'].at[:, UNREAD].set(value))
+  return batch.replace(
+      rollout=rollout.replace(tokens=tokens, **jax.tree.map(fill, rows)),
+      **{name: jax.tree.map(fill, getattr(batch, name))
+         for name in ('teacher', 'student', 'reference')}), params
+
+
+def _same_bits(got, want):
+  same = jax.tree.map(functools.partial(jnp.array_equal, equal_nan=True), got, want)
+  return [jax.tree_util.keystr(path) for path, x in jax.tree.leaves_with_path(same) if not x]
+
+
+@every_preset
+def test_no_value_at_a_masked_place_reaches_loss_gradient_or_metrics(x64, name, which):
+  o, cast = _objectives(name)[which], _cast()
+  batch, heads = _only_what_is_asked_for(
+      o, *tabular.batch(o, cast, _rollout(), REWARDS, _scorer))
+  assert not np.any(np.asarray(batch.rollout.tokens) == UNREAD)
+
+  def run(batch, params):
+    return _gradient(o)(params, batch, heads, jnp.int32(STEP), jax.random.key(8))
+
+  want = run(batch, cast.params)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(want[:2]))
+  for value in (np.nan, np.inf, -np.inf):
+    poisoned, params = _poisoned(batch, cast, value)
+    assert len(jax.tree.leaves(poisoned)) == len(jax.tree.leaves(batch))
+    assert _same_bits(run(poisoned, params), want) == [], value
+
+
 @functools.lru_cache
 def _of_any_reading():
   """One program that reads every per-token array: gates, reference, local term, all of it."""
@@ -493,7 +539,7 @@ def test_what_stands_in_masked_places_never_reaches_any_term(seed):
     batch, heads = tabular.batch(o, cast, rollout, REWARDS, _scorer)
 
     def fill(x):
-      other = jnp.asarray(rng.uniform(-200, 200, x.shape), x.dtype)
+      other = np.where(rng.rand(*x.shape) < 0.1, np.nan, rng.uniform(-200, 200, x.shape))
       return jnp.where(rollout.mask > 0, x, other)
 
     def scores(s):
@@ -508,5 +554,5 @@ def test_what_stands_in_masked_places_never_reaches_any_term(seed):
         **{name: scores(getattr(batch, name)) for name in ('teacher', 'student', 'reference')})
     want, got = (_gradient(o)(cast.params, *_only_what_is_asked_for(o, b, heads), jnp.int32(STEP),
                               jax.random.key(8)) for b in (batch, other))
-    # The same program, and zero times a finite number is zero: not one bit may differ.
-    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, got, want)))
+    # The same program of the same numbers: not one bit may differ.
+    assert _same_bits(got, want) == []

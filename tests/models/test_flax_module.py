@@ -361,6 +361,59 @@ def test_a_module_that_reads_what_it_must_not_is_refused(wrong, message):
     flax_module.check(model, params)
 
 
+# --- NaN on padding ---
+
+
+def test_what_models_return_on_padding_reaches_no_gradient():
+  module = LinenLM()
+  variables = quick_jit(module.init)(jax.random.key(0), *_arguments())
+
+  def apply(params, tokens, positions, valid):
+    out = module.apply({'params': params}, tokens, positions, valid)
+    return jnp.where(valid[:, :, None], out, params['padding'])
+
+  variables['params']['padding'] = jnp.float32(0.0)  # a parameter, so that it is one program
+  model, teacher = flax_module.from_linen(module, variables, CONFIG, head=tied, apply=apply)
+  student = jax.tree.map(lambda x: 0.7 * x, teacher)
+  objective, steps = objective_lib.Objective(route='direct', support='full', importance='none'), []
+  for value in (0.0, jnp.nan):
+    own, theirs = (dict(params, padding=jnp.float32(value)) for params in (student, teacher))
+    losses, after, rollout = _trained(model, own, objective, (model, theirs), steps=1)
+    assert not np.asarray(rollout.valid)[:, 6:].all()  # some row has ended
+    steps.append((losses, {name: x for name, x in after.items() if name != 'padding'}))
+  flax_module.check(model, own)
+  flax_module.check_gradient(model, own)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(steps))
+  jax.tree.map(np.testing.assert_array_equal, *steps)
+
+
+def make_nan_within(key: jax.Array, dtype: Any) -> tuple[Model, Params]:
+  """Its last step divides by a norm without an epsilon, and is zero on padding before that."""
+  module = LinenLM(vocab=64, dtype=dtype)
+
+  def apply(params, tokens, positions, valid):
+    x = module.apply({'params': params}, tokens, positions, valid) * valid[:, :, None]
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+  return flax_module.from_linen(module, module.init(key, *_arguments()),
+                                flax_module.Config(64, LENGTH), head=tied, apply=apply)
+
+
+def test_a_student_that_is_nan_within_is_refused_and_a_teacher_is_not(tmp_path):
+  model, params = make_nan_within(jax.random.key(0), jnp.float32)
+  flax_module.check(model, params)  # no logit that anybody reads is NaN
+  with pytest.raises(ValueError, match=r'the gradient of the valid logits by .* is not finite'):
+    flax_module.check_gradient(model, params)
+  factory = 'test_flax_module:make_nan_within'
+  path = str(_directory(tmp_path / 'model', make_nan_within))
+  run = config_lib.parse(tiny.config(
+      'opd_exact', student__factory=factory, student__path=path, teacher__factory=factory,
+      teacher__path=path))
+  with pytest.raises(ValueError, match=r'student\.factory=.*gradient.*not finite'):
+    load.open_flax(run, 'student').read()
+  load.open_flax(run, 'teacher').read()
+
+
 # --- from a config ---
 
 

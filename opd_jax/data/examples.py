@@ -16,7 +16,7 @@ import numpy as np
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.types import Prompts, Rollout
 
-SHOWN = 200  # characters of a text that does not fit
+SHOWN = prompts_lib.SHOWN
 PLAIN = prompts_lib.Style()
 OVERLONG = ('raise', 'drop', 'cut')
 
@@ -64,16 +64,20 @@ class Examples:
     if dataset.info.description:
       self.report['task'] = dataset.info.description
     prompts = [task.prompt(r) for r in self.rows]
-    self._prompts = prompts_lib.render(tokenizer, style, prompts)
+    self._completions = None
+    if with_completions and 'completion' in dataset.column_names:
+      answers = [r['completion'] for r in self.rows]
+      self._prompts, self._completions = prompts_lib.render_answers(
+          tokenizer, style, prompts, answers)
+    else:
+      answers, self._prompts = [], prompts_lib.render(tokenizer, style, prompts)
+    written = prompts_lib.count_control_tokens(tokenizer, style, prompts + answers)
+    if written:
+      self.report[f'control_tokens_as_{style.control_tokens}'] = written
     empty = [i for i, ids in enumerate(self._prompts) if not ids]
     if empty:
       raise ValueError(f'{len(empty)} of {len(prompts)} prompts encode to no tokens, the first is '
                        f'{prompts[empty[0]]!r} of example {empty[0]}; allowed: at least one token')
-    self._completions = None
-    if with_completions and 'completion' in dataset.column_names:
-      end = prompts_lib.turn_end(tokenizer, style)
-      texts = [r['completion'] for r in self.rows]
-      self._completions = [ids + end for ids in prompts_lib.encode(tokenizer, texts)]
     self._ended = np.ones(len(self.rows), bool)
     self._fit('data.max_prompt_tokens', overlong)
     if self._completions is not None:

@@ -251,6 +251,15 @@ class TestStyle:
     whole = self.CHAT.apply_chat_template(turns, tokenize=False)
     assert self.CHAT.decode(rollout.tokens[0][rollout.valid[0]]) + '\n' == whole
 
+  def test_control_tokens_are_counted(self):
+    rows = [{'prompt': 'a<|over|>b', 'completion': '<|turn|>c'}, {'prompt': 'd', 'completion': 'e'}]
+    for choice in ('text', 'tokens'):
+      report = self.chat(rows, control_tokens=choice).report
+      assert report == {'examples': 2, f'control_tokens_as_{choice}': 2}
+    assert self.chat(rows[1:]).report == {'examples': 1}
+    with pytest.raises(ValueError, match="prompt.control_tokens='refuse': 1 of 2 prompts contain"):
+      self.chat(rows)
+
   def test_an_example_that_is_too_long_counts_with_its_template(self):
     with pytest.raises(ValueError, match=r"prompt_tokens=20: 1 of 1 .*'<\|turn\|>user\\nWhat is"):
       self.chat([{'prompt': 'What is ' * 10}], room=(20, 5))

@@ -132,8 +132,9 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     ValueError: it is no JSON object, or describes quantized weights.
   """
   config = read_json(pathlib.Path(path) / 'config.json')
-  if config.get('quantization_config'):
-    method = config['quantization_config'].get('quant_method')
+  quantized = config.get('quantization_config')
+  if quantized:
+    method = quantized.get('quant_method') if isinstance(quantized, dict) else quantized
     raise ValueError(f'{path}: config.json has quantization_config with quant_method={method!r}; '
                      'allowed: none, and weights in float32, bfloat16 or float16')
   return config
@@ -146,12 +147,12 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     FileNotFoundError: it is not there.
     ValueError: it is no JSON object.
   """
-  if not file.exists():
+  if not file.is_file():
     raise FileNotFoundError(f'{file.parent} is not a Hugging Face checkpoint: {file} is missing')
   try:
     content = json.loads(file.read_text())
-  except ValueError as e:
-    raise ValueError(f'{file} is no JSON: {e}') from e
+  except (OSError, ValueError, RecursionError) as e:
+    raise ValueError(f'{file} is no JSON: {e}; allowed: a JSON object') from e
   if not isinstance(content, dict):
     raise ValueError(f'{file} holds a {type(content).__name__}; allowed: a JSON object')
   return content

@@ -40,7 +40,7 @@ class Guard:
 
   def count(self, prompts: Iterable[Any]) -> int:
     """Counts the control tokens in texts and conversations."""
-    return sum(len(self._pattern.findall(text)) for p in prompts for text in _texts(p))
+    return sum(len(self._pattern.findall(text)) for p in prompts for text in texts(p))
 
   def hide(self, prompts: list[Any], what: str) -> list[Any]:
     """Returns texts or conversations in which a template and a tokenizer see no control token
@@ -53,7 +53,7 @@ class Guard:
     if self.choice == 'tokens':
       return prompts
     if self.choice == 'refuse':
-      found = [(i, m[0]) for i, p in enumerate(prompts) for t in _texts(p)
+      found = [(i, m[0]) for i, p in enumerate(prompts) for t in texts(p)
                for m in pattern.finditer(t)]
       if found:
         where, first = found[0]
@@ -63,7 +63,7 @@ class Guard:
             f"example {where}; allowed: texts without, 'text' to encode them like other "
             "characters, or 'tokens' to let them be tokens")
       return prompts
-    if any(MARK in text for p in prompts for text in _texts(p)):
+    if any(MARK in text for p in prompts for text in texts(p)):
       raise ValueError(f"prompt.control_tokens='text': {what} contain the character {MARK!r}, "
                        "which marks control tokens; allowed: texts without, 'refuse' or 'tokens'")
     numbers = {name: f'{MARK}{i}{MARK}' for i, name in enumerate(self.names)}
@@ -73,7 +73,7 @@ class Guard:
     """Returns a text as it was before `hide`."""
     return re.sub(f'{MARK}(\\d+){MARK}', lambda m: self.names[int(m[1])], text)
 
-  def encode(self, texts: list[str], special_tokens: bool) -> list[list[int]]:
+  def encode(self, rendered: list[str], special_tokens: bool) -> list[list[int]]:
     """Encodes rendered texts with what `hide` left in them: what a template wrote is a token, and
     what a text wrote is not.
 
@@ -82,8 +82,8 @@ class Guard:
     """
     renamed = {name: f'{MARK}{name}{MARK}' for name in self.names}
     inner = _rename(self.tokenizer, renamed)
-    texts = [self.show(self._pattern.sub(lambda m: renamed[m[0]], t)) for t in texts]
-    return [e.ids for e in inner.encode_batch(texts, add_special_tokens=special_tokens)]
+    plain = [self.show(self._pattern.sub(lambda m: renamed[m[0]], t)) for t in rendered]
+    return [e.ids for e in inner.encode_batch(plain, add_special_tokens=special_tokens)]
 
 
 def make_guard(tokenizer: Any, stop_tokens: tuple[int, ...], choice: str) -> Guard:
@@ -93,7 +93,8 @@ def make_guard(tokenizer: Any, stop_tokens: tuple[int, ...], choice: str) -> Gua
   return Guard(tokenizer, tuple(sorted(filter(None, names), key=len, reverse=True)), choice)
 
 
-def _texts(prompt):
+def texts(prompt: Any) -> list[str]:
+  """Lists what a prompt says: the text itself, or the roles and contents of a conversation."""
   if isinstance(prompt, str):
     return [prompt]
   return [m[part] for m in prompt for part in ('role', 'content')]

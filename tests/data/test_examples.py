@@ -1,5 +1,7 @@
 """Prompts and given completions as batches, their order, and the tokenizer."""
 
+import time
+
 import datasets
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -263,6 +265,22 @@ class TestStyle:
   def test_an_example_that_is_too_long_counts_with_its_template(self):
     with pytest.raises(ValueError, match=r"prompt_tokens=20: 1 of 1 .*'<\|turn\|>user\\nWhat is"):
       self.chat([{'prompt': 'What is ' * 10}], room=(20, 5))
+
+  def test_a_text_of_many_megabytes(self):
+    long = {'prompt': 'What is one? ' * 2**20}
+    start = time.monotonic()
+    for rows, why in (([{'prompt': 'one?'}, long], '1 of 2 .* example 1 with 13631488; allowed'),
+                      ([{'prompt': 'one?', 'completion': long['prompt']}], '1 of 1 .* example 0')):
+      with pytest.raises(ValueError, match=why):
+        self.chat(rows)
+    # To have them dropped costs nothing either.
+    table = datasets.Dataset.from_list([{'prompt': 'one?', 'grader': 'none'},
+                                        {**long, 'grader': 'none'}])
+    examples = examples_lib.Examples(prompts, table, self.CHAT, max_prompt_tokens=20,
+                                     max_new_tokens=4, seed=0, overlong='drop')
+    assert len(examples) == examples.report['examples'] == 1
+    assert examples.report['longer_than_4000000_characters_dropped'] == 1
+    assert time.monotonic() - start < 10
 
   def test_a_prompt_without_tokens(self):
     table = datasets.Dataset.from_list([{'prompt': p, 'grader': 'none'} for p in ('1', '', '')])

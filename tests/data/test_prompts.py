@@ -272,6 +272,19 @@ class TestAnswers:
     texts = [''.join(tokens.convert_ids_to_tokens(a + b)) for a, b in zip(asked, ids, strict=True)]
     assert texts == ['▁one:two</s>', '▁one:▁two</s>'] and ids[0] != ids[1]
 
+  def test_a_template_in_the_way_of_llama_2(self):
+    # A space after each mark, and the prompt alone has no sign of the assistant's turn.
+    tokens = metaspace_tokenizer()
+    tokens.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ ('[INST] ' + m['content'] + ' [/INST]') if "
+        "m['role'] == 'user' else ' ' + m['content'] + ' ' + eos_token }}{% endfor %}")
+    s = style(tokens)
+    s = dataclasses.replace(s, stop_tokens=(tokens.eos_token_id,))
+    (asked,), (ids,) = prompts_lib.render_answers(tokens, s, ['one?'], ['two'])
+    assert asked == prompts_lib.render(tokens, s, ['one?'])[0] and asked[0] == tokens.bos_token_id
+    whole, = prompts_lib.encode(tokens, ['<s>[INST] one? [/INST] two </s>'])
+    assert asked + ids == whole and whole[-1] == tokens.eos_token_id
+
   def test_a_prompt_that_ends_within_a_token(self):
     tokens = metaspace_tokenizer()
     with pytest.raises(ValueError, match="example 1: the prompt has other tokens.*'e▁tw'.*allowed"):

@@ -106,6 +106,9 @@ class Prompt:
   thinking: str = 'default'
   date: str = ''
   special_tokens: bool = False  # without one: the tokenizer puts its own tokens (BOS) first
+  # What becomes of control tokens, such as '<|im_end|>', that prompts or completions write out:
+  # 'refuse'; 'text', encoded like other characters; 'tokens', where they stand there on purpose.
+  control_tokens: str = 'refuse'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from opd_jax.data import control
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.types import Prompts, Rollout
 
-SHOWN = 200  # characters of a text that does not fit
+SHOWN = prompts_lib.SHOWN
+LONGEST = 4 * 10**6  # characters of a text: about a million tokens
 PLAIN = prompts_lib.Style()
 OVERLONG = ('raise', 'drop', 'cut')
 
@@ -65,17 +67,22 @@ class Examples:
     self.report: dict[str, Any] = {'examples': len(self.rows)}
     if dataset.info.description:
       self.report['task'] = dataset.info.description
-    prompts = [task.prompt(r) for r in self.rows]
-    self._prompts = prompts_lib.render(tokenizer, style, prompts)
+    taught = with_completions and 'completion' in dataset.column_names
+    prompts = self._readable([task.prompt(r) for r in self.rows], taught, overlong)
+    self._completions = None
+    if taught:
+      answers = [r['completion'] for r in self.rows]
+      self._prompts, self._completions = prompts_lib.render_answers(
+          tokenizer, style, prompts, answers)
+    else:
+      answers, self._prompts = [], prompts_lib.render(tokenizer, style, prompts)
+    written = prompts_lib.count_control_tokens(tokenizer, style, prompts + answers)
+    if written:
+      self.report[f'control_tokens_as_{style.control_tokens}'] = written
     empty = [i for i, ids in enumerate(self._prompts) if not ids]
     if empty:
       raise ValueError(f'{len(empty)} of {len(prompts)} prompts encode to no tokens, the first is '
                        f'{prompts[empty[0]]!r} of example {empty[0]}; allowed: at least one token')
-    self._completions = None
-    if with_completions and 'completion' in dataset.column_names:
-      end = prompts_lib.turn_end(tokenizer, style)
-      texts = [r['completion'] for r in self.rows]
-      self._completions = [ids + end for ids in prompts_lib.encode(tokenizer, texts)]
     self._ended = np.ones(len(self.rows), bool)
     self._fit('data.max_prompt_tokens', overlong)
     if self._completions is not None:
@@ -84,6 +91,25 @@ class Examples:
     self._prompts, self._completions = (
         encoded and [np.array(ids, np.int32) for ids in encoded]
         for encoded in (self._prompts, self._completions))
+
+  def _readable(self, prompts, taught, overlong):
+    """Drops or refuses rows with so long a text that a tokenizer would need minutes for it."""
+    sizes = [max(map(len, control.texts(p) + [r['completion'] if taught else '']))
+             for p, r in zip(prompts, self.rows, strict=True)]
+    long = [i for i, size in enumerate(sizes) if size > LONGEST]
+    if long and overlong != 'drop':
+      raise ValueError(f'{len(long)} of {len(sizes)} examples have a text of more than {LONGEST} '
+                       f'characters, the first is example {long[0]} with {sizes[long[0]]}; '
+                       "allowed: shorter ones, or data.overlong='drop'")
+    if long:
+      self.report[f'longer_than_{LONGEST}_characters_dropped'] = len(long)
+      kept = [i for i, size in enumerate(sizes) if size <= LONGEST]
+      self.rows, prompts = [self.rows[i] for i in kept], [prompts[i] for i in kept]
+      self.report['examples'] = len(self.rows)
+    if not prompts:
+      raise ValueError(f'all examples have a text of more than {LONGEST} characters; allowed: at '
+                       'least one that is shorter')
+    return prompts
 
   def __len__(self) -> int:
     return len(self.rows)

@@ -9,12 +9,17 @@ import os
 import pathlib
 from typing import Any
 
-import jinja2
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from opd_jax.data import control, render_probe
+
 TEMPLATES = ('none', 'student', 'teacher')
 THINKING = ('default', 'on', 'off')
+# With spaces, digits, line breaks and what is not ASCII: where ways to split texts differ.
+SAMPLES = ('What is 123 plus 45?', ' two  spaces', 'a\n\n b\t1,234.5e-9', 'ünï naïve 中文 🙂',
+           "It's 50% of x_1=y")
+SHOWN = 200  # characters of a text that an error quotes
 PROBE = 'opd-probe'  # stands for any text, where only what is around it matters
 # Ends with an expression, after which Jinja leaves line breaks alone.
 FIXED_DATE = '{%- macro strftime_now(format) %}{{ opd_date }}{% endmacro %}{{ "" }}'
@@ -40,24 +45,25 @@ def character_tokenizer(alphabet: str = ALPHABET) -> Any:
 def load(path: str | os.PathLike[str]) -> Any:
   """Loads the tokenizer in a local directory.
 
+  What counts is tokenizer.json. For some model types and classes that a tokenizer_config.json may
+  name, transformers puts another way to split texts in its place, and spaces or digits are lost: it
+  is loaded without regard to them, and compared with the file.
+
   Raises:
     FileNotFoundError: no tokenizer there.
-    ValueError: it cannot be read, or has no EOS token.
+    ValueError: it cannot be read, has no EOS token, or does not do what tokenizer.json says.
   """
   file = pathlib.Path(path) / 'tokenizer_config.json'
-  if not file.exists():
+  if not file.is_file():
     raise FileNotFoundError(f'no tokenizer in {path} (tokenizer_config.json is missing)')
-  loader = _transformers().AutoTokenizer
-  # For some model types (qwen2) transformers overrules the generic class that a file names by one
-  # that adds tokens of its own.
-  try:
-    named = json.loads(file.read_text()).get('tokenizer_class')
-  except (AttributeError, ValueError) as e:
-    raise ValueError(f'{file} is damaged ({e}); allowed: a JSON object') from e
-  if named == 'TokenizersBackend':
-    loader = _transformers().PreTrainedTokenizerFast
+  _read_json(file)
+  inner = pathlib.Path(path) / 'tokenizer.json'
+  transformers = _transformers()
+  loader = (transformers.PreTrainedTokenizerFast if inner.is_file() else
+            transformers.AutoTokenizer)  # which makes one of older files
   try:
     tokenizer = loader.from_pretrained(str(path), local_files_only=True)
+    plain = tokenizers.Tokenizer.from_file(str(inner)) if inner.is_file() else None
   except Exception as e:  # of a file that was cut off, transformers raises whatever comes
     raise ValueError(f'the tokenizer in {path} cannot be read ({type(e).__name__}: {e}); allowed: '
                      'what `save_pretrained` of a fast tokenizer writes') from e
@@ -65,7 +71,35 @@ def load(path: str | os.PathLike[str]) -> Any:
     tokenizer.init_kwargs.pop(how_it_was_loaded, None)
   if tokenizer.eos_token_id is None:
     raise ValueError(f'the tokenizer in {path} has no eos_token, so no completion could end')
+  if plain is not None:
+    _compare(tokenizer, plain, path)
   return tokenizer
+
+
+def _compare(tokenizer, plain, path):
+  """Refuses a tokenizer that splits texts otherwise than tokenizer.json does."""
+  for text in SAMPLES:
+    try:
+      want = plain.encode(text, add_special_tokens=False).ids
+    except Exception:  # not every tokenizer has every character
+      continue
+    ids, = encode(tokenizer, [text])
+    if ids != want:
+      raise ValueError(
+          f'the tokenizer in {path}: as transformers loads it, {text!r} becomes '
+          f'{tokenizer.convert_ids_to_tokens(ids)}, and by tokenizer.json '
+          f'{tokenizer.convert_ids_to_tokens(want)}; allowed: a tokenizer_config.json that does '
+          'not change how texts are split')
+
+
+def _read_json(file):
+  try:
+    content = json.loads(file.read_text())
+    if not isinstance(content, dict):
+      raise ValueError(f'it holds a {type(content).__name__}')
+  except (OSError, ValueError, RecursionError) as e:
+    raise ValueError(f'{file} is damaged ({e}); allowed: a JSON object') from e
+  return content
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -75,17 +109,16 @@ def pad_id(tokenizer: Any) -> int:
 
 
 def stop_tokens(path: str | os.PathLike[str], tokenizer: Any) -> tuple[int, ...]:
-  """Lists the ids that end a completion, sorted: the tokenizer's EOS and those of
-  generation_config.json (an id or a list; the file is optional) in the directory `path`.
+  """Lists the ids that end a completion, sorted: the tokenizer's EOS and the eos_token_id (an id or
+  a list) of generation_config.json in the directory `path`, or of config.json where there is no
+  such file: transformers does so too.
 
   Raises:
     ValueError: a file that cannot be read, or an id that the tokenizer does not know.
   """
-  file = pathlib.Path(path) / 'generation_config.json'
-  try:
-    found = json.loads(file.read_text()).get('eos_token_id') if file.exists() else None
-  except (AttributeError, ValueError) as e:
-    raise ValueError(f'{file} is damaged ({e}); allowed: a JSON object, or no such file') from e
+  files = [pathlib.Path(path) / f'{name}.json' for name in ('generation_config', 'config')]
+  file = next((f for f in files if f.is_file()), None)
+  found = _read_json(file).get('eos_token_id') if file else None
   found = [] if found is None else found if isinstance(found, list) else [found]
   known = set(tokenizer.get_vocab().values())
   unknown = [t for t in found if type(t) is not int or t not in known]
@@ -108,6 +141,7 @@ class Style:
     date: what a template that writes today's date writes in its place, such as '31 Jan 2026':
       prompts must not change overnight.
     special_tokens: with template='none', whether the tokenizer puts its own tokens (BOS) first.
+    control_tokens: what becomes of those that a text writes out, one of `control.CHOICES`.
     stop_tokens: ids that end a turn of the assistant.
   """
 
@@ -117,6 +151,7 @@ class Style:
   thinking: str = 'default'
   date: str = ''
   special_tokens: bool = False
+  control_tokens: str = 'refuse'
   stop_tokens: tuple[int, ...] = ()
 
 
@@ -169,17 +204,18 @@ def _render(style, conversations, add_generation_prompt=True):
   switch = {} if style.thinking == 'default' else {'enable_thinking': style.thinking == 'on'}
   try:
     template = style.chat.get_chat_template()
+    render_probe.check(template, json.dumps(style.chat.special_tokens_map, default=str))
     if style.date:  # in the place of the clock that transformers offers to templates
       switch['opd_date'] = style.date
       template = FIXED_DATE + template
     return style.chat.apply_chat_template(
         conversations, chat_template=template, tokenize=False,
         add_generation_prompt=add_generation_prompt, **switch)
-  except (jinja2.TemplateError, TypeError, ValueError) as e:  # a template may refuse a role
+  except Exception as e:  # a template may refuse a role, divide by zero, call itself without end
     raise ValueError(
         f'prompt.template={style.template!r}: the chat template in {style.chat.name_or_path!r} '
-        f'refuses a conversation with prompt.system={style.system!r}: {e}; allowed: what the '
-        'template supports') from e
+        f'refuses a conversation with prompt.system={style.system!r}: {type(e).__name__}: {e}; '
+        'allowed: what the template supports') from e
 
 
 def render_text(style: Style, prompts: list[Any]) -> list[str]:
@@ -203,10 +239,91 @@ def render(tokenizer: Any, style: Style, prompts: list[Any]) -> list[list[int]]:
   text itself.
 
   Raises:
-    ValueError: see `render_text`; or style.special_tokens has no effect, or puts tokens after the
-      text, where the completion has to begin.
+    ValueError: see `render_text`; control tokens within a prompt (`control.Guard`); or
+      style.special_tokens has no effect, or puts tokens after the text, where the completion has to
+      begin.
   """
-  texts = render_text(style, prompts)
+  guard, style = _guarded(tokenizer, style)
+  return _encode(guard, style, render_text(style, guard.hide(prompts, 'prompts')))
+
+
+def render_answers(tokenizer: Any, style: Style, prompts: list[Any], answers: list[str]
+                   ) -> tuple[list[list[int]], list[list[int]]]:
+  """Makes token ids of prompts and of the answers that are given to them.
+
+  Each conversation is written and encoded as a whole and cut where its answer begins: what is
+  learned is what the template makes of an answer, up to and including the first stop token after
+  it; without a template, the text and EOS.
+
+  Raises:
+    ValueError: see `render`; or the whole does not begin with the prompt as it is written and
+      encoded by itself, which is what a model is given, or leaves out some of the answer.
+  """
+  guard, style = _guarded(tokenizer, style)
+  prompts, answers = guard.hide(prompts, 'prompts'), guard.hide(answers, 'completions')
+  starts = render_text(style, prompts)
+  if style.chat is None:
+    wholes, end = [p + a for p, a in zip(starts, answers, strict=True)], []
+  else:
+    turns = [[*_conversation(style, p), {'role': 'assistant', 'content': a}]
+             for p, a in zip(prompts, answers, strict=True)]
+    wholes = _render(style, turns, add_generation_prompt=False)
+    end, first = _turn_end(tokenizer, style)
+    end = end[first:]
+  for i, (start, whole, answer) in enumerate(zip(starts, wholes, answers, strict=True)):
+    where = f'prompt.template={style.template!r}, prompt.thinking={style.thinking!r}: example {i}: '
+    if not whole.startswith(start):
+      raise ValueError(where + guard.show(
+          'the chat template writes the prompt with its answer and by itself otherwise, '
+          f'{difference(whole, start)}; allowed: completions, a prompt.thinking and a template '
+          'with which the whole conversation begins with the prompt'))
+    # Its words, since templates trim and break lines; they may begin within the prompt's '<think>'.
+    words, before, after = (''.join(text.split()) for text in (answer, start, whole))
+    if after.count(words) == before.count(words):
+      raise ValueError(where + guard.show(
+          f'the chat template leaves out some of the completion {answer[:SHOWN]!r} and writes '
+          f'{whole[len(start):][:SHOWN]!r}; allowed: completions that it writes whole'))
+  asked, ids = _encode(guard, style, starts), _encode(guard, style, wholes)
+  learned = []
+  for i, (start, whole) in enumerate(zip(asked, ids, strict=True)):
+    if whole[:len(start)] != start:
+      mine, theirs = map(tokenizer.convert_ids_to_tokens, (whole, start))
+      raise ValueError(
+          f'prompt.template={style.template!r}: example {i}: the prompt has other tokens with its '
+          f'completion than by itself, {difference(mine, theirs)}; allowed: prompts that do not '
+          'end within what becomes one token, such as in a space')
+    if whole[len(whole) - len(end):] != end:
+      raise ValueError(
+          f'prompt.template={style.template!r}: example {i}: the chat template ends this turn with '
+          f'{tokenizer.decode(whole[-len(end):])!r} and others with {tokenizer.decode(end)!r}; '
+          'allowed: a template that ends all turns alike')
+    stop = end[:1] or [tokenizer.eos_token_id]
+    learned.append(whole[len(start):len(whole) - len(end)] + stop)
+  return asked, learned
+
+
+def difference(mine: Any, theirs: Any) -> str:
+  """Says where two texts or lists of ids begin to differ, with what is around it."""
+  place = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
+               min(len(mine), len(theirs)))
+  start = max(place - 20, 0)
+  return f'from place {place} on: {mine[start:place + 20]!r} and {theirs[start:place + 20]!r}'
+
+
+def count_control_tokens(tokenizer: Any, style: Style, prompts: list[Any]) -> int:
+  """Counts the control tokens that stand in texts or conversations."""
+  return control.make_guard(tokenizer, style.stop_tokens, style.control_tokens).count(prompts)
+
+
+def _guarded(tokenizer, style):
+  """(guard, style with a system message in which there are no control tokens either)."""
+  guard = control.make_guard(tokenizer, style.stop_tokens, style.control_tokens)
+  system, = guard.hide([style.system], 'system messages (prompt.system)')
+  return guard, dataclasses.replace(style, system=system)
+
+
+def _encode(guard, style, texts):
+  tokenizer = guard.tokenizer
   if style.special_tokens and texts:
     bare, = encode(tokenizer, texts[:1])
     whole, = encode(tokenizer, texts[:1], special_tokens=True)
@@ -216,12 +333,14 @@ def render(tokenizer: Any, style: Style, prompts: list[Any]) -> list[list[int]]:
     if whole[len(whole) - len(bare):] != bare:
       raise ValueError('prompt.special_tokens=True: the tokenizer adds tokens after the text, and '
                        f'{bare} becomes {whole}; allowed: False')
-  return encode(tokenizer, texts, style.special_tokens)
+  if not any(control.MARK in t for t in texts):
+    return encode(tokenizer, texts, style.special_tokens)
+  return guard.encode(texts, style.special_tokens)
 
 
 def turn_end(tokenizer: Any, style: Style) -> list[int]:
-  """Finds the ids that follow a given completion: EOS; with a chat template what it writes after an
-  assistant's turn, up to and including the first stop token.
+  """Finds the ids that end an answer: EOS; with a chat template what it writes after an assistant's
+  turn, up to and including the first stop token.
 
   Raises:
     ValueError: the template ends a turn without a stop token. EOS in its place would teach an end
@@ -229,6 +348,12 @@ def turn_end(tokenizer: Any, style: Style) -> list[int]:
   """
   if style.chat is None:
     return [tokenizer.eos_token_id]
+  ids, first = _turn_end(tokenizer, style)
+  return ids[:first + 1]
+
+
+def _turn_end(tokenizer, style):
+  """(all ids that a template writes after a turn, the place of the first stop token)."""
   turns = [{'role': 'user', 'content': PROBE}, {'role': 'assistant', 'content': PROBE}]
   tail = _render(style, [turns], add_generation_prompt=False)[0].rpartition(PROBE)[2]
   ids, = encode(tokenizer, [tail])
@@ -239,7 +364,7 @@ def turn_end(tokenizer: Any, style: Style) -> list[int]:
         f'prompt.template={style.template!r}: the template ends a turn of the assistant with '
         f'{tail!r}, in which there is no stop token ({stops}); allowed: a template whose turns end '
         'with one, or its id in the eos_token_id of generation_config.json')
-  return ids[:ends[0] + 1]
+  return ids, ends[0]
 
 
 def encode(tokenizer: Any, texts: list[str], special_tokens: bool = False) -> list[list[int]]:
@@ -258,5 +383,14 @@ def same_vocabulary(a: Any, b: Any) -> bool:
 
 
 def _transformers() -> Any:
-  import transformers  # takes seconds to import: only when a tokenizer is really needed
+  # At its first import it would print that PyTorch was not found, which nobody needs here.
+  quiet = 'TRANSFORMERS_NO_ADVISORY_WARNINGS'
+  before = os.environ.get(quiet)
+  os.environ[quiet] = '1'
+  try:
+    import transformers  # takes seconds to import: only when a tokenizer is really needed
+  finally:
+    os.environ.pop(quiet)
+    if before is not None:
+      os.environ[quiet] = before
   return transformers

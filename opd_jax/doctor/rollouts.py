@@ -140,6 +140,9 @@ def check_truncation(run: Run, parts: Parts, p: Probe) -> Finding:
   """Checks how many completions will not end in their room."""
   share, room = 1.0 - float(p.ended.mean()), run.data.max_new_tokens
   detail = f'{share:.0%} of {len(p.ended)} completions do not end within {p.room} tokens'
+  if p.room < room and not p.ended.any():
+    return Finding('truncation', WARN, f'{detail}; the run allows {room}, and whether they end '
+                   'there cannot be said', 'doctor.max_new_tokens')
   if p.room < room:
     return Finding('truncation', OK, f'{detail}; the run allows {room}')
   return Finding('truncation', WARN if share > 0.25 else OK, detail, 'data.max_new_tokens')

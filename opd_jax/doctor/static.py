@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from opd_jax.build import Parts
 from opd_jax.data import prompts as prompts_lib
@@ -40,21 +39,14 @@ def check_templates(run: Run, parts: Parts) -> Finding:
                             ('prompts', texts, 'prompt.template')):
     for mine, theirs in zip(seen['student'], seen['teacher'], strict=True):
       if mine != theirs:
-        detail = f'{what} for the student and for the teacher differ {_difference(mine, theirs)}'
+        detail = (f'{what} for the student and for the teacher differ '
+                  + prompts_lib.difference(mine, theirs))
         if bad == WARN and seen is texts:
           return Finding('templates', WARN, detail + '; both get the second', 'prompt.template')
         allowed = "the same one, or prompt.template='teacher'" if seen is texts else (
             'a tokenizer that encodes alike')
         return Finding('templates', FAIL, f'{detail}; allowed: a teacher with {allowed}', field)
   return Finding('templates', OK, f'{len(prompts)} prompts rendered alike: {texts["student"][0]!r}')
-
-
-def _difference(mine: Any, theirs: Any) -> str:
-  """Where two texts or lists of ids begin to differ, with what is around it."""
-  place = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
-               min(len(mine), len(theirs)))
-  start = max(place - 20, 0)
-  return f'from place {place} on: {mine[start:place + 20]!r} and {theirs[start:place + 20]!r}'
 
 
 def check_token_ids(run: Run, parts: Parts) -> Finding:
@@ -75,7 +67,12 @@ def check_token_ids(run: Run, parts: Parts) -> Finding:
 
 
 def check_stop_tokens(run: Run, parts: Parts) -> Finding:
-  """Checks that a run ends where its teacher ends, or that grades what it would never write."""
+  """Checks that a run ends where the template ends a turn, and where its teacher ends, which else
+  grades what it would never write."""
+  try:
+    prompts_lib.turn_end(parts.student.tokenizer, parts.style)
+  except ValueError as e:  # completions would go on beyond the turn, up to their room
+    return Finding('stop_tokens', FAIL, f'{e}, or of sample.stop', 'sample.stop')
   if parts.teacher is None:
     return Finding('stop_tokens', SKIPPED, 'no teacher')
 

@@ -31,10 +31,16 @@ from opd_jax.types import Model, Params, Wants
 
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 MAX_SHARD_BYTES = 5 * 2**30
+OTHER_WEIGHTS = ('.bin', '.pt', '.pth', '.gguf', '.safetensors')
 # What is fetched of a repository: no pickles, no code, no second copy of the weights.
 FETCHED = ('config.json', 'generation_config.json', 'model.safetensors*', 'model-*.safetensors',
            'tokenizer*', 'vocab*', 'merges.txt', 'added_tokens.json', 'special_tokens_map.json',
            'chat_template*')
+
+
+# With PyTorch installed, and for a GGUF file the package gguf too.
+_CONVERT = ('python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+            "[x.from_pretrained({source}).save_pretrained('NEW') for x in (M, T)]\"")
 
 
 class ExportError(OSError):
@@ -96,6 +102,9 @@ def check_source(path: str | os.PathLike[str], revision: str) -> None:
     if revision:
       raise ValueError(f"revision={revision!r} has no effect with the directory path='{path}'; "
                        "allowed: ''")
+  elif pathlib.Path(path).is_file():
+    raise ValueError(f"path='{path}' is a file; allowed: a Hugging Face checkpoint directory"
+                     + _how_to_convert(pathlib.Path(path)))
   elif not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(path)):
     raise ValueError(f"path='{path}' is not a directory; allowed: a Hugging Face checkpoint "
                      "directory, or 'organization/name' of the hub with a revision")
@@ -131,9 +140,14 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     FileNotFoundError: there is none.
     ValueError: it is no JSON object, or describes quantized weights.
   """
-  config = read_json(pathlib.Path(path) / 'config.json')
-  if config.get('quantization_config'):
-    method = config['quantization_config'].get('quant_method')
+  file = pathlib.Path(path) / 'config.json'
+  if not file.exists() and (how := _how_to_convert(file.parent)):
+    raise FileNotFoundError(f'{path} is not a Hugging Face checkpoint: {file} is missing; allowed: '
+                            'one in safetensors' + how)
+  config = read_json(file)
+  quantized = config.get('quantization_config')
+  if quantized:
+    method = quantized.get('quant_method') if isinstance(quantized, dict) else quantized
     raise ValueError(f'{path}: config.json has quantization_config with quant_method={method!r}; '
                      'allowed: none, and weights in float32, bfloat16 or float16')
   return config
@@ -146,15 +160,30 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     FileNotFoundError: it is not there.
     ValueError: it is no JSON object.
   """
-  if not file.exists():
+  if not file.is_file():
     raise FileNotFoundError(f'{file.parent} is not a Hugging Face checkpoint: {file} is missing')
   try:
     content = json.loads(file.read_text())
-  except ValueError as e:
-    raise ValueError(f'{file} is no JSON: {e}') from e
+  except (OSError, ValueError, RecursionError) as e:
+    raise ValueError(f'{file} is no JSON: {e}; allowed: a JSON object') from e
   if not isinstance(content, dict):
     raise ValueError(f'{file} holds a {type(content).__name__}; allowed: a JSON object')
   return content
+
+
+def _how_to_convert(path: pathlib.Path) -> str:
+  """What to say of weights in another format, in a file or a directory; '' where there are none."""
+  files = [path] if path.is_file() else sorted(path.glob('*'))
+  gguf = next((f for f in files if f.suffix == '.gguf'), None)
+  if gguf:
+    source = f"'{gguf.parent}', gguf_file='{gguf.name}'"
+    return (', such as the one that the GGUF file (which is often quantized) was made of, or what '
+            f'this writes, with torch and gguf installed: {_CONVERT.format(source=source)}')
+  pickled = next((f for f in files if f.suffix in ('.bin', '.pt', '.pth')), None)
+  if pickled:
+    source = f"'{pickled.parent}'"
+    return f', such as what this writes, with torch installed: {_CONVERT.format(source=source)}'
+  return ''
 
 
 # --- which tensors there are ---
@@ -174,9 +203,10 @@ def find_tensors(path: str | os.PathLike[str]) -> dict[str, Stored]:
   if single.exists():
     return safetensors_lib.read_header(single)
   if not index.exists():
-    others = sorted(p.name for p in path.glob('*') if p.suffix in ('.bin', '.pt', '.safetensors'))
+    others = sorted(p.name for p in path.glob('*') if p.suffix in OTHER_WEIGHTS)
     raise FileNotFoundError(f'{path} has neither {WEIGHTS} nor {INDEX}, and of other weights '
-                            f'{others}; allowed: safetensors under those names')
+                            f'{others}; allowed: safetensors under those names'
+                            + _how_to_convert(path))
   weight_map = read_json(index).get('weight_map')
   if not isinstance(weight_map, dict) or not all(
       isinstance(f, str) and pathlib.PurePath(f).name == f for f in weight_map.values()):

@@ -54,7 +54,7 @@ def limit_vocabulary(model: Model, vocab_in_use: int) -> Model:
   """
   if not 0 < vocab_in_use <= model.config.vocab_size:
     raise ValueError(f'the tokenizer has the id {vocab_in_use - 1}, and vocab_size is '
-                     f'{model.config.vocab_size}')
+                     f'{model.config.vocab_size}; allowed: ids below it')
   return dataclasses.replace(
       model, vocab_in_use=vocab_in_use,
       head=lambda params: model.head(params).replace(vocab_in_use=vocab_in_use))

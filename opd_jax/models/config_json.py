@@ -31,16 +31,35 @@ class BaseConfig:
   max_position_embeddings: int
 
 
-# Names, files and ids; defaults of generation, of other tasks and of fresh weights.
+# Names, files and ids; defaults of other tasks and of fresh weights.
 _INERT = frozenset((
     'model_type', 'architectures', 'transformers_version', 'transformers.js_config', 'dtype',
     'torch_dtype', 'name_or_path', 'tokenizer_class', 'bos_token_id', 'eos_token_id',
-    'pad_token_id', 'use_cache', 'cache_implementation', 'initializer_range', 'return_dict',
-    'output_hidden_states', 'output_attentions', 'id2label', 'label2id', 'problem_type',
+    'pad_token_id', 'unk_token_id', 'sep_token_id', 'cls_token_id', 'mask_token_id',
+    'decoder_start_token_id', 'use_cache', 'cache_implementation', 'initializer_range',
+    'return_dict', 'output_hidden_states', 'output_attentions', 'id2label', 'label2id',
+    'problem_type', 'finetuning_task', 'task_specific_params', 'prefix', 'torchscript',
     'rope_scaling', 'rope_parameters', 'rope_theta'))  # the last three are read by `read_rope`
+# How texts are generated, which versions of transformers before 5 wrote here too.
+_GENERATION = frozenset((
+    'max_length', 'min_length', 'max_new_tokens', 'min_new_tokens', 'do_sample', 'early_stopping',
+    'num_beams', 'num_beam_groups', 'diversity_penalty', 'temperature', 'top_k', 'top_p', 'min_p',
+    'typical_p', 'epsilon_cutoff', 'eta_cutoff', 'penalty_alpha', 'repetition_penalty',
+    'encoder_repetition_penalty', 'length_penalty', 'exponential_decay_length_penalty',
+    'no_repeat_ngram_size', 'encoder_no_repeat_ngram_size', 'bad_words_ids', 'force_words_ids',
+    'renormalize_logits', 'forced_bos_token_id', 'forced_eos_token_id', 'remove_invalid_values',
+    'suppress_tokens', 'begin_suppress_tokens', 'forced_decoder_ids', 'num_return_sequences',
+    'output_scores', 'return_dict_in_generate', 'guidance_scale'))
 # What any family allows of fields that do change something.
 _ONLY = {'attention_dropout': (0, 0.0), 'chunk_size_feed_forward': (0,),
-         'partial_rotary_factor': (1, 1.0)}
+         'partial_rotary_factor': (1, 1.0), 'pruned_heads': ({}, None)}
+# What is read and is no field of a config, or is another type there.
+_READ = {'rope_scaling': 'object | None', 'rope_parameters': 'object | None',
+         'layer_types': 'list[str] | None', 'sliding_window_pattern': 'int | None',
+         'num_local_experts': 'int | None'}
+# Where a size is counted up to, a mistaken one must not take for ever.
+_MOST = {'num_hidden_layers': 1000, 'num_experts': 4096, 'num_local_experts': 4096}
+_LARGEST = 2**24
 _ROPE = {'default': (), 'linear': ('factor',),
          'llama3': ('factor', 'low_freq_factor', 'high_freq_factor',
                     'original_max_position_embeddings')}
@@ -67,9 +86,27 @@ def check_fields(hf_config: dict[str, Any], read: Collection[str],
         raise ValueError(f'{family} config.json: {name}={value!r} is not implemented; '
                          f'allowed: {list(only[name])}')
     elif not (value is None or value is False or name in read or name in inert or name in _INERT
-              or name.startswith('_')):
+              or name in _GENERATION or name.startswith('_')):
       raise ValueError(f'{family} config.json: {name}={value!r} is an unknown field, which may '
                        f'change the computation; allowed: {sorted({*read, *only})}')
+
+
+def check_types(hf_config: dict[str, Any], config: type) -> dict[str, Any]:
+  """Reads the types of what a family reads, once, before anything computes with them.
+
+  Args:
+    hf_config: the content of config.json.
+    config: the family's frozen dataclass, whose annotations are the types.
+
+  Returns:
+    The same with numbers as numbers of the right kind. What is null may be for the family to say.
+
+  Raises:
+    ValueError: a value of another type.
+  """
+  kinds = {f.name: f.type for f in dataclasses.fields(config)} | _READ
+  return {name: _checked(hf_config['model_type'], name, kinds[name], value)
+          if name in kinds and value is not None else value for name, value in hf_config.items()}
 
 
 def read_rope_scaling(family: str, given: dict[str, Any], where: str, types: tuple[str, ...]
@@ -79,6 +116,8 @@ def read_rope_scaling(family: str, given: dict[str, Any], where: str, types: tup
   Raises:
     ValueError: a type not in `types`, a parameter that it does not have, or one that it lacks.
   """
+  if not isinstance(given, dict):
+    raise ValueError(f'{family} config.json: {where}={given!r}; allowed: an object')
   kind = given.get('rope_type', given.get('type', 'default'))
   if kind not in types:
     raise ValueError(f'{family} config.json: {where}.rope_type={kind!r} is not implemented; '
@@ -95,8 +134,8 @@ def read_rope_scaling(family: str, given: dict[str, Any], where: str, types: tup
                      f'allowed: {list(parameters)}')
   if kind == 'default':
     return None
-  values = [_checked(family, f, given[f.name]) for f in dataclasses.fields(RopeScaling)
-            if f.name in parameters]
+  values = [_checked(family, f'{where}.{f.name}', f.type, given[f.name])
+            for f in dataclasses.fields(RopeScaling) if f.name in parameters]
   scaling = RopeScaling(kind, *values)
   if scaling.factor < 1 or (kind == 'llama3' and not (
       scaling.high_freq_factor > scaling.low_freq_factor)):
@@ -121,7 +160,7 @@ def read_rope(hf_config: dict[str, Any], types: tuple[str, ...] = ('default',)) 
                      'allowed: one of them')
   where, given = ('rope_scaling', old) if old else ('rope_parameters', new)
   thetas = [d['rope_theta'] for d in (hf_config, given) if d.get('rope_theta') is not None]
-  if len(set(thetas)) > 1:
+  if thetas and thetas[-1] != thetas[0]:
     raise ValueError(f'{family} config.json: rope_theta={thetas[0]} and {where}.rope_theta='
                      f'{thetas[1]}; allowed: one value')
   theta = {'rope_theta': thetas[0]} if thetas else {}
@@ -143,27 +182,39 @@ def full_attention_only(hf_config: dict[str, Any]) -> dict[str, Any]:
 
 def with_head_dim(hf_config: dict[str, Any]) -> dict[str, Any]:
   """Adds `head_dim`, which some families leave to hidden_size / num_attention_heads."""
-  if hf_config.get('head_dim') is not None or not {'hidden_size', 'num_attention_heads'} <= set(
-      hf_config):
+  width, heads = (hf_config.get(name) for name in ('hidden_size', 'num_attention_heads'))
+  if hf_config.get('head_dim') is not None or width is None or heads is None:
     return hf_config
-  return {**hf_config, 'head_dim': hf_config['hidden_size'] // hf_config['num_attention_heads']}
+  return {**hf_config, 'head_dim': width // heads}
 
 
-def _checked(family: str, field: dataclasses.Field, value: Any) -> Any:
-  """A field's value, checked by the field's type; files write 1000000 for 1000000.0."""
-  kinds = field.type.split(' | ')
-  if kinds == ['bool'] and type(value) is not bool:
-    raise ValueError(f'{family} config.json: {field.name}={value!r}; allowed: true or false')
-  null = ', or null' if 'None' in kinds else ''
-  if (null and value is None) or not {'int', 'float'} & set(kinds):
+def _checked(family: str, name: str, types: str, value: Any) -> Any:
+  """A field's value, checked by its types; files write 1000000 for 1000000.0."""
+  kinds = types.split(' | ')
+  if 'None' in kinds and value is None:
+    return None
+  most = _MOST.get(name, _LARGEST)
+  if 'bool' in kinds:
+    fits, allowed = type(value) is bool, 'true or false'
+  elif 'object' in kinds:
+    fits, allowed = isinstance(value, dict), 'an object'
+  elif 'list[str]' in kinds:
+    fits = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
+    allowed = 'a list of strings'
+  elif 'float' in kinds:
+    fits = type(value) in (int, float) and 0 < value <= 1e30
+    allowed = 'a number above 0'
+  elif 'int' in kinds:
+    fits = type(value) is int and 1 <= value <= most
+    allowed = 'a whole number of at least 1' + (
+        f' and at most {most}' if type(value) is int and value > most else '')
+  else:  # what the family has made itself
     return value
-  if 'float' not in kinds and (type(value) is not int or value < 1):
-    raise ValueError(f'{family} config.json: {field.name}={value!r}; allowed: a whole number of at '
-                     f'least 1{null}')
-  if type(value) not in (int, float) or not value > 0:
-    raise ValueError(f'{family} config.json: {field.name}={value!r}; allowed: a number above 0'
-                     f'{null}')
-  return value if 'int' in kinds else float(value)
+  if not fits:
+    shown = repr(value) if type(value) is not int or abs(value) < 10**18 else 'a longer number'
+    raise ValueError(f'{family} config.json: {name}={shown[:200]}; allowed: {allowed}'
+                     + (', or null' if 'None' in kinds else ''))
+  return float(value) if 'float' in kinds and 'int' not in kinds else value
 
 
 def make_config(config: type, values: dict[str, Any]) -> Any:
@@ -176,7 +227,8 @@ def make_config(config: type, values: dict[str, Any]) -> Any:
   missing = [name for name in names if name not in values]
   if missing:
     raise ValueError(f'{family} config.json lacks {missing}; allowed: one with all of {names}')
-  values = {f.name: _checked(family, f, values[f.name]) for f in dataclasses.fields(config)}
+  values = {f.name: _checked(family, f.name, f.type, values[f.name])
+            for f in dataclasses.fields(config)}
   c = config(**values)
   if c.head_dim % 2:
     raise ValueError(f'{family} config.json: head_dim={c.head_dim}; allowed: an even number, since '

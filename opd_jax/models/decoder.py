@@ -265,7 +265,7 @@ def parse(family: Family, hf_config: dict[str, Any]) -> Any:
   """
   config_json.check_fields(hf_config, [*config_json.field_names(family.config), *family.also_read],
                        family.only, family.inert)
-  values = family.read(hf_config)
+  values = family.read(config_json.check_types(hf_config, family.config))
   return config_json.make_config(family.config, {**values, **family.read_rope(values)})
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from opd_jax import models, teachers
 from opd_jax.algorithm.objective import wants
-from opd_jax.data import examples, prompts
+from opd_jax.data import control, examples, prompts
 from opd_jax.data.streams import FOREIGN, SOURCES, given_objective
 from opd_jax.errors import ConfigError, refuse
 from opd_jax.files import huggingface
@@ -103,6 +103,7 @@ FIELDS = (
     choice('given.source', ('none', *FOREIGN)),
     choice('sample.stop', ('student', 'teacher', 'union')),
     choice('prompt.template', prompts.TEMPLATES), choice('prompt.thinking', prompts.THINKING),
+    choice('prompt.control_tokens', control.CHOICES),
     choice('optimizer.name', optim.OPTIMIZERS), choice('optimizer.schedule', optim.SCHEDULES),
     choice('compute.dtype', ('float32', 'bfloat16')),
     choice('compute.frozen_dtype', ('auto', 'float32', 'bfloat16')),

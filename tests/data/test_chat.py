@@ -178,7 +178,11 @@ def test_rewards_that_nobody_gives():
 
 def test_supervision_ends_a_turn_as_the_template_does():
   task = dict(answer_column='', completion_column='answer', grader='none')
-  s = open_parts(make('sft', task=task, checkpoint__keep_best=0, data__source='dataset'))
+  fields = dict(task=task, checkpoint__keep_best=0, data__source='dataset')
+  # In prompts the template writes that there is no thinking, and in whole conversations not.
+  with pytest.raises(ConfigError, match=r"thinking='off': example 0: .*<\|quiet\|>.*allowed: com"):
+    open_parts(make('sft', **fields))
+  s = open_parts(make('sft', **fields, prompt__thinking='default'))
   rollout = s.examples[OWN].given(np.arange(4))
   for i, row in enumerate(s.examples[OWN].rows[:4]):
     learned = rollout.tokens[i][np.flatnonzero(rollout.mask[i]) + 1]
@@ -228,7 +232,8 @@ def test_a_pipeline_looks_at_every_stages_prompts_first(tmp_path, monkeypatch):
   monkeypatch.setattr(train, 'train', None)
   c = experiment.default_pipeline()
   c.stages = ConfigDict(dict(
-      base=make('sft', task=dict(completion_column='answer'), data__source='dataset'),
+      base=make('sft', task=dict(completion_column='answer'), data__source='dataset',
+                prompt__thinking='default'),
       student=make(student__path='stage:base', teacher__path='stage:base', data__limit=25)))
   c.order = ('base', 'student')
   c.report.methods, c.report.labels = ('student',), ('last',)

@@ -1,5 +1,7 @@
 """Prompts and given completions as batches, their order, and the tokenizer."""
 
+import time
+
 import datasets
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -251,9 +253,34 @@ class TestStyle:
     whole = self.CHAT.apply_chat_template(turns, tokenize=False)
     assert self.CHAT.decode(rollout.tokens[0][rollout.valid[0]]) + '\n' == whole
 
+  def test_control_tokens_are_counted(self):
+    rows = [{'prompt': 'a<|over|>b', 'completion': '<|turn|>c'}, {'prompt': 'd', 'completion': 'e'}]
+    for choice in ('text', 'tokens'):
+      report = self.chat(rows, control_tokens=choice).report
+      assert report == {'examples': 2, f'control_tokens_as_{choice}': 2}
+    assert self.chat(rows[1:]).report == {'examples': 1}
+    with pytest.raises(ValueError, match="prompt.control_tokens='refuse': 1 of 2 prompts contain"):
+      self.chat(rows)
+
   def test_an_example_that_is_too_long_counts_with_its_template(self):
     with pytest.raises(ValueError, match=r"prompt_tokens=20: 1 of 1 .*'<\|turn\|>user\\nWhat is"):
       self.chat([{'prompt': 'What is ' * 10}], room=(20, 5))
+
+  def test_a_text_of_many_megabytes(self):
+    long = {'prompt': 'What is one? ' * 2**20}
+    start = time.monotonic()
+    for rows, why in (([{'prompt': 'one?'}, long], '1 of 2 .* example 1 with 13631488; allowed'),
+                      ([{'prompt': 'one?', 'completion': long['prompt']}], '1 of 1 .* example 0')):
+      with pytest.raises(ValueError, match=why):
+        self.chat(rows)
+    # To have them dropped costs nothing either.
+    table = datasets.Dataset.from_list([{'prompt': 'one?', 'grader': 'none'},
+                                        {**long, 'grader': 'none'}])
+    examples = examples_lib.Examples(prompts, table, self.CHAT, max_prompt_tokens=20,
+                                     max_new_tokens=4, seed=0, overlong='drop')
+    assert len(examples) == examples.report['examples'] == 1
+    assert examples.report['longer_than_4000000_characters_dropped'] == 1
+    assert time.monotonic() - start < 10
 
   def test_a_prompt_without_tokens(self):
     table = datasets.Dataset.from_list([{'prompt': p, 'grader': 'none'} for p in ('1', '', '')])

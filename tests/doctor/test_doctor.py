@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -150,6 +151,10 @@ def test_a_first_token_that_stands_out():
   assert rollouts.check_truncation(config.parse(c), None, probe).status == WARN
   c.data.max_new_tokens = 400  # the run has more room than the probe had
   assert rollouts.check_truncation(config.parse(c), None, probe).status == OK
+  none = dataclasses.replace(probe, ended=np.zeros(3, bool))
+  finding = rollouts.check_truncation(config.parse(c), None, none)
+  assert (finding.status, finding.field) == (WARN, 'doctor.max_new_tokens')
+  assert '100% of 3 completions do not end within 4 tokens; the run allows 400' in finding.detail
 
 
 def test_stop_tokens_that_differ(tmp_path):
@@ -167,6 +172,23 @@ def test_stop_tokens_that_differ(tmp_path):
   with pytest.raises(config.ConfigError, match=r"sample\.stop='student'.*stop_tokens.*'#'.*union"):
     train.train(c, tmp_path / 'run')
   assert not (tmp_path / 'run' / 'metrics.jsonl').exists()  # before anything expensive
+
+
+@pytest.mark.parametrize('kind', ['grpo', 'opd_sampled'])
+def test_a_turn_that_ends_in_no_stop_token(kind, tmp_path):
+  path = tiny.write_chat_model(tmp_path / 'model')
+  (path / 'generation_config.json').write_text('{"eos_token_id": 280}')
+  teacher = tiny.write_chat_model(tmp_path / 'teacher', seed=1)
+  fields = dict(data__max_prompt_tokens=40, prompt__template='student')
+  c = tiny.config(kind, student__path=str(path), **GOOD, **fields)
+  if kind != 'grpo':
+    c.teacher.path = str(teacher)
+  finding = static.check_stop_tokens(*_open(c))
+  assert (finding.status, finding.field) == (FAIL, 'sample.stop')
+  assert "'<|over|>\\n', in which there is no stop token (['<|end|>'])" in finding.detail
+  if kind != 'grpo':  # whose generation_config.json has it
+    c.sample.stop = 'union'
+    assert static.check_stop_tokens(*_open(c)).status == OK
 
 
 def test_an_untrained_student_is_cut_off_and_writes_special_tokens():

@@ -355,6 +355,21 @@ class TestDamage:
     (single / huggingface.WEIGHTS).rename(single / 'pytorch_model.bin')
     message = refusal(FileNotFoundError, huggingface.load, single, OPTIONS)
     assert huggingface.WEIGHTS in message and "['pytorch_model.bin']" in message
+    assert f"x.from_pretrained('{single}').save_pretrained('NEW')" in message
+
+  def test_a_gguf_file(self, tmp_path, single):
+    file = tmp_path / 'model-q4.gguf'
+    file.write_bytes(b'GGUF')
+    how = f"x.from_pretrained('{tmp_path}', gguf_file='model-q4.gguf').save_pretrained('NEW')"
+    c = tiny.config('grpo', student__path=str(file))
+    with pytest.raises(config.ConfigError, match=r"^student\.path='.*' is a file; allowed") as e:
+      config.parse(c)
+    assert how in str(e.value)
+    message = refusal(FileNotFoundError, huggingface.load, tmp_path, OPTIONS)
+    assert how in message and 'config.json is missing' in message
+    # A file of the right kind: its directory is what is asked for.
+    message = refusal(ValueError, huggingface.load, single / huggingface.WEIGHTS, OPTIONS)
+    assert message.endswith('is a file; allowed: a Hugging Face checkpoint directory')
 
   def test_names_without_their_prefix(self, single):
     stored = raw(single / huggingface.WEIGHTS)

@@ -49,6 +49,52 @@ def test_what_no_family_implements_is_refused_by_name(family, name, value):
                                                                   'num_key_value_heads'))
 
 
+OTHER_TYPES = (
+    True, -1, 0, 1.5, 10**30, float('nan'), float('inf'), 'x', [], [1], [[]], {}, {'a': 1}, None,
+    {'rope_type': []}, {'rope_type': 'linear', 'factor': 'x'}, {'rope_theta': [1]},
+    {'full_attention': 1, 'sliding_attention': {}},
+    {'full_attention': {'rope_theta': []}, 'sliding_attention': {'rope_type': {}}})
+
+
+@each_family
+def test_a_field_of_another_type_is_one_clear_error_or_no_matter(family):
+  config = models.build(_config(family)).to_hf()
+  fields = {*config, *_config(family), 'rope_parameters', 'rope_theta', 'layer_types',
+            'num_local_experts', 'sliding_window_pattern', 'pruned_heads', 'unknown'}
+  refused = 0
+  for name in fields - {'model_type'}:
+    for value in OTHER_TYPES:
+      try:
+        models.build({**config, name: value})
+      except ValueError as e:  # and nothing else
+        assert str(e).startswith(f'{family} config.json') and 'allowed: ' in str(e), (name, value)
+        refused += 1
+  assert refused > 100
+
+
+@each_family
+@pytest.mark.parametrize(('name', 'allowed'), [
+    ('num_hidden_layers', 1000), ('hidden_size', 2**24), ('vocab_size', 2**24)])
+def test_a_size_out_of_all_bounds(family, name, allowed):
+  for value in (allowed + 1, 10**5000):
+    assert f'{name}=' in (message := _refusal(_config(family, **{name: value})))
+    assert f'at most {allowed}' in message and len(message) < 200
+
+
+@each_family
+def test_how_texts_are_generated_says_nothing_about_the_model(family):
+  # transformers wrote these to config.json before version 5, and its own import still does.
+  config = _config(family)
+  old = dict(diversity_penalty=0.0, num_beam_groups=1, max_length=20, do_sample=True, top_k=50,
+             temperature=0.6, repetition_penalty=1.1, length_penalty=1.0, typical_p=1.0,
+             bad_words_ids=[[1]], suppress_tokens=[2], forced_eos_token_id=2, num_beams=1,
+             num_return_sequences=1, unk_token_id=0, sep_token_id=3, cls_token_id=4,
+             mask_token_id=5, decoder_start_token_id=1, pruned_heads={}, prefix='a',
+             task_specific_params={'a': 1}, finetuning_task='b', torchscript=True)
+  assert models.build({**config, **old}).config == models.build(config).config
+  assert "pruned_heads={'0': [1]}" in _refusal({**config, 'pruned_heads': {'0': [1]}})
+
+
 @each_family
 @pytest.mark.parametrize('kind', ['yarn', 'dynamic', 'longrope', 'llama3', 'linear'])
 def test_ways_to_stretch_rope(family, kind):

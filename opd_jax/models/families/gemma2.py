@@ -37,8 +37,8 @@ def with_layer_types(hf_config: dict[str, Any], pattern: int = 2) -> dict[str, A
     ValueError: unknown types, or not one for every layer.
   """
   layers = hf_config.get('num_hidden_layers')
-  if type(layers) is not int or layers < 1:
-    return {**hf_config, 'layer_types': ()}  # `make` says what is wrong
+  if layers is None:
+    return {**hf_config, 'layer_types': ()}  # `make_config` says what is missing
   types = hf_config.get('layer_types') or [
       LOCAL if (i + 1) % pattern else GLOBAL for i in range(layers)]
   if set(types) - {LOCAL, GLOBAL} or len(types) != layers:

@@ -72,7 +72,7 @@ FLAGS = {
     'output': ('DIR', 'the directory to make'),
     'format': ('full | adapter', "the whole model (unless given), or a PEFT directory"),
     'step': ('N', 'of which checkpoint; the newest unless given'),
-    'dtype': ('float32 | bfloat16', 'of the weights; as they are kept unless given'),
+    'dtype': ('float32 | bfloat16', 'of the weights; float32 unless given'),
 }
 
 

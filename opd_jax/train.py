@@ -22,7 +22,9 @@ from opd_jax import build, load
 from opd_jax import config as config_lib
 from opd_jax.build import Parts
 from opd_jax.data import streams as streams_lib
+from opd_jax.data.streams import OWN
 from opd_jax.doctor import examine as doctor
+from opd_jax.doctor import rollouts
 from opd_jax.files import checkpoint, huggingface, peft
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.models import lora
@@ -42,7 +44,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     workdir: for checkpoints, metrics, the final model (`export/`) and result.json.
 
   Returns:
-    The content of result.json: evaluations before and after, FLOPs, steps.
+    The content of result.json: evaluations before and after, FLOPs, steps, `export_kl`.
 
   Raises:
     ConfigError: before anything expensive starts.
@@ -205,12 +207,16 @@ def finish(run: Run, parts: Parts, state: TrainState, base: lora.Frozen | None, 
   """Writes the final model as a Hugging Face directory, then result.json, which ends the run."""
   tokenizer = build.final_tokenizer(run, parts.student, parts.teacher)
   export, adapter = workdir / workdir_lib.EXPORT, workdir / workdir_lib.ADAPTER
+  result, student = book.result(), lora.join(base, state.params)
+  if parts.adapter is not None and run.checkpoint.export == 'full':  # merged, and so not the same
+    result['export_kl'] = rollouts.measure_export(
+        run, parts.student, parts.stop_tokens, parts.examples[OWN], parts.mesh, student)
+    book.say(rollouts.describe_export(run.name, 'float32', result['export_kl']))
   if parts.adapter is not None and not adapter.exists():
     peft.write_adapter(adapter, parts.student.model, state.params, parts.adapter.settings,
                        tokenizer, run.student.path)
   if run.checkpoint.export == 'full' and not export.exists():
-    huggingface.write_checkpoint(export, parts.student.model, lora.join(base, state.params),
-                                 tokenizer, stop_tokens=parts.stop_tokens)
-  result = book.result()
+    huggingface.write_checkpoint(export, parts.student.model, student, tokenizer,
+                                 stop_tokens=parts.stop_tokens, dtype='float32')
   workdir_lib.write_json(workdir / workdir_lib.RESULT, result)
   return result

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import pathlib
+import sys
 from typing import Any
 
 import jax
 
 from opd_jax import build, load, programs
 from opd_jax import config as config_lib
+from opd_jax.doctor import rollouts
 from opd_jax.errors import ConfigError
 from opd_jax.files import checkpoint, huggingface, peft
 from opd_jax.files import workdir as workdir_lib
@@ -22,7 +24,7 @@ from opd_jax.parallel import sharding
 from opd_jax.settings import Run
 
 FORMATS = ('full', 'adapter')
-DTYPES = ('', 'float32', 'bfloat16')
+DTYPES = ('', *rollouts.DTYPES)
 
 
 def export(workdir: pathlib.Path, output: pathlib.Path, form: str, step: int, dtype: str = ''
@@ -34,8 +36,9 @@ def export(workdir: pathlib.Path, output: pathlib.Path, form: str, step: int, dt
     output: a directory that does not exist.
     form: one of FORMATS.
     step: of the checkpoint; -1 is the newest.
-    dtype: of the weights, one of DTYPES; '' leaves them as they are kept, float32 for a model that
-      was trained whole.
+    dtype: of the weights, one of DTYPES; '' is float32, in which the export is the model that was
+      evaluated. Adapters are merged in float32 and rounded once; what is merged or rounded is
+      compared with that model, and the KL printed (`rollouts.measure_export`).
 
   Returns:
     The step of the checkpoint.
@@ -68,13 +71,29 @@ def export(workdir: pathlib.Path, output: pathlib.Path, form: str, step: int, dt
       peft.write_adapter(output, student.model, state.params, adapter.settings, tokenizer,
                          run.student.path)
     else:
-      base = load.read_base(student, adapter, run.frozen_dtype, mesh)
-      huggingface.write_checkpoint(
-          output, student.model, lora.join(base, state.params), tokenizer,
-          stop_tokens=build.choose_stop_tokens(run, student, teacher), dtype=dtype or None)
+      stops, dtype = build.choose_stop_tokens(run, student, teacher), dtype or 'float32'
+      params = lora.join(load.read_base(student, adapter, run.frozen_dtype, mesh), state.params)
+      if adapter or dtype != 'float32':
+        _measure(run, student, teacher, stops, mesh, params, dtype)
+      huggingface.write_checkpoint(output, student.model, params, tokenizer, stop_tokens=stops,
+                                   dtype=dtype)
   except (ValueError, OSError) as e:
     raise ConfigError(str(e)) from e
   return step
+
+
+def _measure(run, student, teacher, stop_tokens, mesh, params, dtype):
+  """Prints how far the export is from the model that was evaluated; or why nobody knows, on a
+  machine without the run's data, where there is still a model to export."""
+  try:
+    style = build.prompt_style(run, student.tokenizer, teacher and teacher.tokenizer, stop_tokens)
+    examples = build.load_examples(run, run.data.split, run.data.limit, student.tokenizer, style)
+  except (ValueError, OSError) as e:
+    print(f'WARNING: the KL to the student that was evaluated is not measured: {e}',
+          file=sys.stderr)
+    return
+  kl = rollouts.measure_export(run, student, stop_tokens, examples, mesh, params)
+  print(rollouts.describe_export(run.name, dtype, kl))
 
 
 def _mesh(run: Run) -> jax.sharding.Mesh:

@@ -217,6 +217,7 @@ def finish(run: Run, parts: Parts, state: TrainState, base: lora.Frozen | None, 
                        tokenizer, run.student.path)
   if run.checkpoint.export == 'full' and not export.exists():
     huggingface.write_checkpoint(export, parts.student.model, student, tokenizer,
-                                 stop_tokens=parts.stop_tokens, dtype='float32')
+                                 stop_tokens=parts.stop_tokens, dtype='float32',
+                                 sampling=parts.student.sampling)
   workdir_lib.write_json(workdir / workdir_lib.RESULT, result)
   return result

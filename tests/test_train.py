@@ -430,6 +430,9 @@ class TestAdapters:
 
   def test_the_export_of_a_bfloat16_base_is_the_student_that_was_evaluated(self, tmp_path, capsys):
     c = self._config('opd_exact', compute__frozen_dtype='bfloat16', steps=2)
+    c.student.path = str(shutil.copytree(c.student.path, tmp_path / 'base'))
+    generation = tmp_path / 'base' / 'generation_config.json'
+    generation.write_text(json.dumps({'temperature': 0.6, **json.loads(generation.read_text())}))
     kl = train.train(c, tmp_path / 'run')['export_kl']
     # Merged in float32 it is the student; in bfloat16 most of two steps' update is rounded away.
     assert abs(kl['float32']) < 1e-6 < 1e-5 < kl['bfloat16']
@@ -439,6 +442,8 @@ class TestAdapters:
     saved, whole = tiny.read_checkpoint(tmp_path / 'run', 2), tiny.load_export(tmp_path / 'run')
     assert export.export(tmp_path / 'run', tmp_path / 'half', 'full', -1, 'bfloat16') == 2
     assert f"export in bfloat16: KL {kl['bfloat16']:.1e}" in capsys.readouterr().out
+    for folder in (tmp_path / 'run' / 'export', tmp_path / 'half'):
+      assert huggingface.load(folder, {}).sampling == {'temperature': 0.6}
     half = params.flatten(huggingface.load(tmp_path / 'half', {}).read())
     for part in ('q', 'down'):
       a, b = (np.asarray(saved[f"['params']['layers']['{part}']['{x}']"], np.float64) for x in 'ab')

@@ -48,13 +48,13 @@ def load(path: str | os.PathLike[str]) -> Any:
   if not file.exists():
     raise FileNotFoundError(f'no tokenizer in {path} (tokenizer_config.json is missing)')
   loader = _transformers().AutoTokenizer
-  # For some model types (qwen2) transformers overrules the generic class that a file names by one
-  # that adds tokens of its own.
+  # For some model types (qwen2) transformers overrules the generic class that a file names (by the
+  # name of version 5 or of version 4) by one that adds tokens of its own.
   try:
     named = json.loads(file.read_text()).get('tokenizer_class')
   except (AttributeError, ValueError) as e:
     raise ValueError(f'{file} is damaged ({e}); allowed: a JSON object') from e
-  if named == 'TokenizersBackend':
+  if named in ('TokenizersBackend', 'PreTrainedTokenizerFast'):
     loader = _transformers().PreTrainedTokenizerFast
   try:
     tokenizer = loader.from_pretrained(str(path), local_files_only=True)

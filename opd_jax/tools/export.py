@@ -76,7 +76,7 @@ def export(workdir: pathlib.Path, output: pathlib.Path, form: str, step: int, dt
       if adapter or dtype != 'float32':
         _measure(run, student, teacher, stops, mesh, params, dtype)
       huggingface.write_checkpoint(output, student.model, params, tokenizer, stop_tokens=stops,
-                                   dtype=dtype)
+                                   dtype=dtype, sampling=student.sampling)
   except (ValueError, OSError) as e:
     raise ConfigError(str(e)) from e
   return step

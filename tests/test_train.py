@@ -452,6 +452,16 @@ class TestAdapters:
       got = whole[name] - base[name].astype(np.float64)
       assert np.abs(got - delta.reshape(got.shape)).max() < 1e-3 * np.abs(delta).max()
       np.testing.assert_array_equal(half[name], whole[name].astype(ml_dtypes.bfloat16), name)
+    # Merged into another base, it would be a model that nobody has evaluated.
+    shutil.copy(tiny.teacher() / huggingface.WEIGHTS, tmp_path / 'base')
+    with pytest.raises(config.ConfigError, match=r'student\.path: model\.safetensors has changed'):
+      export.export(tmp_path / 'run', tmp_path / 'other', 'full', -1)
+    assert not (tmp_path / 'other').exists()
+    export.export(tmp_path / 'run', tmp_path / 'other', 'adapter', -1, changed_inputs='a test')
+    assert 'has changed' in capsys.readouterr().err
+    written = workdir_lib.read_origin(tmp_path / 'run' / 'adapter')
+    assert written == workdir_lib.read_origin(tmp_path / 'run' / 'export')
+    assert written['inputs'] != workdir_lib.read_origin(tmp_path / 'other')['inputs']
 
   def test_a_run_starts_from_the_adapter_that_another_left(self, tmp_path):
     c = self._config('opd_exact')

@@ -30,6 +30,7 @@ from opd_jax.models.params import flatten
 from opd_jax.types import Model, Params, Wants
 
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+ORIGIN = 'origin.json'  # of what is written here: which run it is from (`workdir.origin`)
 MAX_SHARD_BYTES = 5 * 2**30
 # Fields of generation_config.json that an export keeps: how whoever opens it will sample.
 SAMPLING = ('do_sample', 'temperature', 'top_p', 'top_k')
@@ -275,6 +276,7 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params, tokenizer: Any, *,
                      stop_tokens: tuple[int, ...] = (), dtype: Any = None,
                      sampling: Mapping[str, Any] | None = None,
+                     origin: Mapping[str, Any] | None = None,
                      max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
   """Writes a model's directory: configs, weights, tokenizer with its chat template.
 
@@ -289,6 +291,7 @@ def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params,
     stop_tokens: ids that end a completion, for generation_config.json, beside the tokenizer's own.
     dtype: of the file: float32, bfloat16 or float16; None keeps the parameters'.
     sampling: more of generation_config.json (`LoadedModel.sampling`).
+    origin: the content of ORIGIN; None for no such file.
     max_shard_bytes: more weights than that go into several files with an index.
 
   Raises:
@@ -308,6 +311,8 @@ def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params,
   configs = {'config.json': {**model.to_hf(), **ids, 'dtype': str(first)},
              'generation_config.json': {**(sampling or {}), **ids,
                                         'eos_token_id': ends if ends[1:] else ends[0]}}
+  if origin is not None:
+    configs[ORIGIN] = origin
   if jax.process_index():
     return
   with new_directory(path) as partial:
@@ -377,6 +382,6 @@ def _of_both_versions(config: dict[str, Any]) -> dict[str, Any]:
   return {**out, 'tokenizer_class': 'PreTrainedTokenizerFast'}
 
 
-def write_json(file: pathlib.Path, content: dict[str, Any]) -> None:
+def write_json(file: pathlib.Path, content: Mapping[str, Any]) -> None:
   """Writes JSON that reads and compares well: indented, with sorted keys."""
   file.write_text(json.dumps(content, indent=2, sort_keys=True) + '\n')

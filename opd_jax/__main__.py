@@ -59,7 +59,8 @@ COMMANDS = {
         'opd report --config experiments/dense_vs_rl.py:tiny,seeds=3 --workdir DIR'),
     'export': Command(
         "writes a run's checkpoint as a directory that others open",
-        ('workdir', 'output', 'format', 'step', 'dtype'), ('workdir', 'output'),
+        ('workdir', 'output', 'format', 'step', 'dtype', 'changed_inputs'),
+        ('workdir', 'output'),
         'opd export --workdir runs/quickstart/seed_0/opd --output DIR --format adapter'),
 }
 FLAGS = {
@@ -72,7 +73,9 @@ FLAGS = {
     'output': ('DIR', 'the directory to make'),
     'format': ('full | adapter', "the whole model (unless given), or a PEFT directory"),
     'step': ('N', 'of which checkpoint; the newest unless given'),
-    'dtype': ('float32 | bfloat16', 'of the weights; as they are kept unless given'),
+    'changed_inputs': ('REASON', 'why the base may be another than the one the run began with; '
+                       'refused unless given (for train: --config.doctor.changed_inputs)'),
+    'dtype': ('float32 | bfloat16', 'of the weights; float32 unless given'),
 }
 
 
@@ -157,7 +160,7 @@ def define_flags() -> None:
   config_flags.DEFINE_config_file('config', None, FLAGS['config'][1], lock_config=True)
   for name in ('workdir', 'stage', 'model', 'output'):
     flags.DEFINE_string(name, None, FLAGS[name][1])
-  for name, default in (('teacher', ''), ('format', 'full'), ('dtype', '')):
+  for name, default in (('teacher', ''), ('format', 'full'), ('dtype', ''), ('changed_inputs', '')):
     flags.DEFINE_string(name, default, FLAGS[name][1])
   flags.DEFINE_integer('step', -1, FLAGS['step'][1])
 
@@ -265,7 +268,7 @@ def run_command(command: str, flags: Any) -> int:
     pipeline.measure(c, flags.stage, workdir, write=given is not None)
   elif command == 'export':
     step = export.export(workdir, pathlib.Path(flags.output), flags.format, flags.step,
-                         flags.dtype)
+                         flags.dtype, flags.changed_inputs)
     print(f'step {step}: {flags.output}')
   elif command == 'evaluate':
     evaluate_model.evaluate_model(experiment.pick_stage(c, flags.stage), flags.model,

@@ -6,24 +6,27 @@ is known to be right.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import dataclasses
+import pathlib
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from opd_jax import models, teachers
+from opd_jax import models, tasks, teachers
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.errors import ConfigError
-from opd_jax.files import factory, huggingface, peft
+from opd_jax.files import digest, factory, huggingface, peft
+from opd_jax.files import workdir as workdir_lib
+from opd_jax.files.digest import Digests
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.models import flax_module, lora
 from opd_jax.models import params as params_lib
 from opd_jax.parallel import sharding
-from opd_jax.settings import Run
+from opd_jax.settings import Lora, Run
 from opd_jax.types import Params
 
 INIT, SAMPLE, EVAL, BESIDE, GATE = range(5)  # what a random key is for
@@ -56,11 +59,11 @@ def naming(where: str, allowed: str = '') -> Iterator[None]:
   text begins with a field of the same part, or says what is allowed.
 
   Raises:
-    ConfigError: for a ValueError or a missing file.
+    ConfigError: for a ValueError or a file that cannot be read.
   """
   try:
     yield
-  except (ValueError, FileNotFoundError) as e:
+  except (ValueError, OSError) as e:
     part = where.partition('.')[0]
     text = str(e) if re.match(rf'{part}\.[\w.]+=', str(e)) else f'{where}: {e}'
     raise ConfigError(text if not allowed or 'allowed: ' in text else
@@ -71,6 +74,57 @@ def compute_options(run: Run) -> dict[str, Any]:
   """Picks the `models.build` options of a run."""
   return dict(dtype=jnp.dtype(run.compute.dtype), remat=run.compute.remat,
               layer_unroll=run.compute.layer_unroll)
+
+
+def inputs(run: Run) -> dict[str, Digests]:
+  """Computes the digests of everything that a run reads, by the field that names it.
+
+  Raises:
+    ConfigError: it cannot be read; names the field.
+  """
+  out = model_inputs(run, ('student', 'teacher', 'reference'))
+  for name, path in tasks.sources(run.task.options).items():
+    with naming(f'task.options.{name}={str(path)!r}', 'what this process can read'):
+      out[f'task.options.{name}'] = digest.of_data(path)
+  return out
+
+
+def model_inputs(run: Run, parts: Iterable[str]) -> dict[str, Digests]:
+  """Computes the digests of some models of a run, of 'student', 'teacher' and 'reference'; those of
+  the adapter that it starts from are the student's.
+
+  Raises:
+    ConfigError: see `inputs`.
+  """
+  out = {}
+  for part in parts:
+    group = getattr(run, part)
+    if group.path:
+      with naming(f'{part}.path={group.path!r}', DIRECTORY):
+        out[f'{part}.path'] = digest.of_model(huggingface.fetch(group.path, group.revision))
+  if run.student.lora.path and 'student' in parts:
+    with naming(f'student.lora.path={run.student.lora.path!r}', 'a PEFT directory'):
+      out['student.lora.path'] = digest.of_model(run.student.lora.path)
+  return out
+
+
+def _check_base(run: Run) -> None:
+  """Refuses an adapter that a run of this program trained on another base than the student's."""
+  made_on = workdir_lib.read_origin(pathlib.Path(run.student.lora.path)).get('inputs', {})
+  base = made_on.get('student.path')
+  if base is None or run.doctor.changed_inputs:
+    return
+
+  def weights(files):  # the same base may come with another tokenizer
+    return {'its base': {n: d for n, d in files.items() if n.endswith('.safetensors')}}
+
+  here = model_inputs(dataclasses.replace(run, student=dataclasses.replace(
+      run.student, lora=Lora())), ('student',)).get('student.path', {})
+  if changes := digest.changes(weights(base), weights(here)):
+    raise ConfigError(
+        f'student.path={run.student.path!r}, student.lora.path={run.student.lora.path!r}: the '
+        f'adapter was trained on another base ({"; ".join(changes[:4])}); allowed: that one, or '
+        "doctor.changed_inputs='REASON'")
 
 
 def open_student(run: Run) -> LoadedModel:
@@ -101,6 +155,7 @@ def make_adapter(run: Run, student: LoadedModel) -> Adapter | None:
   if not run.has_adapter:
     return None
   if group.path:
+    _check_base(run)
     with naming(f'student.lora.path={group.path!r}'):
       settings, read = peft.read_adapter(group.path, student.model, run.student.path)
     return Adapter(settings, lora.adapter_specs(student.model.specs, settings), read)

@@ -219,6 +219,8 @@ class Doctor:
   rollouts: int = 8
   max_new_tokens: int = 256
   max_reverse_kl: float = 6.0
+  # Why a run may go on although its data or models are not what it was started on; '' refuses.
+  changed_inputs: str = ''
   templates: str = 'on'
   token_ids: str = 'on'
   stop_tokens: str = 'on'

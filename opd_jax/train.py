@@ -22,9 +22,12 @@ from opd_jax import build, load
 from opd_jax import config as config_lib
 from opd_jax.build import Parts
 from opd_jax.data import streams as streams_lib
+from opd_jax.data.streams import OWN
 from opd_jax.doctor import examine as doctor
+from opd_jax.doctor import rollouts
 from opd_jax.files import checkpoint, huggingface, peft
 from opd_jax.files import workdir as workdir_lib
+from opd_jax.files.digest import Digests
 from opd_jax.models import lora
 from opd_jax.programs import Graders, Programs, compile_programs
 from opd_jax.run import flops
@@ -42,7 +45,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     workdir: for checkpoints, metrics, the final model (`export/`) and result.json.
 
   Returns:
-    The content of result.json: evaluations before and after, FLOPs, steps.
+    The content of result.json: evaluations before and after, FLOPs, steps, `export_kl`.
 
   Raises:
     ConfigError: before anything expensive starts.
@@ -50,7 +53,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     PreemptedError: after saving.
   """
   run, settings, workdir = config_lib.parse(c), config_lib.to_dict(c), pathlib.Path(workdir)
-  workdir_lib.check(workdir, settings)
+  inputs = check_directory(run, settings, workdir)
   if (done := workdir_lib.result(workdir)) is not None:
     return done
 
@@ -72,7 +75,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     findings += doctor.examine_rollouts(run, parts, student, teacher_params(graders))
     doctor.settle(run, findings, workdir, book.say)
     # Only now: a start that was refused must not keep the directory from the corrected config.
-    workdir_lib.claim(workdir, settings)
+    workdir_lib.claim(workdir, settings, inputs)
     if not book.begun:
       book.begin(parts.report, evaluate_teacher(programs, graders))
       evaluate_student(book, programs, student, graders, 0)
@@ -90,10 +93,20 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
       if stop:
         store.wait()
         raise PreemptedError(f'{run.name}: interrupted at step {step}, which is saved')
-    result = finish(run, parts, state, base, book, workdir)
+    result = finish(run, programs, state, base, book, workdir, inputs)
     if interrupted():  # during the last evaluation: do not go on to another stage
       raise PreemptedError(f'{run.name}: interrupted after its last step, and finished')
   return result
+
+
+def check_directory(run: Run, settings: dict[str, Any], workdir: pathlib.Path
+                    ) -> dict[str, Digests]:
+  """Checks that a work directory is for this config, and for the inputs as they are; returns what
+  they contain, whatever they are called."""
+  workdir_lib.check(workdir, settings)
+  inputs = load.inputs(run)
+  workdir_lib.check_inputs(workdir, inputs, run.doctor.changed_inputs)
+  return inputs
 
 
 def take_step(run: Run, programs: Programs, state: TrainState, base: lora.Frozen | None,
@@ -160,7 +173,7 @@ def open_checkpoints(run: Run, programs: Programs, workdir: pathlib.Path
                      ) -> checkpoint.Checkpoints:
   """Opens the checkpoints of a run."""
   return checkpoint.Checkpoints(
-      workdir / 'checkpoints', keep_latest=run.checkpoint.keep_latest,
+      workdir / workdir_lib.CHECKPOINTS, keep_latest=run.checkpoint.keep_latest,
       keep_best=run.checkpoint.keep_best, best_metric=run.checkpoint.best_metric,
       checksums=programs.checksums)
 
@@ -203,17 +216,28 @@ def count_operations(run: Run, parts: Parts, step: int, lengths: dict[str, Any]
   return total
 
 
-def finish(run: Run, parts: Parts, state: TrainState, base: lora.Frozen | None, book: Book,
-           workdir: pathlib.Path) -> dict[str, Any]:
-  """Writes the final model as a Hugging Face directory, then result.json, which ends the run."""
+def finish(run: Run, programs: Programs, state: TrainState, base: lora.Frozen | None, book: Book,
+           workdir: pathlib.Path, inputs: dict[str, Digests]) -> dict[str, Any]:
+  """Writes the final model as a Hugging Face directory, then result.json, which ends the run.
+
+  A directory with the origin of this very state was written before the run was killed.
+  """
+  parts, history = programs.parts, book.history
+  origin = workdir_lib.origin(history['config'], inputs, history['step'],
+                              jax.device_get(programs.checksums(state)).tolist())
   tokenizer = build.final_tokenizer(run, parts.student, parts.teacher)
   export, adapter = workdir / workdir_lib.EXPORT, workdir / workdir_lib.ADAPTER
-  if parts.adapter is not None and not adapter.exists():
+  result, student = book.result(), lora.join(base, state.params)
+  if parts.adapter is not None and run.checkpoint.export == 'full':  # merged, and so not the same
+    result['export_kl'] = rollouts.measure_export(
+        run, parts.student, parts.stop_tokens, parts.examples[OWN], parts.mesh, student)
+    book.say(rollouts.describe_export(run.name, 'float32', result['export_kl']))
+  if parts.adapter is not None and not workdir_lib.delivered(adapter, origin):
     peft.write_adapter(adapter, parts.student.model, state.params, parts.adapter.settings,
-                       tokenizer, run.student.path)
-  if run.checkpoint.export == 'full' and not export.exists():
-    huggingface.write_checkpoint(export, parts.student.model, lora.join(base, state.params),
-                                 tokenizer, stop_tokens=parts.stop_tokens)
-  result = book.result()
+                       tokenizer, run.student.path, origin)
+  if run.checkpoint.export == 'full' and not workdir_lib.delivered(export, origin):
+    huggingface.write_checkpoint(export, parts.student.model, student, tokenizer,
+                                 stop_tokens=parts.stop_tokens, dtype='float32',
+                                 sampling=parts.student.sampling, origin=origin)
   workdir_lib.write_json(workdir / workdir_lib.RESULT, result)
   return result

@@ -47,7 +47,7 @@ def check(c):
 
 
 def claim(c, path):
-  workdir_lib.claim(path, config.to_dict(c))
+  workdir_lib.claim(path, config.to_dict(c), {})
 
 
 def refused(c, *parts):

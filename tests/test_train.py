@@ -8,6 +8,8 @@ import math
 import shutil
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import tiny
@@ -21,6 +23,7 @@ from opd_jax.models import lora, params
 from opd_jax.run import book, flops, metrics, optim
 from opd_jax.run.book import NonFiniteError
 from opd_jax.tasks import arithmetic
+from opd_jax.tools import export
 
 EVERYWHERE = {'kind', 'step', 'loss', 'grad_norm', 'update_norm', 'entropy_student', 'logprob',
               'length', 'truncation_rate', 'flops', 'compiles', 'perf'}
@@ -424,6 +427,41 @@ class TestAdapters:
         # float32: weights of order 1
         np.testing.assert_allclose(merged[name][layer], weight[layer] + 2.0 * delta, atol=1e-6)
         assert np.abs(delta).max() > 1e-3
+
+  def test_the_export_of_a_bfloat16_base_is_the_student_that_was_evaluated(self, tmp_path, capsys):
+    c = self._config('opd_exact', compute__frozen_dtype='bfloat16', steps=2)
+    c.student.path = str(shutil.copytree(c.student.path, tmp_path / 'base'))
+    generation = tmp_path / 'base' / 'generation_config.json'
+    generation.write_text(json.dumps({'temperature': 0.6, **json.loads(generation.read_text())}))
+    kl = train.train(c, tmp_path / 'run')['export_kl']
+    # Merged in float32 it is the student; in bfloat16 most of two steps' update is rounded away.
+    assert abs(kl['float32']) < 1e-6 < 1e-5 < kl['bfloat16']
+    said = [x for x in capsys.readouterr().out.splitlines() if 'export in float32: KL' in x]
+    assert len(said) == 1 and f"in bfloat16 {kl['bfloat16']:.1e}" in said[0]
+    base = params.flatten(huggingface.load(c.student.path, {}).read(jnp.bfloat16))
+    saved, whole = tiny.read_checkpoint(tmp_path / 'run', 2), tiny.load_export(tmp_path / 'run')
+    assert export.export(tmp_path / 'run', tmp_path / 'half', 'full', -1, 'bfloat16') == 2
+    assert f"export in bfloat16: KL {kl['bfloat16']:.1e}" in capsys.readouterr().out
+    for folder in (tmp_path / 'run' / 'export', tmp_path / 'half'):
+      assert huggingface.load(folder, {}).sampling == {'temperature': 0.6}
+    half = params.flatten(huggingface.load(tmp_path / 'half', {}).read())
+    for part in ('q', 'down'):
+      a, b = (np.asarray(saved[f"['params']['layers']['{part}']['{x}']"], np.float64) for x in 'ab')
+      name = f'layers/{part}'
+      delta = 2.0 * np.einsum('lir,lro->lio', a.reshape(2, -1, 4), b.reshape(2, 4, -1))
+      got = whole[name] - base[name].astype(np.float64)
+      assert np.abs(got - delta.reshape(got.shape)).max() < 1e-3 * np.abs(delta).max()
+      np.testing.assert_array_equal(half[name], whole[name].astype(ml_dtypes.bfloat16), name)
+    # Merged into another base, it would be a model that nobody has evaluated.
+    shutil.copy(tiny.teacher() / huggingface.WEIGHTS, tmp_path / 'base')
+    with pytest.raises(config.ConfigError, match=r'student\.path: model\.safetensors has changed'):
+      export.export(tmp_path / 'run', tmp_path / 'other', 'full', -1)
+    assert not (tmp_path / 'other').exists()
+    export.export(tmp_path / 'run', tmp_path / 'other', 'adapter', -1, changed_inputs='a test')
+    assert 'has changed' in capsys.readouterr().err
+    written = workdir_lib.read_origin(tmp_path / 'run' / 'adapter')
+    assert written == workdir_lib.read_origin(tmp_path / 'run' / 'export')
+    assert written['inputs'] != workdir_lib.read_origin(tmp_path / 'other')['inputs']
 
   def test_a_run_starts_from_the_adapter_that_another_left(self, tmp_path):
     c = self._config('opd_exact')

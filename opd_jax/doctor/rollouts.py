@@ -1,4 +1,5 @@
-"""The checks on a few completions that the student writes and both models grade."""
+"""What is measured on a few completions that the student writes: the checks, which have both models
+grade them, and how far an export is from the model that was evaluated."""
 
 from __future__ import annotations
 
@@ -6,16 +7,23 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import build
+from opd_jax import build, models
 from opd_jax.build import Parts
+from opd_jax.data import prompts as prompts_lib
+from opd_jax.data.examples import Examples
 from opd_jax.data.streams import OWN
 from opd_jax.doctor.finding import FAIL, OK, SKIPPED, WARN, Finding
+from opd_jax.files.huggingface import LoadedModel
+from opd_jax.models import flax_module, lora
 from opd_jax.parallel import sharding
 from opd_jax.run import evaluate
 from opd_jax.settings import Run
 from opd_jax.types import Params
+
+DTYPES = ('float32', 'bfloat16')  # of an export
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +55,6 @@ class Probe:
 
 def take_probe(run: Run, parts: Parts, student: Params, teacher: Params | None) -> Probe:
   """Lets the student write `doctor.rollouts` completions and both models grade them."""
-  shards = sharding.row_shards(parts.mesh)
-  count = -(-run.doctor.rollouts // shards) * shards
   room = min(run.data.max_new_tokens, run.doctor.max_new_tokens)
   sample = build.make_sampler(run, parts.student.model, parts.stop_tokens, parts.pad_token,
                               max_new_tokens=room)
@@ -61,8 +67,7 @@ def take_probe(run: Run, parts: Parts, student: Params, teacher: Params | None) 
         teacher_temperature=run.objective.teacher_temperature,
         chunk_tokens=run.compute.chunk_tokens)
 
-  indices = np.arange(count) % len(parts.examples[OWN])
-  prompts = sharding.put(parts.examples[OWN].prompts(indices), sharding.by_rows(parts.mesh))
+  prompts = _prompts(run, parts.examples[OWN], parts.mesh)
   with jax.set_mesh(parts.mesh):
     program = jax.jit(look, out_shardings=sharding.by_rows(parts.mesh))
     rollout, scores = jax.device_get(program(student, teacher, prompts, jax.random.key(run.seed)))
@@ -74,6 +79,59 @@ def take_probe(run: Run, parts: Parts, student: Params, teacher: Params | None) 
       logratio=scores['teacher_logprobs'] - own if teacher is not None else None,
       teacher_entropy=scores.get('teacher_entropy'), ended=np.asarray(rollout.ended),
       tokens=np.asarray(rollout.tokens), room=room)
+
+
+def _prompts(run, examples, mesh):
+  """The first `doctor.rollouts` prompts, or a few more where the mesh splits rows."""
+  shards = sharding.row_shards(mesh)
+  count = -(-run.doctor.rollouts // shards) * shards
+  return sharding.put(examples.prompts(np.arange(count) % len(examples)), sharding.by_rows(mesh))
+
+
+def measure_export(run: Run, student: LoadedModel, stop_tokens: tuple[int, ...],
+                   examples: Examples, mesh: jax.sharding.Mesh, params: Params,
+                   dtypes: tuple[str, ...] = DTYPES) -> dict[str, float]:
+  """Measures the KL of a model to what an export holds of it, exactly, in nats a token of
+  `doctor.rollouts` completions that the model writes.
+
+  Both compute in float32: what is left is what merging and rounding did to the weights.
+
+  Args:
+    run, student, stop_tokens, examples, mesh: of the run whose model it is.
+    params: of the model as it was evaluated, adapters beside the base.
+    dtypes: of the exports to compare with.
+
+  Returns:
+    By dtype: the mean of sum_v p (log p - log p_export).
+  """
+  wide = student.model
+  if wide.family != flax_module.FAMILY:  # a module computes as its own code says
+    wide = models.build(wide.to_hf(), vocab_in_use=wide.vocab_in_use, dtype=jnp.float32)
+  sample = build.make_sampler(
+      run, student.model, stop_tokens, prompts_lib.pad_id(student.tokenizer),
+      max_new_tokens=min(run.data.max_new_tokens, run.doctor.max_new_tokens))
+
+  def look(params, prompts, key):
+    rollout = sample(params, prompts, key)
+    with jax.default_matmul_precision('float32'):
+      return rollout.mask, {dtype: evaluate.compare(
+          params, lora.written_as(params, dtype), rollout, model=wide, teacher=wide,
+          temperature=run.sample.temperature, teacher_temperature=run.sample.temperature,
+          chunk_tokens=run.compute.chunk_tokens)['kl'] for dtype in dtypes}
+
+  with jax.set_mesh(mesh):
+    program = jax.jit(look, out_shardings=sharding.by_rows(mesh))
+    mask, kl = jax.device_get(program(params, _prompts(run, examples, mesh),
+                                      jax.random.key(run.seed)))
+  return {dtype: float(np.sum(x * mask, dtype=np.float64) / max(mask.sum(), 1.0))
+          for dtype, x in kl.items()}
+
+
+def describe_export(name: str, dtype: str, kl: dict[str, float]) -> str:
+  """Says what `measure_export` found of a run's export in `dtype`, and of others."""
+  others = ''.join(f', in {other} {value:.1e}' for other, value in kl.items() if other != dtype)
+  return (f'{name} export in {dtype}: KL {kl[dtype]:.1e} nats a token from the student that was '
+          f'evaluated, on its own completions{others}')
 
 
 def check_self_kl(run: Run, parts: Parts, p: Probe) -> Finding:

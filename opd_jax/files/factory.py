@@ -54,7 +54,8 @@ def load(factory: str, path: str, dtype: Any, key: jax.Array) -> LoadedModel:
     flax_module.check(model, params)
     return params if shardings is None else sharding.put(params, shardings)
 
-  return LoadedModel(model, tokenizer, stop_tokens, read)
+  return LoadedModel(model, tokenizer, stop_tokens, read,
+                     sampling=huggingface.read_sampling(path) if path else {})
 
 
 def _find(factory):

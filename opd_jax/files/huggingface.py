@@ -7,7 +7,7 @@ out: pickled weights (*.bin), quantized weights, remote code. Adapters are in `p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
@@ -30,8 +30,11 @@ from opd_jax.models.params import flatten
 from opd_jax.types import Model, Params, Wants
 
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+ORIGIN = 'origin.json'  # of what is written here: which run it is from (`workdir.origin`)
 MAX_SHARD_BYTES = 5 * 2**30
 OTHER_WEIGHTS = ('.bin', '.pt', '.pth', '.gguf', '.safetensors')
+# Fields of generation_config.json that an export keeps: how whoever opens it will sample.
+SAMPLING = ('do_sample', 'temperature', 'top_p', 'top_k')
 # What is fetched of a repository: no pickles, no code, no second copy of the weights.
 FETCHED = ('config.json', 'generation_config.json', 'model.safetensors*', 'model-*.safetensors',
            'tokenizer*', 'vocab*', 'merges.txt', 'added_tokens.json', 'special_tokens_map.json',
@@ -58,6 +61,7 @@ class LoadedModel:
     read: (dtype=float32, shardings=None) -> parameters. On the host, or with shardings on devices;
       nothing is read before, so that everything else can be checked first.
     gives: what can be asked of it as a teacher; of a model in this process, everything.
+    sampling: what its generation_config.json says of SAMPLING, for the one that is exported.
   """
 
   model: Model
@@ -65,6 +69,7 @@ class LoadedModel:
   stop_tokens: tuple[int, ...]
   read: Callable[..., Params]
   gives: Wants = Wants(logprobs=True, hidden=True)
+  sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def load(path: str | os.PathLike[str], options: dict[str, Any], revision: str = '') -> LoadedModel:
@@ -89,7 +94,8 @@ def load(path: str | os.PathLike[str], options: dict[str, Any], revision: str = 
     raise ValueError(f'{path}: {e}') from e
   weights = open_weights(path, model)
   return LoadedModel(model, tokenizer, prompts_lib.stop_tokens(path, tokenizer),
-                     functools.partial(_read_model, model, weights))
+                     functools.partial(_read_model, model, weights),
+                     sampling=read_sampling(path))
 
 
 def check_source(path: str | os.PathLike[str], revision: str) -> None:
@@ -151,6 +157,17 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     raise ValueError(f'{path}: config.json has quantization_config with quant_method={method!r}; '
                      'allowed: none, and weights in float32, bfloat16 or float16')
   return config
+
+
+def read_sampling(path: str | os.PathLike[str]) -> dict[str, Any]:
+  """Reads the fields SAMPLING of generation_config.json, those that it has; {} without the file.
+
+  Raises:
+    ValueError: it is no JSON object.
+  """
+  file = pathlib.Path(path) / 'generation_config.json'
+  found = read_json(file) if file.exists() else {}
+  return {name: found[name] for name in SAMPLING if found.get(name) is not None}
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
@@ -288,6 +305,8 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
 
 def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params, tokenizer: Any, *,
                      stop_tokens: tuple[int, ...] = (), dtype: Any = None,
+                     sampling: Mapping[str, Any] | None = None,
+                     origin: Mapping[str, Any] | None = None,
                      max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
   """Writes a model's directory: configs, weights, tokenizer with its chat template.
 
@@ -301,6 +320,8 @@ def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params,
     tokenizer: a Hugging Face tokenizer.
     stop_tokens: ids that end a completion, for generation_config.json, beside the tokenizer's own.
     dtype: of the file: float32, bfloat16 or float16; None keeps the parameters'.
+    sampling: more of generation_config.json (`LoadedModel.sampling`).
+    origin: the content of ORIGIN; None for no such file.
     max_shard_bytes: more weights than that go into several files with an index.
 
   Raises:
@@ -318,7 +339,10 @@ def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params,
   ends = sorted({tokenizer.eos_token_id, *stop_tokens})
   first = next(iter(plan.values()))[0]
   configs = {'config.json': {**model.to_hf(), **ids, 'dtype': str(first)},
-             'generation_config.json': {**ids, 'eos_token_id': ends if ends[1:] else ends[0]}}
+             'generation_config.json': {**(sampling or {}), **ids,
+                                        'eos_token_id': ends if ends[1:] else ends[0]}}
+  if origin is not None:
+    configs[ORIGIN] = origin
   if jax.process_index():
     return
   with new_directory(path) as partial:
@@ -363,7 +387,7 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 def save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
-  """Writes the files of a tokenizer.
+  """Writes the files of a tokenizer, such that transformers 4 and 5 read the same from them.
 
   Raises:
     OSError: whatever went wrong.
@@ -372,8 +396,22 @@ def save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
     tokenizer.save_pretrained(str(folder))
   except Exception as e:  # the Rust side raises bare Exceptions, for a full disk too
     raise OSError(f'the tokenizer cannot be saved: {e}') from e
+  file = folder / 'tokenizer_config.json'
+  if (folder / 'tokenizer.json').exists():
+    write_json(file, _of_both_versions(read_json(file)))
 
 
-def write_json(file: pathlib.Path, content: dict[str, Any]) -> None:
+def _of_both_versions(config: dict[str, Any]) -> dict[str, Any]:
+  """A tokenizer_config.json of transformers 5 as version 4 knows it too: there is no class
+  TokenizersBackend there, and the list of more special tokens has another name. The class is the
+  one that takes tokenizer.json as it is; others have settings of their own, which overrule it."""
+  out = {name: value for name, value in config.items() if name != 'backend'}
+  if isinstance(extra := out.get('extra_special_tokens'), list):
+    del out['extra_special_tokens']
+    out['additional_special_tokens'] = extra
+  return {**out, 'tokenizer_class': 'PreTrainedTokenizerFast'}
+
+
+def write_json(file: pathlib.Path, content: Mapping[str, Any]) -> None:
   """Writes JSON that reads and compares well: indented, with sorted keys."""
   file.write_text(json.dumps(content, indent=2, sort_keys=True) + '\n')

@@ -6,7 +6,7 @@ out: other methods than plain LoRA, and adapters of what is no linear layer of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
 import math
 import os
@@ -38,7 +38,8 @@ _ALLOWED = {  # init_lora_weights: others change the base too
 
 
 def write_adapter(path: str | os.PathLike[str], model: Model, adapters: Params,
-                  settings: lora.Settings, tokenizer: Any, base_name: str) -> None:
+                  settings: lora.Settings, tokenizer: Any, base_name: str,
+                  origin: Mapping[str, Any] | None = None) -> None:
   """Writes adapters as a PEFT directory, with the tokenizer.
 
   Args:
@@ -48,6 +49,7 @@ def write_adapter(path: str | os.PathLike[str], model: Model, adapters: Params,
     settings: theirs.
     tokenizer: a Hugging Face tokenizer.
     base_name: where the base is from, for adapter_config.json; '' for nowhere.
+    origin: the content of `huggingface.ORIGIN`, with what the base contains; None for no such file.
 
   Raises:
     FileExistsError, ValueError, ExportError: see `huggingface.write_checkpoint`.
@@ -65,6 +67,8 @@ def write_adapter(path: str | os.PathLike[str], model: Model, adapters: Params,
     return
   with huggingface.new_directory(path) as partial:
     huggingface.write_json(partial / CONFIG, config)
+    if origin is not None:
+      huggingface.write_json(partial / huggingface.ORIGIN, origin)
     safetensors_lib.write(partial / WEIGHTS, plan, safetensors_lib.stream(specs, adapters, plan))
     huggingface.save_tokenizer(partial, tokenizer)
 

@@ -227,8 +227,8 @@ def split(planned: Plan, max_bytes: int) -> list[Plan]:
 
 
 def stream(specs: dict[str, Any], params: Params, planned: Plan) -> Iterator[np.ndarray]:
-  """Makes the tensors of a plan, in its order. `lora.LoRA` leaves are merged. One layer of one
-  parameter is fetched from the devices at a time.
+  """Makes the tensors of a plan, in its order. `lora.LoRA` leaves are merged, and rounded here,
+  once. One layer of one parameter is fetched from the devices at a time.
 
   Raises:
     ValueError: NaN or infinity in the dtype that is planned; names the tensor.

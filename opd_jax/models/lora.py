@@ -53,6 +53,8 @@ class LoRA:
   a: jax.Array  # [in..., rank]
   b: jax.Array  # [rank, out...]
   scale: float = struct.field(pytree_node=False)
+  # Of an export: the dtype to which the sum is rounded. '' computes with the parts.
+  written: str = struct.field(pytree_node=False, default='')
 
 
 @struct.dataclass
@@ -159,17 +161,34 @@ def low_rank(subscripts: str, x: jax.Array, weight: LoRA) -> jax.Array:
   return up * jnp.asarray(weight.scale, x.dtype)
 
 
+def written_as(params: Params, dtype: str) -> Params:
+  """Makes what an export in `dtype` holds of the parameters that `join` made, to compute with. A
+  merged weight is made where it is used, so that there is no second copy of the model."""
+  return jax.tree.map(
+      lambda leaf: leaf.replace(written=dtype) if isinstance(leaf, LoRA) else _round(leaf, dtype),
+      params, is_leaf=lambda x: isinstance(x, LoRA))
+
+
+def _round(x: jax.Array, dtype: str) -> jax.Array:
+  """To the numbers of another dtype. XLA may drop a cast to it and back, but not this."""
+  kind = jnp.finfo(dtype)
+  if jnp.finfo(x.dtype).nmant <= kind.nmant:
+    return x
+  return jax.lax.reduce_precision(x, exponent_bits=kind.nexp, mantissa_bits=kind.nmant)
+
+
 def merge(weight: jax.Array | LoRA) -> jax.Array:
-  """Computes base + scale * a b of a stacked weight; a float32 sum at least, rounded to the base's
-  dtype."""
+  """Computes base + scale * a b of a stacked weight. The sum is float32 at least, whatever the base
+  is kept in: who writes it rounds once."""
   if not isinstance(weight, LoRA):
     return weight
   wide = jnp.promote_types(weight.base.dtype, jnp.float32)
   layers, rank = weight.a.shape[0], weight.a.shape[-1]
   delta = jnp.einsum('lir,lro->lio', weight.a.reshape(layers, -1, rank).astype(wide),
-                     weight.b.reshape(layers, rank, -1).astype(wide))
+                     weight.b.reshape(layers, rank, -1).astype(wide),
+                     precision=jax.lax.Precision.HIGHEST)  # or accelerators use bfloat16
   total = weight.base.astype(wide) + weight.scale * delta.reshape(weight.base.shape)
-  return total.astype(weight.base.dtype)
+  return _round(total, weight.written) if weight.written else total
 
 
 def merge_all(params: Params) -> Params:

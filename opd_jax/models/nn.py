@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from opd_jax.models.lora import LoRA, low_rank
+from opd_jax.models.lora import LoRA, low_rank, merge
 
 
 def einsum(subscripts: str, x: Array, weight: Array | LoRA) -> Array:
   """Computes `jnp.einsum` in the dtype of the activations. Every weight of every model passes here,
   so a new kind of weight (an adapter, a quantized matrix) is a new leaf type and one case here."""
+  if isinstance(weight, LoRA) and weight.written:
+    weight = merge(jax.tree.map(lambda leaf: leaf[None], weight))[0]  # of one layer
   if isinstance(weight, LoRA):
     return einsum(subscripts, x, weight.base) + low_rank(subscripts, x, weight)
   return jnp.einsum(subscripts, x, weight.astype(x.dtype))

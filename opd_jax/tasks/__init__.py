@@ -11,6 +11,8 @@ A task module offers
     examples of a split that nobody can grade;
   example_options(folder) -> knobs that work, for the contract tests; only where the default Options
     do not, because the task reads files: it writes a small one into `folder`.
+Knobs that name a file or a folder are called `source` or end in `_source`: a run does not go on
+when what they contain has changed.
 """
 
 from __future__ import annotations
@@ -59,3 +61,11 @@ def options(task: ModuleType, values: dict[str, Any]) -> Any:
       raise ValueError(f'task.options.{name}={value!r}; allowed: a {wanted.__name__} like '
                        f'{default!r}')
   return task.Options(**values)
+
+
+def sources(values: Any) -> dict[str, pathlib.Path]:
+  """Lists the files and folders that a task's Options name, by the knob. Names on the hub are none:
+  they are at a commit."""
+  named = {name: pathlib.Path(value) for name, value in vars(values).items()
+           if (name == 'source' or name.endswith('_source')) and value}
+  return {name: path for name, path in named.items() if path.exists()}

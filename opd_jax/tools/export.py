@@ -6,14 +6,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
+import sys
 from typing import Any
 
 import jax
+import numpy as np
 
 from opd_jax import build, load, programs
 from opd_jax import config as config_lib
+from opd_jax.doctor import rollouts
 from opd_jax.errors import ConfigError
 from opd_jax.files import checkpoint, huggingface, peft
 from opd_jax.files import workdir as workdir_lib
@@ -22,11 +26,11 @@ from opd_jax.parallel import sharding
 from opd_jax.settings import Run
 
 FORMATS = ('full', 'adapter')
-DTYPES = ('', 'float32', 'bfloat16')
+DTYPES = ('', *rollouts.DTYPES)
 
 
-def export(workdir: pathlib.Path, output: pathlib.Path, form: str, step: int, dtype: str = ''
-           ) -> int:
+def export(workdir: pathlib.Path, output: pathlib.Path, form: str, step: int, dtype: str = '',
+           changed_inputs: str = '') -> int:
   """Writes the parameters of a checkpoint to `output`, which appears whole or not at all.
 
   Args:
@@ -34,15 +38,18 @@ def export(workdir: pathlib.Path, output: pathlib.Path, form: str, step: int, dt
     output: a directory that does not exist.
     form: one of FORMATS.
     step: of the checkpoint; -1 is the newest.
-    dtype: of the weights, one of DTYPES; '' leaves them as they are kept, float32 for a model that
-      was trained whole.
+    dtype: of the weights, one of DTYPES; '' is float32, in which the export is the model that was
+      evaluated. Adapters are merged in float32 and rounded once; what is merged or rounded is
+      compared with that model, and the KL printed (`rollouts.measure_export`).
+    changed_inputs: why the base (and the teacher, where the run takes stop tokens or a template
+      from it) may be others than those that the run read; '' refuses them.
 
   Returns:
     The step of the checkpoint.
 
   Raises:
     ConfigError: a directory without a run, a step without a checkpoint, a format that the run has
-      not, an output that exists.
+      not, an output that exists, other inputs than the run's.
   """
   if form not in FORMATS:
     raise ConfigError(f'format={form!r}; allowed: {list(FORMATS)}')
@@ -52,29 +59,57 @@ def export(workdir: pathlib.Path, output: pathlib.Path, form: str, step: int, dt
   if output.exists():
     raise ConfigError(f'output={str(output)!r} exists; allowed: a new directory')
   run = read_config(workdir)
+  run = dataclasses.replace(run, doctor=dataclasses.replace(
+      run.doctor, changed_inputs=changed_inputs))
   if form == 'adapter' and not run.has_adapter:
     raise ConfigError(f"format='adapter': the run in workdir={str(workdir)!r} trained the whole "
                       "model; allowed: 'full'")
+  borrows = run.prompt.template == 'teacher' or run.sample.stop != 'student'
+  read = load.model_inputs(run, ('student', 'teacher') if borrows else ('student',))
+  workdir_lib.check_inputs(workdir, read, changed_inputs)
   try:
     student = load.open_student(run)
     adapter = load.make_adapter(run, student)
-    borrows = run.prompt.template == 'teacher' or run.sample.stop != 'student'
     teacher = load.open_teacher(run, student) if borrows else None
     tokenizer, mesh = build.final_tokenizer(run, student, teacher), _mesh(run)
     specs = adapter.specs if adapter else student.model.specs
     shape = programs.abstract_state(specs, build.make_optimizer(run), mesh)
     step, state = _restore(run, workdir, step, shape)
+    origin = _origin(workdir, read, step, state)
     if form == 'adapter':
       peft.write_adapter(output, student.model, state.params, adapter.settings, tokenizer,
-                         run.student.path)
+                         run.student.path, origin)
     else:
-      base = load.read_base(student, adapter, run.frozen_dtype, mesh)
-      huggingface.write_checkpoint(
-          output, student.model, lora.join(base, state.params), tokenizer,
-          stop_tokens=build.choose_stop_tokens(run, student, teacher), dtype=dtype or None)
+      stops, dtype = build.choose_stop_tokens(run, student, teacher), dtype or 'float32'
+      params = lora.join(load.read_base(student, adapter, run.frozen_dtype, mesh), state.params)
+      if adapter or dtype != 'float32':
+        _measure(run, student, teacher, stops, mesh, params, dtype)
+      huggingface.write_checkpoint(output, student.model, params, tokenizer, stop_tokens=stops,
+                                   dtype=dtype, sampling=student.sampling, origin=origin)
   except (ValueError, OSError) as e:
     raise ConfigError(str(e)) from e
   return step
+
+
+def _origin(workdir, read, step, state):
+  """As the run itself says it, but for what was `read` now."""
+  settings = json.loads((workdir / workdir_lib.CONFIG).read_text())
+  return workdir_lib.origin(settings, workdir_lib.read_inputs(workdir) | read, step,
+                            np.asarray(checkpoint.checksums(state)).tolist())
+
+
+def _measure(run, student, teacher, stop_tokens, mesh, params, dtype):
+  """Prints how far the export is from the model that was evaluated; or why nobody knows, on a
+  machine without the run's data, where there is still a model to export."""
+  try:
+    style = build.prompt_style(run, student.tokenizer, teacher and teacher.tokenizer, stop_tokens)
+    examples = build.load_examples(run, run.data.split, run.data.limit, student.tokenizer, style)
+  except (ValueError, OSError) as e:
+    print(f'WARNING: the KL to the student that was evaluated is not measured: {e}',
+          file=sys.stderr)
+    return
+  kl = rollouts.measure_export(run, student, stop_tokens, examples, mesh, params)
+  print(rollouts.describe_export(run.name, dtype, kl))
 
 
 def _mesh(run: Run) -> jax.sharding.Mesh:
@@ -92,7 +127,7 @@ def _restore(run: Run, workdir: pathlib.Path, step: int, shape: Any
   Raises:
     ValueError: there is none of that step, or it cannot be read.
   """
-  folder, steps = workdir / 'checkpoints', []
+  folder, steps = workdir / workdir_lib.CHECKPOINTS, []
   if folder.is_dir():
     store = checkpoint.Checkpoints(
         folder, keep_latest=run.checkpoint.keep_latest, keep_best=run.checkpoint.keep_best,

@@ -492,6 +492,43 @@ class TestExport:
     generation = json.loads((tmp_path / 'y' / 'generation_config.json').read_text())
     assert generation['eos_token_id'] == 1
 
+  def test_the_tokenizer_is_written_for_transformers_4_and_5(self, tmp_path):
+    # Version 4 knows no class TokenizersBackend, and a list of extra_special_tokens is an error
+    # there; that it reads what is written here is for tests/transformers4.py, run by .ci/run.
+    tokens = tiny.chat_tokenizer(bos=True)
+    tokens.add_special_tokens({'extra_special_tokens': ['<|tool|>', '<|call|>']})
+    huggingface.save_tokenizer(tmp_path, tokens)
+    written = json.loads((tmp_path / 'tokenizer_config.json').read_text())
+    assert written['tokenizer_class'] == 'PreTrainedTokenizerFast'
+    assert written['additional_special_tokens'] == ['<|tool|>', '<|call|>']
+    assert not {'extra_special_tokens', 'backend'} & set(written)
+    loaded, text = prompts_lib.load(tmp_path), '<|tool|> what is 1+2?\n'
+    assert loaded.all_special_ids == tokens.all_special_ids
+    assert loaded(text)['input_ids'] == tokens(text)['input_ids']
+    assert loaded.chat_template == tokens.chat_template
+
+  @pytest.mark.parametrize('model', ['base', 'teacher'])
+  def test_the_shipped_models_are_too(self, model):
+    folder = tiny.ROOT / 'experiments' / 'assets' / model
+    tokens = json.loads((folder / 'tokenizer_config.json').read_text())
+    assert tokens['tokenizer_class'] == 'PreTrainedTokenizerFast' and 'backend' not in tokens
+    written = json.loads((folder / 'config.json').read_text())
+    assert written['rope_theta'] == 100.0 and 'rope_parameters' not in written
+    characters = prompts_lib.character_tokenizer()
+    assert prompts_lib.same_vocabulary(prompts_lib.load(folder), characters)
+
+  def test_how_the_input_samples_is_kept(self, single, tmp_path):
+    file = single / 'generation_config.json'
+    change_json(file, temperature=0.6, top_p=0.95, top_k=20, do_sample=True, max_length=7)
+    loaded = huggingface.load(single, OPTIONS)
+    huggingface.write_checkpoint(tmp_path / 'x', MODEL, PARAMS, loaded.tokenizer, stop_tokens=(5,),
+                                 sampling=loaded.sampling)
+    assert json.loads((tmp_path / 'x' / 'generation_config.json').read_text()) == {
+        'temperature': 0.6, 'top_p': 0.95, 'top_k': 20, 'do_sample': True, 'eos_token_id': [1, 5],
+        'pad_token_id': 0}
+    file.unlink()
+    assert huggingface.load(single, OPTIONS).sampling == {}
+
   @pytest.mark.parametrize('kind', ['directory', 'file', 'dangling link'])
   def test_onto_something_that_exists(self, tmp_path, monkeypatch, kind):
     path = tmp_path / 'x'

@@ -7,6 +7,7 @@ import functools
 from conftest import family_config, left_padded, quick_jit, sharp_params, ways_to_tie
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -70,6 +71,34 @@ def test_a_fresh_adapter_is_the_identity_and_another_is_the_merged_weights(famil
   # Decoding meets the same leaves one layer at a time.
   unstacked = np.asarray(quick_jit(lambda p: _logits(model, model.unstack(p)))(adapted(0.2)))[real]
   np.testing.assert_allclose(unstacked, other, atol=5e-5)
+
+
+@each_family
+def test_what_an_export_holds_is_merged_in_float32_and_rounded_once(family):
+  model = _model(family)
+  base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), sharp_params(model))
+  # Smaller than half a step of a bfloat16 weight of order 1: rounded away if it is rounded first.
+  joined = lora.join(lora.Frozen(base, SETTINGS.scale), _adapter(model, 1e-3))
+  merged = params_lib.flatten(lora.merge_all(joined))
+  plain = params_lib.flatten(base)
+  for name, leaf in params_lib.flatten(joined).items():
+    if not isinstance(leaf, lora.LoRA):
+      assert merged[name] is plain[name]
+      continue
+    assert merged[name].dtype == jnp.float32
+    for layer in range(len(leaf.a)):
+      a, b = (np.asarray(x[layer], np.float64) for x in (leaf.a, leaf.b))
+      delta = SETTINGS.scale * (a.reshape(-1, SETTINGS.rank) @ b.reshape(SETTINGS.rank, -1))
+      got = np.asarray(merged[name][layer], np.float64) - np.asarray(plain[name][layer], np.float64)
+      np.testing.assert_allclose(got.reshape(delta.shape), delta, atol=2e-7)
+      assert np.abs(delta).max() > 1e-4
+  # To compute with what a directory in bfloat16 holds is to compute with those rounded numbers.
+  rounded = params_lib.unflatten({name: np.asarray(x).astype(ml_dtypes.bfloat16).astype(np.float32)
+                                  for name, x in merged.items()})
+  run, real = quick_jit(lambda params: _logits(model, params)), np.asarray(BATCH.valid)
+  got = np.asarray(run(lora.written_as(joined, 'bfloat16')))[real]
+  np.testing.assert_allclose(got, np.asarray(run(rounded))[real], atol=1e-5)
+  assert np.abs(got - np.asarray(run(joined))[real]).max() > 1e-4
 
 
 @each_family

@@ -146,18 +146,23 @@ def _turn(table, part, i, message):
   """{'role', 'content'} of a message, which may also be of {'from', 'value'}, or have its content
   in parts of text."""
   given = {k: v for k, v in message.items() if v} if isinstance(message, dict) else {}
-  if 'from' in given and 'role' not in given:
-    given = {'role': SPEAKERS.get(given.pop('from'), message['from']), **{
-        'content' if k == 'value' else k: v for k, v in given.items()}}
-  role, content = given.pop('role', None), given.pop('content', '')
-  if isinstance(content, list) and all(
-      isinstance(p, dict) and p.get('type', 'text') == 'text' and isinstance(p.get('text'), str)
-      and not {k for k, v in p.items() if v} - {'type', 'text'} for p in content):
+  names = ('from', 'value') if 'from' in given and 'role' not in given else ('role', 'content')
+  role, content = (given.pop(name, '') for name in names)
+  if names[0] == 'from' and isinstance(role, str):
+    role = SPEAKERS.get(role, role)
+  if isinstance(content, list) and all(map(_is_text, content)):
     content = ''.join(p['text'] for p in content)
-  empty = isinstance(message, dict) and message.get('content', message.get('value')) is None
-  if not isinstance(role, str) or not isinstance(content, str) or given or empty:
+  if not role or not isinstance(role, str) or not isinstance(content, str) or given or (
+      message.get(names[1]) is None):
     raise ValueError(
         f'{part.field("messages_column")}: {table.where(i)} has the message {shown(message)}; '
         "allowed: a 'role' and a 'content' (or 'from' and 'value'), both texts, or parts of the "
         "type 'text', and nothing else")
   return {'role': role, 'content': content}
+
+
+def _is_text(part):
+  """Whether a part of a content is text and nothing more."""
+  return isinstance(part, dict) and isinstance(part.get('text'), str) and (
+      part.get('type') in ('text', None)
+      and not {name for name, value in part.items() if value} - {'type', 'text'})

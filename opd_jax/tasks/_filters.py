@@ -67,7 +67,9 @@ def apply(table: _tables.Table, part: _tables.Part) -> _tables.Table:
     ordered = symbol in ('<', '<=', '>', '>=')
     # A text is never equal to a number: such a filter keeps all rows, or none, without a word.
     if not wanted <= held | {'NoneType'} or ordered and (held != wanted or 'bool' in held):
-      raise ValueError(f'{where}, and the column has values of type {sorted(held)}; allowed: a '
+      odd = next((i for i, v in enumerate(values) if _kind(v) not in wanted), 0)
+      raise ValueError(f'{where}, and the column has values of type {sorted(held)} '
+                       f'({table.where(odd)} has {_tables.shown(values[odd])}); allowed: a '
                        'comparison with the same')
     table = table.select([i for i, v in enumerate(values) if OPERATORS[symbol](v, literal)])
   return table

@@ -244,7 +244,7 @@ def _lines(text):
       try:
         row = json.loads(line, parse_constant=_nothing)
       except ValueError as e:
-        raise ValueError(f'line {number} is no JSON: {e}') from e
+        raise ValueError(f'line {number} is no JSON: {e}') from None
       rows.append(_object(row, f'line {number}', line))
   return rows
 
@@ -255,9 +255,9 @@ def _object(row, place, written):
   for name, value in row.items() if re.search(r'\\u[dD]', written) else ():
     try:
       json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as e:  # no tokenizer, no file takes it
+    except UnicodeEncodeError:  # no tokenizer, no file takes it
       raise ValueError(f'{place} has half of a surrogate pair in {name!r}, '
-                       f'{json.dumps(value)[:200]}') from e
+                       f'{json.dumps(value)[:200]}') from None
   return row
 
 

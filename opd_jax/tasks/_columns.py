@@ -28,9 +28,9 @@ def guess(table: Table, part: Part) -> tuple[Part, list[str]]:
   """
   told = []
   if part.prompt_column == AUTO:
-    kinds = {name: _kind(table, name) for name in table.names}
-    usable = [name for name, kind in kinds.items() if kind]
-    found = [name for name in usable if name in PROMPTS + CONVERSATIONS] or usable
+    named = [name for name in table.names if name in PROMPTS + CONVERSATIONS]
+    kinds = {name: _kind(table, name) for name in named or table.names}
+    found = [name for name, kind in kinds.items() if kind]
     if len(found) != 1:
       raise ValueError(f'{part.field("prompt_column")}: it could be any of {found} of '
                        f"{part.source!r}; allowed: one of them, or '' and a messages_column")

@@ -233,3 +233,67 @@ class TestConversations:
     refused(self.path(tmp_path, [{'role': 'user', 'content': '1'}]), "prompt_column='talk'",
             'messages_column for a conversation', **self.FIELDS | dict(
                 prompt_column='talk', messages_column=''))
+
+
+class TestGuesses:
+
+  AUTO = dict(prompt_column='auto', answer_column='auto')
+
+  def told(self, tmp_path, *rows, **fields):
+    path = tiny.write_jsonl(tmp_path / 'rows.jsonl', [
+        {name: f'{value} {i}' if isinstance(value, str) else value for name, value in row.items()}
+        for i, row in enumerate(rows * 3)])
+    rows = prompts.load('train', options(path, **self.AUTO | fields))
+    return rows, rows.info.description
+
+  @pytest.mark.parametrize(('row', 'prompt', 'answer'), [
+      ({'question': 'a', 'id': 3}, 'question', ''),
+      ({'text': 'a', 'id': 3, 'score': 0.5}, 'text', ''),  # the only column of texts
+      ({'problem': 'a', 'answer': 'b', 'subject': 'c'}, 'problem', 'answer'),
+      ({'prompt': 'a', 'reward_model': {'ground_truth': '7'}}, 'prompt',
+       'reward_model.ground_truth'),
+      ({'prompt': 'a', 'reward_model': {'style': 'none'}}, 'prompt', ''),
+      ({'problem': 'a', 'solution': 'b', 'source': 'c'}, 'problem', 'solution')])
+  def test_the_only_candidate(self, row, prompt, answer, tmp_path):
+    rows, told = self.told(tmp_path, row)
+    assert f"prompt_column is '{prompt}' (guessed)" in told and rows[0]['prompt'][:2] == 'a '
+    assert (f"answer_column is '{answer}' (guessed)" if answer else 'no answers, nothing is graded'
+            ) in told
+    assert (prompts.grade(rows[0], 'x') is None) == (not answer)
+
+  @pytest.mark.parametrize('name', ['messages', 'prompt'])
+  def test_conversations(self, name, tmp_path):
+    path = tiny.write_jsonl(tmp_path / 'rows.jsonl', [
+        {name: [{'role': 'user', 'content': f'{i}'}], 'source': 'b'} for i in range(3)])
+    rows = prompts.load('train', options(path, **self.AUTO))
+    assert f"messages_column is '{name}' (guessed)" in rows.info.description
+    assert rows[0]['prompt'][0]['role'] == 'user'
+    # One that is named is not guessed.
+    named = prompts.load('train', options(path, messages_column=name, **self.AUTO))
+    assert named.to_list() == rows.to_list() and 'messages_column' not in named.info.description
+
+  @pytest.mark.parametrize(('row', 'parts'), [
+      ({'question': 'a', 'problem': 'b'}, ("prompt_column='auto'", "['question', 'problem']")),
+      ({'one': 'a', 'two': 'b'}, ("prompt_column='auto'", "['one', 'two']")),
+      ({'one': 1, 'two': 0.5}, ("prompt_column='auto'", 'any of []')),
+      ({'question': 'a', 'answer': 'b', 'solution': 'c'},
+       ("answer_column='auto'", "['answer', 'solution']"))])
+  def test_not_one(self, row, parts, tmp_path):
+    with pytest.raises(ValueError, match='allowed: one of them') as e:
+      self.told(tmp_path, row)
+    for part in parts:
+      assert part in str(e.value), f'{part!r} is not in {e.value}'
+
+  def test_no_answers_are_looked_for_without_a_grader(self, tmp_path):
+    row = {'question': 'a', 'answer': 'b', 'solution': 'c'}
+    rows, told = self.told(tmp_path, row, grader='none')
+    assert rows.column_names == ['prompt', 'grader'] and 'answer' not in told
+
+  def test_evaluation_rows_have_columns_of_their_own(self, tmp_path):
+    path = tiny.write_jsonl(tmp_path / 'eval.jsonl', [{'problem': 'x', 'answer': '7'}])
+    fields = dict(eval_source=str(path), holdout_examples=0)
+    rows, told = self.told(tmp_path, {'question': 'a'}, **fields)
+    assert prompts.grade(rows[0], '7') is None
+    held_out = prompts.load('eval', options(tmp_path / 'rows.jsonl', **self.AUTO | fields))
+    assert "eval_prompt_column is 'problem' (guessed)" in held_out.info.description
+    assert prompts.grade(held_out[0], '7') == 1.0

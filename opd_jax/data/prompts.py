@@ -51,7 +51,7 @@ def load(path: str | os.PathLike[str]) -> Any:
   # For some model types (qwen2) transformers overrules the generic class that a file names by one
   # that adds tokens of its own.
   try:
-    named = json.loads(file.read_text()).get('tokenizer_class')
+    named = json.loads(file.read_text(encoding='utf-8')).get('tokenizer_class')
   except (AttributeError, ValueError) as e:
     raise ValueError(f'{file} is damaged ({e}); allowed: a JSON object') from e
   if named == 'TokenizersBackend':
@@ -83,7 +83,8 @@ def stop_tokens(path: str | os.PathLike[str], tokenizer: Any) -> tuple[int, ...]
   """
   file = pathlib.Path(path) / 'generation_config.json'
   try:
-    found = json.loads(file.read_text()).get('eos_token_id') if file.exists() else None
+    content = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+    found = content.get('eos_token_id')
   except (AttributeError, ValueError) as e:
     raise ValueError(f'{file} is damaged ({e}); allowed: a JSON object, or no such file') from e
   found = [] if found is None else found if isinstance(found, list) else [found]

@@ -149,7 +149,7 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
   if not file.exists():
     raise FileNotFoundError(f'{file.parent} is not a Hugging Face checkpoint: {file} is missing')
   try:
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_text(encoding='utf-8'))
   except ValueError as e:
     raise ValueError(f'{file} is no JSON: {e}') from e
   if not isinstance(content, dict):

@@ -8,8 +8,9 @@ bfloat16. What is yours to say: the two checkpoints (directories, or names on th
     opd train --config experiments/checkpoints.py --config.student.path=DIR \
         --config.teacher.path=DIR --config.task.options.source=problems.jsonl
 
-A file of problems has the columns `problem` and `answer`, or other names in `prompt_column` and
-`answer_column`; without one, 320 school problems in `assets/` stand in. `checkpoints.py:rank=0`
+A file of prompts needs no other flag where only one of its columns can be the prompts, and at most
+one the answers (the log says which; else `prompt_column` and `answer_column` do): without answers
+nothing is graded. 320 school problems in `assets/` stand in for yours. `checkpoints.py:rank=0`
 trains the whole model, and `checkpoints.py:preset=eopd` takes another objective: any of
 `docs/presets.md`. `opd doctor` with the same flags says in seconds whether the two belong
 together. In the work directory, `export/` is then a Hugging Face directory and `adapter/` a PEFT
@@ -39,8 +40,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   c.compute.microbatch_rows = 8
   c.compute.chunk_tokens = 1024
   c.task = config_lib.task_config(
-      'prompts', source=str(ASSETS / 'word_problems.jsonl'), prompt_column='problem',
-      answer_column='answer', grader='last_number', holdout_examples=64)
+      'prompts', source=str(ASSETS / 'word_problems.jsonl'), grader='last_number',
+      holdout_examples=64)
   c.data.prompts_per_step = 64
   c.data.max_prompt_tokens, c.data.max_new_tokens = 512, 1024
   c.data.overlong = 'drop'

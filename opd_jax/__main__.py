@@ -81,6 +81,8 @@ FLAGS = {
 
 def main() -> None:
   """Runs the console command."""
+  if hasattr(sys.stdout, 'reconfigure'):  # not every console knows every character
+    sys.stdout.reconfigure(errors='backslashreplace')
   command, rest = (sys.argv[1:] or [''])[0], sys.argv[2:]
   if command in ('-h', '--help'):
     print(overview())
@@ -136,7 +138,7 @@ def experiments() -> str:
     return 'There is no folder experiments/ here.'
   lines = []
   for file in sorted(folder.glob('*.py')):
-    text = ast.get_docstring(ast.parse(file.read_text())) or ''
+    text = ast.get_docstring(ast.parse(file.read_bytes())) or ''
     what = ' '.join(text.split('\n\n')[0].split()).partition('. ')[0].rstrip('.')
     lines += textwrap.wrap(f'{file}: {what}', 96, initial_indent='  ', subsequent_indent=' ' * 6)
   return 'Experiments:\n\n' + '\n'.join(lines) + '\n'

@@ -235,10 +235,12 @@ def check_verifier(run: Run, streams: tuple[Stream, ...], own: Examples, held_ou
   if streams[0].objective.needs_rewards and not examples_lib.has_verifier(task, own):
     refuse(run, 'objective.reward_coef objective.row_gate task.name',
            'the task does not grade these examples', "0, and 'none' or 'teacher_likelihood'")
-  for group, name in (('checkpoint', 'keep_best'), ('eval', 'stop_at_sampled_accuracy')):
-    if getattr(getattr(run, group), name) and not examples_lib.has_verifier(task, held_out):
-      refuse(run, f'{group}.{name} task.name',
-             'the task does not grade its evaluation examples, so that there is no accuracy', '0')
+  for asked, field, allowed in (
+      (run.checkpoint.keep_best, 'checkpoint.keep_best', '0, or -1 for 1 where the task grades'),
+      (run.eval.stop_at_sampled_accuracy, 'eval.stop_at_sampled_accuracy', '0')):
+    if asked > 0 and not examples_lib.has_verifier(task, held_out):
+      refuse(run, f'{field} task.name', 'the task does not grade its evaluation examples, so that '
+             'there is no accuracy', allowed)
 
 
 def choose_stop_tokens(run: Run, student: LoadedModel, teacher: LoadedModel | None

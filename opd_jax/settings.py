@@ -204,11 +204,16 @@ class Checkpoint:
 
   every_steps: int = 100
   keep_latest: int = 2
-  keep_best: int = 1
+  keep_best: int = -1  # -1 is 1 where the task grades, and 0 where there are no accuracies
   best_metric: str = 'sampled_accuracy'
   # For others: 'full', the whole model with adapters merged into it (and the adapter beside it), or
   # only the 'adapter'.
   export: str = 'full'
+
+  @property
+  def most_best(self) -> int:
+    """How many of the best are kept at most: where nothing is graded, none is the best."""
+    return 1 if self.keep_best == -1 else self.keep_best
 
 
 @dataclasses.dataclass(frozen=True)

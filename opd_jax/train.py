@@ -174,7 +174,7 @@ def open_checkpoints(run: Run, programs: Programs, workdir: pathlib.Path
   """Opens the checkpoints of a run."""
   return checkpoint.Checkpoints(
       workdir / workdir_lib.CHECKPOINTS, keep_latest=run.checkpoint.keep_latest,
-      keep_best=run.checkpoint.keep_best, best_metric=run.checkpoint.best_metric,
+      keep_best=run.checkpoint.most_best, best_metric=run.checkpoint.best_metric,
       checksums=programs.checksums)
 
 
@@ -195,7 +195,8 @@ def save(run: Run, store: checkpoint.Checkpoints, book: Book, state: TrainState,
   """Saves a checkpoint; `values` are of an evaluation at this step, None without."""
   book.history['step'], metric = step, run.checkpoint.best_metric
   with book.pause():
-    best = {metric: values[metric]} if values is not None and run.checkpoint.keep_best else None
+    graded = run.checkpoint.keep_best and metric in (values or {})
+    best = {metric: values[metric]} if graded else None
     store.save(state, step, book.history, best)
 
 

@@ -205,7 +205,7 @@ class TestFields:
       ('compute__microbatch_rows', -1), ('compute__chunk_tokens', 0), ('compute__layer_unroll', 0),
       ('optimizer__updates_per_batch', 0), ('optimizer__warmup_steps', -1), ('eval__problems', 0),
       ('eval__every_steps', -1), ('eval__samples_per_problem', 0), ('checkpoint__every_steps', 0),
-      ('checkpoint__keep_latest', 0), ('checkpoint__keep_best', -1), ('log__every_steps', 0),
+      ('checkpoint__keep_latest', 0), ('checkpoint__keep_best', -2), ('log__every_steps', 0),
       ('log__plain_every_steps', 0), ('log__transcripts', -1), ('eval__pass_k', 0),
       ('eval__pass_k', 3), ('optimizer__learning_rate', -1.0), ('sample__temperature', 0.0),
       ('sample__top_p', 0.0), ('sample__top_p', 1.5), ('sample__top_k', -1),

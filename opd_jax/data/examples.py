@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from typing import Any
 
 import numpy as np
 
 from opd_jax.data import control
 from opd_jax.data import prompts as prompts_lib
+from opd_jax.errors import ConfigError
 from opd_jax.types import Prompts, Rollout
 
 SHOWN = prompts_lib.SHOWN
 LONGEST = 4 * 10**6  # characters of a text: about a million tokens
 PLAIN = prompts_lib.Style()
 OVERLONG = ('raise', 'drop', 'cut')
+# What stands around the thinking of models that think before they answer.
+THINKING = (('<think>', '</think>'), ('[THINK]', '[/THINK]'), ('<thinking>', '</thinking>'),
+            ('<|begin_of_thought|>', '<|end_of_thought|>'))
 
 
 @functools.lru_cache(maxsize=4)
@@ -207,28 +212,82 @@ class Examples:
 
 
 def completions(rollout: Rollout, tokenizer: Any) -> list[str]:
-  """Decodes the text of each row's completion, without special tokens and without what ended it
-  (which a tokenizer need not call special)."""
+  """Decodes the text of each row's completion, without what ended it (which a tokenizer need not
+  call special) and without special tokens but those around thinking. Where one stood between two
+  texts there is a space: the 7 before [/THINK] and the 8 behind it are no 78."""
   tokens = np.asarray(rollout.tokens)[:, rollout.prompt_length:]
   alive = np.asarray(rollout.valid)[:, rollout.prompt_length:]
   written = [t[a][:-1] if end else t[a]
              for t, a, end in zip(tokens, alive, np.asarray(rollout.ended), strict=True)]
-  return tokenizer.batch_decode(written, skip_special_tokens=True)
+  special = set(tokenizer.all_special_ids) | {
+      i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+  texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+  return [_decode(ids, tokenizer, special) if not special.isdisjoint(ids.tolist()) else text
+          for ids, text in zip(written, texts, strict=True)]
+
+
+def _decode(ids, tokenizer, special):
+  markers = {mark for pair in THINKING for mark in pair}
+  texts, run = [''], []
+  for token in [*ids.tolist(), None]:
+    if token is not None and token not in special:
+      run.append(token)
+      continue
+    texts[-1] += tokenizer.decode(run) if run else ''
+    run, mark = [], None if token is None else tokenizer.convert_ids_to_tokens(token)
+    if mark in markers:
+      texts[-1] += mark
+    else:
+      texts.append('')
+  return ' '.join(filter(None, texts))
+
+
+def answer(text: str) -> str:
+  """Cuts off the thinking: what is graded is what follows it; nothing if it has not ended."""
+  for begin, end in THINKING:
+    text = text.rpartition(end)[2]
+    if begin in text:
+      return ''
+  return text
 
 
 def has_verifier(task: Any, examples: Examples) -> bool:
-  """Tells whether these examples can be graded."""
-  return task.grade(examples.rows[0], '') is not None
+  """Tells whether these examples can be graded.
+
+  Raises:
+    ConfigError: some can and others cannot: no mean of their rewards would mean anything.
+  """
+  graded = [task.grade(row, '') is not None for row in examples.rows]
+  if any(graded) and not all(graded):
+    i = graded.index(False)
+    raise ConfigError(f'task.name={_name(task)!r}: example {i} cannot be graded, and '
+                      f'{sum(graded)} of {len(graded)} others can: {str(examples.rows[i])[:SHOWN]};'
+                      ' allowed: all of a split or none')
+  return graded[0]
+
+
+def _name(task):
+  return task.__name__.rpartition('.')[2]
 
 
 def grade(task: Any, rows: list[dict[str, Any]], rollout: Rollout, tokenizer: Any
           ) -> tuple[np.ndarray, list[str]]:
   """Asks the verifier for rewards, float32 [B]; returns the texts too. A completion that ran out of
   room before its stop token has not answered and gets 0; an example that nobody can grade gets NaN.
+
+  Raises:
+    ConfigError: the verifier gives no number for an answer to an example that it can grade.
   """
   texts, ended = completions(rollout, tokenizer), np.asarray(rollout.ended)
-  rewards = [task.grade(row, text if end else '') for row, text, end
-             in zip(rows, texts, ended, strict=True)]
+  answers = [answer(text) if end else '' for text, end in zip(texts, ended, strict=True)]
+  if hasattr(task, 'grade_all'):
+    rewards = task.grade_all(rows, answers)
+  else:
+    rewards = [task.grade(row, text) for row, text in zip(rows, answers, strict=True)]
+  for row, text, reward in zip(rows, answers, rewards, strict=True):
+    if task.grade(row, '') is not None if reward is None else not math.isfinite(reward):
+      raise ConfigError(f'task.name={_name(task)!r}: its grade of {text[:SHOWN]!r} is {reward}; '
+                        'allowed: a finite number, or None for every answer to an example')
   rewards = [reward if reward is None or end else 0.0
              for reward, end in zip(rewards, ended, strict=True)]
   return np.array(rewards, np.float32), texts  # None becomes NaN

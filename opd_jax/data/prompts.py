@@ -94,7 +94,7 @@ def _compare(tokenizer, plain, path):
 
 def _read_json(file):
   try:
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_text(encoding='utf-8'))
     if not isinstance(content, dict):
       raise ValueError(f'it holds a {type(content).__name__}')
   except (OSError, ValueError, RecursionError) as e:

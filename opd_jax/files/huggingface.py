@@ -180,7 +180,7 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
   if not file.is_file():
     raise FileNotFoundError(f'{file.parent} is not a Hugging Face checkpoint: {file} is missing')
   try:
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_text(encoding='utf-8'))
   except (OSError, ValueError, RecursionError) as e:
     raise ValueError(f'{file} is no JSON: {e}; allowed: a JSON object') from e
   if not isinstance(content, dict):

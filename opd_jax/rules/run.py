@@ -94,8 +94,9 @@ FIELDS = (
            'checkpoint.every_steps checkpoint.keep_latest log.every_steps log.plain_every_steps '
            'doctor.rollouts doctor.max_new_tokens diagnose.prompts', 1),
     *least('data.limit data.warm_steps compute.microbatch_rows optimizer.warmup_steps '
-           'eval.every_steps eval.overlap_top_k checkpoint.keep_best log.transcripts sample.top_k '
-           'eval.top_k', 0),
+           'eval.every_steps eval.overlap_top_k log.transcripts sample.top_k eval.top_k', 0),
+    Rule('checkpoint.keep_best', lambda r: r.checkpoint.keep_best < -1, '',
+         'at least 0, or -1 for 1 where the task grades'),
     *least('diagnose.batches', 8), *least('diagnose.top_k', 2),
     choice('teacher.kind', teachers.names), choice('reference.kind', teachers.names),
     choice('data.source', SOURCES), choice('data.overlong', examples.OVERLONG),

@@ -60,12 +60,25 @@ class Writer:
     self._board.close()
 
 
+def make_console(width: int | None = None) -> Console:
+  """Makes the console on stdout. A character that stdout cannot write, of ours or of a student's,
+  is shown as '\\u2713', and does not end the run."""
+  if hasattr(sys.stdout, 'reconfigure'):
+    sys.stdout.reconfigure(errors='backslashreplace')
+  return Console(highlight=False, width=width)
+
+
 class Display:
   """The terminal: a live line on a terminal, plain lines elsewhere."""
 
   def __init__(self, name: str, total_steps: int, plain_every_steps: int,
                console: Console | None = None):
-    self.console = console or Console(highlight=False)
+    self.console = console or make_console()
+    self._marks = '·✓✗'
+    try:
+      self._marks.encode(self.console.encoding)
+    except UnicodeEncodeError:
+      self._marks = '.+x'
     self._name, self._total, self._plain_every = name, total_steps, plain_every_steps
     self._live = None
     if self.console.is_terminal:
@@ -116,10 +129,11 @@ class Display:
       return
     self.say(title)
     for row in rows:
-      mark, style = '  · ', ''
+      mark, style = self._marks[0], ''
       if row['reward'] is not None:
-        mark, style = ('  ✓ ', 'green') if row['reward'] >= 1.0 else ('  ✗ ', 'red')
-      line = Text(mark, style=style)
+        right = row['reward'] >= 1.0
+        mark, style = (self._marks[1], 'green') if right else (self._marks[2], 'red')
+      line = Text(f'  {mark} ', style=style)
       line.append(row['prompt'], style='bold')
       line.append(row['completion'] or '(nothing)', style=style)
       self.console.print(line, soft_wrap=True)
@@ -156,4 +170,4 @@ def print_table(title: str, columns: list[str], rows: list[list[str]],
     table.add_column(column, justify='left' if i == 0 else 'right', overflow='fold')
   for row in rows:
     table.add_row(*row)
-  (console or Console(highlight=False, width=None if sys.stdout.isatty() else 140)).print(table)
+  (console or make_console(None if sys.stdout.isatty() else 140)).print(table)

@@ -7,8 +7,10 @@ A task module offers
     Dataset's `info.description`. An unknown split is a ValueError "split='NAME'; allowed: [...]";
   prompt(example) -> what a student is given: a text, or for a chat template a list of messages
     {'role': ..., 'content': ...} that ends with the user's;
-  grade(example, text) -> the reward of a completed answer, 0 to 1; None, whatever the text, for the
-    examples of a split that nobody can grade;
+  grade(example, text) -> the reward of a completed answer without its thinking, 0 to 1; None,
+    whatever the text, for the examples of a split that nobody can grade. At the start, every
+    example is asked for its grade of '';
+  grade_all(examples, texts) -> their rewards; only where that is faster than one after the other;
   example_options(folder) -> knobs that work, for the contract tests; only where the default Options
     do not, because the task reads files: it writes a small one into `folder`.
 Knobs that name a file or a folder are called `source` or end in `_source`: a run does not go on

@@ -6,32 +6,27 @@
 
 Rows go through: filters, held-out rows set aside, training rows that are also evaluation rows left
 out. What became of how many is in the log. A row has a `prompt` (a text, or the messages of a
-conversation that ends with the user's turn), perhaps an `answer` and a `completion`, and the name
-of the `grader`, so that `grade` needs nothing else. What graders find and how they
-compare is in `_graders.py`.
+conversation that ends with the user's turn), perhaps an `answer` (or a list of accepted ones) and a
+`completion`, and the name of the `grader`, so that `grade` needs nothing else. How files are read
+is in `_tables.py`, columns in `_columns.py`, filters in `_filters.py`; what graders find and how
+they compare in `_graders.py`.
 """
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Callable
+from concurrent import futures
 import dataclasses
 import json
-import operator
 import pathlib
-import re
 from typing import Any
 
 import datasets
 import numpy as np
 
-from opd_jax.tasks import _graders
+from opd_jax.tasks import _columns, _filters, _graders, _math, _tables
+from opd_jax.tasks._columns import AUTO
 
 GRADERS = ('none', *_graders.FIND)
-READERS = {'.jsonl': 'json', '.json': 'json', '.parquet': 'parquet', '.csv': 'csv'}
-OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
-    '==': operator.eq, '!=': operator.ne, '<': operator.lt, '<=': operator.le, '>': operator.gt,
-    '>=': operator.ge, 'in': lambda value, allowed: value in allowed}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +39,14 @@ class Options:
     subset: the configuration of a data set that has several.
     revision: the commit of a data set on the hub, 40 hex digits: names there move.
     train_split: of the source; '' for the only one there is.
-    prompt_column: column with the text of the prompt.
-    messages_column: in its place, column with a conversation, a list of {'role', 'content'}; if it
-      ends with the assistant's turn, that is the completion.
+    prompt_column: column with the text of the prompt. Columns may be nested, as in
+      'reward_model.ground_truth'. With 'auto' the only column that can be meant is taken, be it of
+      texts or of conversations, and the log says which; several are refused.
+    messages_column: in its place, column with a conversation, a list of {'role', 'content'} (or
+      {'from', 'value'}); if it ends with the assistant's turn, that is the completion.
     suffix: appended to the prompt, or to the last turn of the user.
-    answer_column: what the grader compares with, '' for none.
+    answer_column: what the grader compares with, a text or a number, or a list of accepted ones;
+      '' for none; 'auto' for the only column that can be meant, and without one nothing is graded.
     completion_column: what supervised learning learns, '' for none.
     filters: rows to keep, as 'COLUMN OPERATOR LITERAL', for all of which a row has to be right.
     holdout_examples: how many random training rows become the evaluation set, where nothing else is
@@ -59,16 +57,17 @@ class Options:
     eval_prompt_column, eval_messages_column, eval_answer_column: '' for those of training.
     eval_filters: like `filters`, which are for training rows only.
     grader: 'none'; 'exact', the whole text; 'boxed', what is in the last \\boxed{}; 'last_number'.
+      The last two compare as mathematics.
   """
 
   source: str = ''
   subset: str = ''
   revision: str = ''
   train_split: str = ''
-  prompt_column: str = ''
+  prompt_column: str = 'auto'
   messages_column: str = ''
   suffix: str = ''
-  answer_column: str = ''
+  answer_column: str = 'auto'
   completion_column: str = ''
   filters: tuple[str, ...] = ()
   holdout_examples: int = 0
@@ -87,35 +86,27 @@ class Options:
     _check(self)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-  """Where the rows of one split come from; `prefix` is that of its fields in Options."""
-
-  prefix: str
-  source: str
-  subset: str
-  revision: str
-  split: str
-  prompt_column: str
-  messages_column: str
-  answer_column: str
-  completion_column: str
-  filters: tuple[str, ...]
-
-
 def _train_part(o):
-  return _Part('', o.source, o.subset, o.revision, o.train_split, o.prompt_column,
-               o.messages_column, o.answer_column, o.completion_column, o.filters)
+  return _tables.Part('', o.source, o.subset, o.revision, o.train_split, _prompts(o),
+                      o.messages_column, _answers(o), o.completion_column, o.filters)
+
+
+def _prompts(o):
+  return '' if o.messages_column and o.prompt_column == AUTO else o.prompt_column
+
+
+def _answers(o):
+  return '' if o.grader == 'none' and o.answer_column == AUTO else o.answer_column
 
 
 def _eval_part(o):
   own = bool(o.eval_source)
   columns = o.eval_prompt_column, o.eval_messages_column
   if not any(columns):
-    columns = o.prompt_column, o.messages_column
-  return _Part('eval_', o.eval_source or o.source, o.eval_subset if own else o.subset,
-               o.eval_revision if own else o.revision, o.eval_split, *columns,
-               o.eval_answer_column or o.answer_column, '', o.eval_filters)
+    columns = _prompts(o), o.messages_column
+  return _tables.Part('eval_', o.eval_source or o.source, o.eval_subset if own else o.subset,
+                      o.eval_revision if own else o.revision, o.eval_split, *columns,
+                      o.eval_answer_column or _answers(o), '', o.eval_filters)
 
 
 def _check(o):
@@ -154,7 +145,7 @@ def _check(o):
                      'column of answers, another grader with one')
   for name in ('filters', 'eval_filters'):
     for text in getattr(o, name):
-      _parse(name, text)
+      _filters.parse(name, text)
 
 
 def example_options(folder: pathlib.Path) -> dict[str, Any]:
@@ -217,173 +208,33 @@ def _key(prompt):
 
 def _rows(part, o):
   """(rows with the columns of this task, what to say about them)."""
-  table = _read(part)
+  table = _tables.read(part)
+  told = [f'{len(table)} rows read']
+  part, guessed = _columns.guess(table, part)
   for name in ('prompt_column', 'messages_column', 'answer_column', 'completion_column'):
     column = getattr(part, name)
-    if column and column not in table.column_names:
-      raise ValueError(f'task.options.{part.prefix}{name}={column!r}; allowed: a column of '
-                       f'{part.source!r}, {table.column_names}')
-  told = [f'{len(table)} rows read']
+    if column and not table.has(column):
+      raise ValueError(f'{part.field(name)}; allowed: a column of {part.source!r}, {table.names}')
+  told += guessed
   if part.filters:
-    table = _filter(table, part)
+    table = _filters.apply(table, part)
     told += [f'{len(table)} kept by {part.prefix}filters']
   if not len(table):
-    raise ValueError(f'task.options.{part.prefix}source={part.source!r} with {part.prefix}filters='
-                     f'{part.filters}: no rows are left; allowed: at least one')
+    raise ValueError(f'{part.field("source")} with {part.prefix}filters={part.filters}: no rows '
+                     'are left; allowed: at least one')
   columns: dict[str, Any] = {}
   if part.prompt_column:
-    columns['prompt'] = [p + o.suffix for p in _texts(table, part, 'prompt_column')]
+    columns['prompt'] = [p + o.suffix for p in _columns.texts(table, part, 'prompt_column')]
   else:
-    columns['prompt'], spoken = _conversations(table, part, o.suffix)
+    columns['prompt'], spoken = _columns.conversations(table, part, o.suffix)
     if spoken and not part.completion_column:
       columns['completion'] = spoken
   if part.completion_column:
-    columns['completion'] = _texts(table, part, 'completion_column')
+    columns['completion'] = _columns.texts(table, part, 'completion_column')
   if part.answer_column:
-    columns['answer'] = [
-        v if isinstance(v, str) else json.dumps(v)
-        for v in _values(table, part, 'answer_column', (str, int, float))]
+    columns['answer'] = _columns.answers(table, part)
   columns['grader'] = [o.grader if part.answer_column else 'none'] * len(table)
   return datasets.Dataset.from_dict(columns), told
-
-
-def _values(table, part, name, types):
-  values = table[getattr(part, name)][:]
-  for i, v in enumerate(values):
-    if not isinstance(v, types) or isinstance(v, bool):
-      raise ValueError(f'task.options.{part.prefix}{name}={getattr(part, name)!r}: row {i} of '
-                       f'{part.source!r} has {v!r}; allowed: {[t.__name__ for t in types]}')
-  return values
-
-
-def _texts(table, part, name):
-  return _values(table, part, name, (str,))
-
-
-def _conversations(table, part, suffix):
-  """(conversations that end with the user's turn, the assistant's answers or None)."""
-  prompts, spoken = [], []
-  for i, messages in enumerate(_values(table, part, 'messages_column', (list,))):
-    for m in messages:
-      more = sorted(k for k, v in m.items() if v and k not in ('role', 'content'))
-      if not isinstance(m.get('role'), str) or not isinstance(m.get('content'), str) or more:
-        raise ValueError(f'task.options.{part.prefix}messages_column={part.messages_column!r}: row '
-                         f"{i} of {part.source!r} has the message {m!r}; allowed: a 'role' and a "
-                         "'content', both texts, and nothing else")
-    turns = [{'role': m['role'], 'content': m['content']} for m in messages]
-    if turns and turns[-1]['role'] == 'assistant':
-      spoken.append(turns.pop()['content'])
-    if not turns or turns[-1]['role'] != 'user':
-      raise ValueError(f'task.options.{part.prefix}messages_column={part.messages_column!r}: row '
-                       f"{i} of {part.source!r} has the roles {[m['role'] for m in messages]}; "
-                       "allowed: the last one is 'user', or 'user' and then 'assistant'")
-    turns[-1]['content'] += suffix
-    prompts.append(turns)
-  if spoken and len(spoken) != len(prompts):
-    raise ValueError(f'task.options.{part.prefix}messages_column={part.messages_column!r}: '
-                     f"{len(spoken)} of {len(prompts)} conversations end with 'assistant'; "
-                     'allowed: all of them or none')
-  return prompts, spoken or None
-
-
-# --- reading ---
-
-
-def _read(part):
-  """The table that a part names.
-
-  Raises:
-    ValueError: it cannot be read; what is wrong with it, and what is allowed.
-  """
-  path = pathlib.Path(part.source)
-  field = f'task.options.{part.prefix}source={part.source!r}'
-  if path.exists():
-    if part.revision:
-      raise ValueError(f'task.options.{part.prefix}revision={part.revision!r} has no effect on the '
-                       f"local {part.source!r}; allowed: ''")
-    if part.subset and (path.is_file() or _saved(path)):
-      raise ValueError(f'task.options.{part.prefix}subset={part.subset!r} has no effect on '
-                       f"{part.source!r}; allowed: ''")
-    if path.is_file() and path.suffix not in READERS:
-      raise ValueError(f'{field}; allowed: files of {sorted(READERS)}')
-  elif not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', part.source) or path.suffix in READERS:
-    raise ValueError(f'{field} does not exist; allowed: a file, a folder, or the name of a data '
-                     "set on the hub ('OWNER/NAME')")
-  elif not re.fullmatch('[0-9a-f]{40}', part.revision):
-    raise ValueError(f'task.options.{part.prefix}revision={part.revision!r} with the data set '
-                     f'{part.source!r} of the hub (there is no such file or folder); allowed: the '
-                     '40 hex digits of a commit')
-  try:
-    if _saved(path):
-      table = datasets.load_from_disk(part.source)
-    elif path.is_file():
-      table = datasets.load_dataset(READERS[path.suffix], data_files=part.source)
-    else:
-      table = datasets.load_dataset(part.source, name=part.subset or None,
-                                    revision=part.revision or None)
-  except (ValueError, OSError, StopIteration, datasets.exceptions.DatasetsError) as e:
-    why = str(e.__cause__ or e) or 'it is empty'  # what an empty file raises has no text
-    raise ValueError(f'{field}, subset={part.subset!r} cannot be read: {why}; allowed: what '
-                     '`datasets` can read') from e
-  if isinstance(table, datasets.Dataset):
-    table = {'train': table}
-  name = part.split or (next(iter(table)) if len(table) == 1 else '')
-  if name not in table:
-    key = 'eval_split' if part.prefix else 'train_split'
-    raise ValueError(f'task.options.{key}={part.split!r}; allowed: a split of {part.source!r}, '
-                     f'{list(table)}')
-  return table[name].with_format(None)
-
-
-def _saved(path):
-  """Whether `save_to_disk` wrote it."""
-  return (path / 'dataset_dict.json').exists() or (path / 'state.json').exists()
-
-
-# --- filters ---
-
-
-def _parse(name, text):
-  """'level >= 3' to ('level', '>=', 3)."""
-  match = re.fullmatch(r'\s*(\S+?)\s*(==|!=|<=|>=|<|>|\sin\s)\s*(.+?)\s*', text)
-  try:
-    literal = ast.literal_eval(match[3]) if match else None
-  except (ValueError, SyntaxError):
-    match = None
-  if match is None or match[2].strip() == 'in' and not isinstance(literal, list | tuple | set):
-    raise ValueError(
-        f'task.options.{name} has {text!r}; allowed: COLUMN OPERATOR LITERAL with an operator of '
-        f"{list(OPERATORS)} and a Python literal, a list for 'in': \"level >= 3\", "
-        "\"source == 'math'\", \"level in [4, 5]\"")
-  return match[1], match[2].strip(), literal
-
-
-def _kind(value):
-  if isinstance(value, bool):
-    return 'bool'
-  return 'number' if isinstance(value, int | float) else type(value).__name__
-
-
-def _filter(table, part):
-  for text in part.filters:
-    column, symbol, literal = _parse(f'{part.prefix}filters', text)
-    where = f'task.options.{part.prefix}filters has {text!r}'
-    if column not in table.column_names:
-      raise ValueError(f'{where}; allowed: a column of {part.source!r}, {table.column_names}')
-    values = table[column][:]
-    wanted = {_kind(x) for x in (literal if symbol == 'in' else [literal])}
-    held = {_kind(v) for v in values}
-    ordered = symbol in ('<', '<=', '>', '>=')
-    # A text is never equal to a number: such a filter keeps all rows, or none, without a word.
-    if not wanted <= held | {'NoneType'} or ordered and (held != wanted or 'bool' in held):
-      raise ValueError(f'{where}, and the column has values of type {sorted(held)}; allowed: a '
-                       'comparison with the same')
-    keep = [i for i, v in enumerate(values) if OPERATORS[symbol](v, literal)]
-    table = table.select(keep)
-  return table
-
-
-# --- the task ---
 
 
 def prompt(example: dict[str, Any]) -> str | list[dict[str, str]]:
@@ -392,7 +243,14 @@ def prompt(example: dict[str, Any]) -> str | list[dict[str, str]]:
 
 
 def grade(example: dict[str, Any], text: str) -> float | None:
-  """Returns 1.0 for the right answer, else 0.0; None without an answer to compare."""
+  """Returns 1.0 for a right answer, else 0.0; None without an answer to compare."""
   if example['grader'] == 'none':
     return None
-  return _graders.grade(example['grader'], example['answer'], text)
+  answers = example['answer']
+  return _graders.grade(example['grader'], [answers] if isinstance(answers, str) else answers, text)
+
+
+def grade_all(examples: list[dict[str, Any]], texts: list[str]) -> list[float | None]:
+  """Grades many at a time: threads wait for the processes that judge mathematics."""
+  with futures.ThreadPoolExecutor(_math.WORKERS) as pool:
+    return list(pool.map(grade, examples, texts))

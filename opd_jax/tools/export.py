@@ -130,7 +130,7 @@ def _restore(run: Run, workdir: pathlib.Path, step: int, shape: Any
   folder, steps = workdir / workdir_lib.CHECKPOINTS, []
   if folder.is_dir():
     store = checkpoint.Checkpoints(
-        folder, keep_latest=run.checkpoint.keep_latest, keep_best=run.checkpoint.keep_best,
+        folder, keep_latest=run.checkpoint.keep_latest, keep_best=run.checkpoint.most_best,
         best_metric=run.checkpoint.best_metric, read_only=True)
     steps = store.steps()
   if not steps or step not in (-1, *steps):

@@ -11,7 +11,6 @@ import sys
 from typing import Any
 
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from opd_jax import build, experiment, train
 from opd_jax import config as config_lib
@@ -22,6 +21,7 @@ from opd_jax.experiment import Pipeline, stage_config, stage_dir
 from opd_jax.files import huggingface
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.rules.run import STAGE
+from opd_jax.run import metrics
 from opd_jax.settings import Student, Teacher
 from opd_jax.tools import compare_estimators, report
 
@@ -58,7 +58,7 @@ def examine(c: ConfigDict, only: str | None, workdir: str | pathlib.Path) -> boo
   Returns:
     Whether no check failed.
   """
-  console = Console(highlight=False)
+  console = metrics.make_console()
   if only is not None:
     experiment.pick_stage(c, only)  # there has to be one
   if not experiment.is_pipeline(c):
@@ -96,7 +96,7 @@ def measure(c: ConfigDict, stage: str | None, workdir: str | pathlib.Path, *, wr
     c = stage_config(p, stage, p.seeds[0], workdir)
     workdir = stage_dir(workdir, stage, p.seeds[0])
   # A file is read at leisure: there, tables need not be as narrow as a terminal.
-  console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+  console = metrics.make_console(None if sys.stdout.isatty() else 140)
   compare_estimators.command(c, workdir if write else None, console)
 
 

@@ -229,7 +229,8 @@ def write(p: Pipeline, workdir: pathlib.Path) -> dict[str, Any]:
   parts = tables(summary)
   for part in parts:
     metrics.print_table(*part)
-  (workdir / 'report.md').write_text('\n'.join(markdown(*part) for part in parts))
+  (workdir / 'report.md').write_text('\n'.join(markdown(*part) for part in parts),
+                                     encoding='utf-8')
   (workdir / 'report.json').write_text(json.dumps(summary, indent=2) + '\n')
   draw(p, results, workdir / 'curves.png')
   print(f'picture: {workdir / "curves.png"}')

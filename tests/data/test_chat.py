@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import json
+import runpy
 
 from ml_collections import ConfigDict
 import numpy as np
@@ -166,7 +167,43 @@ def test_prompts_that_nobody_grades(tmp_path, capsys):
   assert 'accuracy' not in out and '✗' not in out and '  · <|turn|>user' in out
   assert 'chat eval at step 2: ' in out and 'reverse KL' in out
   with pytest.raises(ConfigError, match=r"checkpoint\.keep_best=1, .*'prompts'.*allowed: 0"):
-    open_parts(make(task=dict(answer_column='', grader='none')))
+    open_parts(make(task=dict(answer_column='', grader='none'), checkpoint__keep_best=1))
+
+
+def one_flag(tmp_path, rows, **fields):
+  """The config of experiments/checkpoints.py for tiny models, and nothing but the file said."""
+  c = make(checkpoint__every_steps=1, steps=2, **fields)
+  c.task = runpy.run_path(str(tiny.ROOT / 'experiments' / 'checkpoints.py'))['get_config']().task
+  c.task.options.source = str(tiny.write_jsonl(tmp_path / 'rows.jsonl', rows))
+  return c
+
+
+def test_prompts_without_answers_need_one_flag(tmp_path, capsys):
+  c = one_flag(tmp_path, [{'id': i, 'question': f'{i}?', 'level': None} for i in range(80)])
+  assert c.task.options.grader != 'none' and c.checkpoint.keep_best == -1
+  result = train.train(c, tmp_path / 'run')
+  assert not [name for name in result['after'] if 'accuracy' in name]
+  out = capsys.readouterr().out
+  assert ("chat train data: examples 16, task 80 rows read, prompt_column is 'question' (guessed), "
+          'no answers, nothing is graded, 64 held out') in out
+  # Of the checkpoints only the latest are left: none is the best.
+  assert sorted(int(f.name) for f in (tmp_path / 'run/checkpoints').iterdir()) == [1, 2]
+  assert train.train(c, tmp_path / 'run') == result
+  c.checkpoint.keep_best = 1  # asked for
+  with pytest.raises(ConfigError, match=r'checkpoint\.keep_best=1, .*allowed: 0, or -1'):
+    open_parts(c)
+  c.checkpoint.keep_best, c.eval.every_steps, c.eval.stop_at_sampled_accuracy = -1, 1, 0.5
+  with pytest.raises(ConfigError, match=r'eval\.stop_at_sampled_accuracy=0\.5, .*allowed: 0'):
+    open_parts(c)
+
+
+def test_prompts_with_answers_are_graded_with_the_same_flag(tmp_path):
+  rows = [{'question': f'{i}?', 'answer': i} for i in range(80)]
+  s = open_parts(one_flag(tmp_path, rows))
+  assert examples_lib.has_verifier(s.task, s.held_out)
+  assert "answer_column is 'answer' (guessed)" in s.report['train']['task']
+  run = config.parse(one_flag(tmp_path, rows))
+  assert run.checkpoint.most_best == 1
 
 
 def test_rewards_that_nobody_gives():

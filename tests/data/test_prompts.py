@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -59,6 +60,20 @@ class TestStopTokens:
     # Added tokens lie above the learned ones, and the rest of the vocabulary is padding.
     assert (END, QUIET + 1) == (280, 285) and loaded.model.vocab_in_use == 285
     assert loaded.model.config.vocab_size == 320
+
+  def test_files_are_utf_8_whatever_the_locale(self, tmp_path):
+    path = tiny.write_chat_model(tmp_path / 'model', template=tiny.CHAT + '{# \u4e2d #}')
+    (path / 'chat_template.jinja').unlink(missing_ok=True)  # it stands in tokenizer_config.json
+    file = path / 'tokenizer_config.json'
+    values = json.loads(file.read_text(encoding='utf-8')) | {'chat_template': tiny.CHAT + '\u4e2d'}
+    file.write_text(json.dumps(values, ensure_ascii=False), encoding='utf-8')
+    code = ('import pathlib; from opd_jax.data import prompts; '
+            f'path = pathlib.Path({str(path)!r}); t = prompts.load(path); '
+            'print(prompts.stop_tokens(path, t), ascii(t.chat_template[-1]))')
+    out = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True,
+                         env={**os.environ, 'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0',
+                              'PYTHONUTF8': '0'}).stdout
+    assert out == f"({END}, {OVER}) '\\u4e2d'\n"
 
   def test_a_tokenizer_of_another_model(self, tmp_path):
     # Its ids go beyond the rows of the embedding.

@@ -3,6 +3,9 @@
 import io
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -146,6 +149,40 @@ class TestDisplay:
     display.progress(1, {'loss': 0.5, 'perf': PERF})
     display.say('saved in [tmp]')
     assert 'run[1] step 1/1' in out.getvalue() and 'saved in [tmp]' in out.getvalue()
+
+
+class TestOtherConsoles:
+  """What is no UTF-8 must not end a run."""
+
+  SHOW = (
+      'from opd_jax.run import metrics\n'
+      'd = metrics.Display("caf\\u00e9", 1, 1)\n'
+      'd.transcripts("title", [{"prompt": "\\u4e2d", "completion": "\\ud800", "reward": r}\n'
+      '                        for r in (None, 1.0, 0.0)])\n'
+      'd.say("3 \\u2013 4")\n'
+      'metrics.print_table("\\u2013", ["", "x"], [["\\u4e2d", "1"]])\n')
+
+  def output(self, encoding, *command):
+    env = {name: value for name, value in os.environ.items() if name != 'PYTHONUTF8'}
+    out = subprocess.run([sys.executable, *command], capture_output=True, check=True, env={
+        **env, 'PYTHONIOENCODING': encoding})
+    return out.stdout
+
+  @pytest.mark.parametrize(('encoding', 'marks', 'name', 'dash'), [
+      ('utf-8', '\u00b7\u2713\u2717', '\u4e2d', '\u2013'), ('ascii', '.+x', r'\u4e2d', r'\u2013'),
+      ('latin-1', '.+x', r'\u4e2d', r'\u2013'), ('cp1252', '.+x', r'\u4e2d', '\u2013')])
+  def test_what_it_cannot_write_is_escaped(self, encoding, marks, name, dash):
+    lines = self.output(encoding, '-c', self.SHOW).decode(encoding).splitlines()
+    assert lines[:5] == ['title', *(rf'  {m} {name}\ud800' for m in marks), f'3 {dash} 4']
+    assert any(name in line for line in lines[5:])  # the table
+
+  def test_the_command_writes_on_it_too(self, tmp_path):
+    folder = tmp_path / 'experiments'
+    folder.mkdir()
+    (folder / 'mine.py').write_text('"""A \u4e2d."""\n', encoding='utf-8')
+    code = (f'import os, sys; os.chdir({str(tmp_path)!r}); sys.argv = ["opd", "train", "--help"]\n'
+            'from opd_jax.__main__ import main; main()')
+    assert rb'mine.py: A \u4e2d' in self.output('ascii', '-c', code)
 
 
 class TestClock:

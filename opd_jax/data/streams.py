@@ -35,8 +35,8 @@ class Stream:
     samples: completions of each prompt.
     steps: the part of 0..1 that a step's draw (`step_draw`) must fall into for the stream to take
       part, the upper end excluded.
-    warm_steps: the first steps of a run, in which the student writes nothing.
     microbatch_rows: rows per forward and backward pass, 0 for all of them.
+    warm_steps: the first steps of a run, in which the student writes nothing.
   """
 
   name: str
@@ -47,8 +47,8 @@ class Stream:
   prompts: int
   samples: int
   steps: tuple[float, float]
-  warm_steps: int
   microbatch_rows: int
+  warm_steps: int = 0
 
   @property
   def rows(self) -> int:
@@ -86,7 +86,7 @@ def make(run: Run) -> tuple[Stream, ...]:
   own = Stream(
       OWN, run.data.source, run.sample.teacher_mix if run.data.source == 'student' else 0.0,
       objective_of(run, run.data.source), run.data.split, run.data.prompts_per_step,
-      run.data.samples_per_prompt, (0.0, share), run.data.warm_steps, microbatch)
+      run.data.samples_per_prompt, (0.0, share), microbatch, run.data.warm_steps)
   out = [own]
   if run.data.off_policy_source != 'none':
     writer = run.data.off_policy_source
@@ -95,7 +95,7 @@ def make(run: Run) -> tuple[Stream, ...]:
   if run.given.source != 'none':
     rows = run.given.prompts_per_step
     out.append(Stream(GIVEN, run.given.source, 0.0, given_objective(run), run.given.split, rows, 1,
-                      (0.0, 1.0), run.data.warm_steps, math.gcd(microbatch, rows)))
+                      (0.0, 1.0), math.gcd(microbatch, rows), run.data.warm_steps))
   return tuple(out)
 
 

@@ -17,7 +17,7 @@ from opd_jax.models.params import flatten
 
 # What a run leaves there, beside `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
 CONFIG, RESULT, EXPORT, ADAPTER = 'config.json', 'result.json', 'export', 'adapter'
-INPUTS, CHECKPOINTS = 'inputs.json', 'checkpoints'
+INPUTS, REVISIONS, CHECKPOINTS = 'inputs.json', 'revisions.json', 'checkpoints'
 
 
 def write_json(file: pathlib.Path, content: Any, **options: Any) -> None:
@@ -38,6 +38,33 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
   a, b = flatten(a), flatten(b)
   return [f'{k}: {a.get(k, "(absent)")!r} -> {b.get(k, "(absent)")!r}'
           for k in sorted(set(a) | set(b)) if a.get(k, '(absent)') != b.get(k, '(absent)')]
+
+
+def read_revisions(file: pathlib.Path) -> dict[str, str]:
+  """Reads which commits names on the hub stood for at the first start; {} where there were none.
+
+  Raises:
+    ConfigError: the file is damaged.
+  """
+  try:
+    return json.loads(file.read_text()) if file.exists() else {}
+  except (OSError, ValueError) as e:
+    raise ConfigError(f'{file} cannot be read ({e}); allowed: what a run wrote there, or commits '
+                      'in the config and no such file') from e
+
+
+def write_revisions(file: pathlib.Path, commits: dict[str, str]) -> None:
+  """Writes what `read_revisions` reads.
+
+  Raises:
+    ConfigError: the directory cannot be written.
+  """
+  try:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, commits, sort_keys=True)
+  except OSError as e:
+    raise ConfigError(f'workdir={str(file.parent)!r} cannot be used: {e}; allowed: a directory '
+                      'that can be created and written') from e
 
 
 def fingerprint(settings: dict[str, Any]) -> str:

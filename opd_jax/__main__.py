@@ -255,10 +255,12 @@ def dispatch(command: str, argv: list[str]) -> int:
 
 def run_command(command: str, flags: Any) -> int:
   """Runs a command with its flags; returns the exit status."""
-  from opd_jax import experiment, train
+  from opd_jax import config, experiment, train
   from opd_jax.tools import evaluate_model, export, pipeline
   c, given = flags.config, flags.workdir
   workdir = pathlib.Path(given or experiment.default_workdir(c))
+  if command != 'train' and c is not None:  # which keeps them
+    c = config.pin(c, workdir, keep=False)
   if command == 'train':
     (pipeline.run if experiment.is_pipeline(c) else train.train)(c, workdir)
     print(f'done: {workdir}')

@@ -6,15 +6,20 @@ the one reader of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import copy
 import dataclasses
 import json
+import pathlib
+import re
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from opd_jax import tasks
 from opd_jax.errors import ConfigError
+from opd_jax.files import hub
+from opd_jax.files import workdir as workdir_lib
 from opd_jax.rules import run as rules
 from opd_jax.settings import Run
 
@@ -84,6 +89,65 @@ def check_fields(c: ConfigDict, template: ConfigDict, prefix: str) -> None:
   if unknown:
     raise ConfigError(f'unknown config keys {[prefix + k for k in unknown]}; allowed: '
                       f'{[prefix + k for k in sorted(template)]}')
+
+
+def pin(c: ConfigDict, workdir: str | pathlib.Path, keep: bool = True) -> ConfigDict:
+  """Puts commits in the place of branches and tags (and of nothing, for the main branch) of what is
+  on the hub: those that the work directory has kept from the first start, or that the hub says now.
+
+  Args:
+    c: of a run, or of a pipeline, whose stages are pinned together.
+    workdir: of the run or the pipeline.
+    keep: whether they are kept there for later starts, and said.
+
+  Returns:
+    A copy.
+
+  Raises:
+    ConfigError: a name that the hub does not know or that cannot be asked for; names the field.
+  """
+  file, out = pathlib.Path(workdir) / workdir_lib.REVISIONS, copy.deepcopy(c)
+  known = before = workdir_lib.read_revisions(file)
+  stages = out.get('stages') if isinstance(out.get('stages'), ConfigDict) else {'': out}
+  for stage, run in stages.items():
+    for where, group, name, path, kind in _on_the_hub(run):
+      asked = group[name]
+      key = f'{kind} {path} {asked or "(main)"}'
+      field = f'{f"stages.{stage}." if stage else ""}{where}{name}={asked!r}'
+      if key not in known:
+        try:
+          known = {**known, key: hub.find_commit(path, asked, kind)}
+        except ValueError as e:
+          raise ConfigError(
+              f'{field} of {path!r}, which is not here: {e}; allowed: a branch, a tag, the 40 hex '
+              "digits of a commit, or '' for the main branch") from e
+        if keep:
+          print(f'{field} of {path!r} is the commit {known[key]}, which {file} keeps', flush=True)
+      group[name] = known[key]
+  if keep and known != before:
+    workdir_lib.write_revisions(file, known)
+  return out
+
+
+def _on_the_hub(run: ConfigDict) -> Iterator[tuple[str, ConfigDict, str, str, str]]:
+  """(where, group, field of the revision, repository, kind) of what has no commit yet. A config
+  that is not what it should be is for `parse` to refuse."""
+  places = [(f'{part}.', run.get(part), 'path', 'revision', 'model')
+            for part in ('student', 'teacher', 'reference')]
+  task = run.get('task')
+  options = task.get('options') if isinstance(task, ConfigDict) else None
+  places += [('task.options.', options, f'{prefix}source', f'{prefix}revision', 'dataset')
+             for prefix in ('', 'eval_')]
+  for where, group, source, name, kind in places:
+    if not isinstance(group, ConfigDict):
+      continue
+    path, asked = group.get(source), group.get(name)
+    if not isinstance(path, str) or not isinstance(asked, str) or hub.is_commit(asked):
+      continue
+    here = pathlib.Path(path)
+    missing_file = kind == 'dataset' and here.suffix in tasks.get('prompts').READERS
+    if re.fullmatch(hub.NAMES[kind], path) and not here.exists() and not missing_file:
+      yield where, group, name, path, kind
 
 
 def task_config(name: str, **options: Any) -> ConfigDict:

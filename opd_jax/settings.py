@@ -33,8 +33,9 @@ class Lora:
 class Student:
   """Who learns."""
 
-  # A Hugging Face directory, 'stage:NAME', or 'organization/name' of the hub with its commit as
-  # `revision`; '' makes a fresh model from `fresh` with a character tokenizer.
+  # A Hugging Face directory, 'stage:NAME', or 'organization/name' of the hub, where `revision` is a
+  # commit, or a branch or tag ('' is main), whose commit the first start keeps (config.pin). ''
+  # makes a fresh model from `fresh` with a character tokenizer.
   path: str = ''
   revision: str = ''
   factory: str = ''  # 'package.module:function' of a Flax module (files/factory.py), '' for none

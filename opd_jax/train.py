@@ -52,13 +52,13 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     NonFiniteError: with the step; the last good checkpoint is kept.
     PreemptedError: after saving.
   """
-  run, settings, workdir = config_lib.parse(c), config_lib.to_dict(c), pathlib.Path(workdir)
+  pinned, workdir = config_lib.pin(c, workdir), pathlib.Path(workdir)
+  run, settings = config_lib.parse(pinned), config_lib.to_dict(pinned)
   inputs = check_directory(run, settings, workdir)
   if (done := workdir_lib.result(workdir)) is not None:
     return done
 
-  # Models, tokenizers and data, opened and held against each other. No weight has been read, and
-  # nothing compiled: whatever is wrong with a pairing shows here, in seconds.
+  # Models, tokenizers and data, held against each other in seconds: no weight is read yet.
   parts = build.open_parts(run)
   findings = doctor.require(run, doctor.examine(run, parts))
   programs = compile_programs(run, parts)

@@ -24,6 +24,7 @@ import numpy as np
 
 from opd_jax import models
 from opd_jax.data import prompts as prompts_lib
+from opd_jax.files import hub
 from opd_jax.files import safetensors as safetensors_lib
 from opd_jax.files.safetensors import Stored
 from opd_jax.models.params import flatten
@@ -114,7 +115,7 @@ def check_source(path: str | os.PathLike[str], revision: str) -> None:
   elif not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(path)):
     raise ValueError(f"path='{path}' is not a directory; allowed: a Hugging Face checkpoint "
                      "directory, or 'organization/name' of the hub with a revision")
-  elif not re.fullmatch(r'[0-9a-f]{40}', revision):  # branches move, and tags can be moved
+  elif not hub.is_commit(revision):
     raise ValueError(f"revision={revision!r} of path='{path}', which is not a directory here; "
                      'allowed: the 40 hex digits of a commit of that repository, or for path a '
                      'Hugging Face checkpoint directory')

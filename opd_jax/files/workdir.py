@@ -17,7 +17,7 @@ from opd_jax.models.params import flatten
 
 # What a run leaves there, beside `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
 CONFIG, RESULT, EXPORT, ADAPTER = 'config.json', 'result.json', 'export', 'adapter'
-INPUTS, CHECKPOINTS = 'inputs.json', 'checkpoints'
+INPUTS, REVISIONS, CHECKPOINTS = 'inputs.json', 'revisions.json', 'checkpoints'
 
 
 def write_json(file: pathlib.Path, content: Any, **options: Any) -> None:
@@ -38,6 +38,33 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
   a, b = flatten(a), flatten(b)
   return [f'{k}: {a.get(k, "(absent)")!r} -> {b.get(k, "(absent)")!r}'
           for k in sorted(set(a) | set(b)) if a.get(k, '(absent)') != b.get(k, '(absent)')]
+
+
+def read_revisions(file: pathlib.Path) -> dict[str, str]:
+  """Reads which commits names on the hub stood for at the first start; {} where there were none.
+
+  Raises:
+    ConfigError: the file is damaged.
+  """
+  try:
+    return json.loads(file.read_text()) if file.exists() else {}
+  except (OSError, ValueError) as e:
+    raise ConfigError(f'{file} cannot be read ({e}); allowed: what a run wrote there, or commits '
+                      'in the config and no such file') from e
+
+
+def write_revisions(file: pathlib.Path, commits: dict[str, str]) -> None:
+  """Writes what `read_revisions` reads.
+
+  Raises:
+    ConfigError: the directory cannot be written.
+  """
+  try:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, commits, sort_keys=True)
+  except OSError as e:
+    raise ConfigError(f'workdir={str(file.parent)!r} cannot be used: {e}; allowed: a directory '
+                      'that can be created and written') from e
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
@@ -97,19 +124,16 @@ def check(workdir: pathlib.Path, settings: dict[str, Any]) -> None:
     ConfigError: the directory holds another config's run or what is left of one, or cannot be
       written.
   """
-  if strangers := _strangers(workdir, settings):
-    raise ConfigError(
-        f'workdir={str(workdir)!r} holds {strangers} of another run (or of one by an older version '
-        'of this program); allowed: a directory without, so move or remove them')
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / CONFIG).exists():
       partial = workdir / f'.{CONFIG}.partial'
       partial.write_text('')  # whether it can be written shows only by writing
       partial.unlink()
-      return
-    # The doctor changes no step of a run: one that it will not let resume needs its switches.
-    theirs = {**json.loads((workdir / CONFIG).read_text()), 'doctor': settings['doctor']}
+      theirs = settings
+    else:
+      # The doctor changes no step of a run: one that it will not let resume needs its switches.
+      theirs = {**json.loads((workdir / CONFIG).read_text()), 'doctor': settings['doctor']}
   except (OSError, TypeError, json.JSONDecodeError) as e:
     raise ConfigError(
         f'workdir={str(workdir)!r} cannot be used ({CONFIG}: {e}); allowed: a directory that can '
@@ -119,6 +143,10 @@ def check(workdir: pathlib.Path, settings: dict[str, Any]) -> None:
     raise ConfigError(
         f'workdir={str(workdir)!r} holds a run of another config ({changes}); allowed: a new '
         'directory, or the config that the run was started with')
+  if strangers := _strangers(workdir, settings):
+    raise ConfigError(
+        f'workdir={str(workdir)!r} holds {strangers} of another run (or of one by an older version '
+        'of this program); allowed: a directory without, so move or remove them')
 
 
 def read_inputs(workdir: pathlib.Path) -> dict[str, Digests]:
@@ -128,7 +156,10 @@ def read_inputs(workdir: pathlib.Path) -> dict[str, Digests]:
     ConfigError: the directory does not say.
   """
   try:
-    return json.loads((workdir / INPUTS).read_text())
+    content = json.loads((workdir / INPUTS).read_text())
+    if not isinstance(content, dict) or not all(isinstance(x, dict) for x in content.values()):
+      raise ValueError('no object of objects')
+    return content
   except (OSError, ValueError) as e:
     raise ConfigError(
         f'workdir={str(workdir)!r} does not say what its run was started on ({INPUTS}: {e}); '
@@ -149,11 +180,13 @@ def check_inputs(workdir: pathlib.Path, inputs: dict[str, Digests], reason: str)
   """
   if not (workdir / CONFIG).exists():
     return
-  if reason and not (workdir / INPUTS).exists():
-    changes = [f'{INPUTS} is missing']
-  else:
+  try:
     before = read_inputs(workdir)
     changes = digest.changes({name: before.get(name, {}) for name in inputs}, inputs)
+  except ConfigError:
+    if not reason:
+      raise
+    changes = [f'{INPUTS} cannot be read']
   more = f' and {len(changes) - 8} more' if changes[8:] else ''
   told = (f'workdir={str(workdir)!r}: its run began with other inputs ({"; ".join(changes[:8])}'
           f'{more})')

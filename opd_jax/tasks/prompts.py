@@ -37,7 +37,7 @@ class Options:
     source: a file (.jsonl, .json, .parquet, .csv), a folder of such files or one that
       `save_to_disk` wrote, or the name of a data set on the hub.
     subset: the configuration of a data set that has several.
-    revision: the commit of a data set on the hub, 40 hex digits: names there move.
+    revision: of a data set on the hub: its commit, 40 hex digits, or a name (see `config.pin`).
     train_split: of the source; '' for the only one there is.
     prompt_column: column with the text of the prompt. Columns may be nested, as in
       'reward_model.ground_truth'. With 'auto' the only column that can be meant is taken, be it of

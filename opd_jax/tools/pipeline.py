@@ -33,7 +33,7 @@ def run(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     ConfigError: before the first stage starts, whichever stage is wrong.
   """
   workdir = pathlib.Path(workdir).resolve()  # stages refer to each other by absolute paths
-  p = experiment.parse_pipeline(c)
+  p = experiment.parse_pipeline(config_lib.pin(c, workdir))
   check_data(p)
   for seed in p.seeds:
     for name in p.order:

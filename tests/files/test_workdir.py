@@ -103,10 +103,13 @@ class TestInputs:
     shutil.copytree(tmp_path / 'student', tmp_path / 'elsewhere')
     assert digest.of_model(tmp_path / 'elsewhere') == before
 
-  def test_a_directory_that_does_not_say(self, inputs, tmp_path):
+  @pytest.mark.parametrize('content', [None, '', '[]', '{"student.path": "ab"}'])
+  def test_a_directory_that_does_not_say(self, inputs, tmp_path, content):
     begin(inputs, tmp_path / 'run')
-    (tmp_path / 'run' / workdir_lib.INPUTS).unlink()
+    file = tmp_path / 'run' / workdir_lib.INPUTS
+    file.unlink() if content is None else file.write_text(content)
     assert 'inputs.json' in refusal(inputs, tmp_path / 'run')
+    workdir_lib.check_inputs(tmp_path / 'run', load.inputs(config.parse(inputs)), 'a reason')
 
   def test_every_tensor_tells(self, tmp_path):
     # Also one of many blocks, whatever is between the blocks that are read.

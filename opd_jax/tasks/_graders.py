@@ -32,6 +32,7 @@ _REWRITES = tuple((re.compile(pattern), to) for pattern, to in (
     (r'\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![a-zA-Z])', ''),
     (r'(?<!\\)\\[!,;:]', ''), (r'(?<!\\)\\ ', ' '),  # spaces; in '\\ ' they end the row of a matrix
     (r'\\?\$', ''), (r'\\[dtc]frac', r'\\frac'), (r'\\lbrace', r'\\{'), (r'\\rbrace', r'\\}'),
+    (r'\\varnothing', r'\\emptyset'), (r'\s*\\\\\s*$', ''),
     (r'\\degree(?![a-zA-Z])|\s*\^\s*\{?\s*\\circ\s*\}?', r'^{\\circ}'),
     (r'\\frac\s*(\\[a-zA-Z]+)', r'\\frac{\1}'),
     (r'(?<![\d./])(\d+)\s+(\d+)/(\d+)(?![\d/])', r'\1\\frac{\2}{\3}'),  # 3 1/2

@@ -35,14 +35,17 @@ def main(cpu_seconds: float) -> None:
   with contextlib.suppress(ValueError, OSError):  # some systems know no such limit
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
   logging.disable(logging.CRITICAL)
-  print('ready', flush=True)
-  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nobody reads it: it must not fill up
+  # What a library prints must be no answer, nor fill up a pipe that nobody reads.
+  answers, nowhere = os.fdopen(os.dup(1), 'w'), os.open(os.devnull, os.O_WRONLY)
+  print('ready', file=answers, flush=True)
+  os.dup2(nowhere, 1)
+  os.dup2(nowhere, 2)
   for line in sys.stdin:
     wanted, found = json.loads(line)
     signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
     right = math_verify.verify(parse(wanted), parse(found), timeout_seconds=None)
     signal.setitimer(signal.ITIMER_PROF, 0)
-    print(int(right), flush=True)
+    print(int(right), file=answers, flush=True)
 
 
 if __name__ == '__main__':

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from concurrent import futures
 import dataclasses
+import importlib.util
 import json
 import pathlib
 from typing import Any
@@ -115,6 +116,9 @@ def _check(o):
                      'on the hub')
   if o.grader not in GRADERS:
     raise ValueError(f'task.options.grader={o.grader!r}; allowed: {list(GRADERS)}')
+  if o.grader not in ('none', 'exact') and importlib.util.find_spec('math_verify') is None:
+    raise ValueError(f"task.options.grader={o.grader!r} needs math-verify, which is not installed; "
+                     "allowed: `pip install 'math-verify>=0.9'`, or 'exact'")
   separate = bool(o.eval_split or o.eval_source)
   if separate == bool(o.holdout_examples) or o.holdout_examples < 0:
     raise ValueError(

@@ -83,6 +83,26 @@ class TestProcesses:
     texts = [rf'\boxed{{{t}}}' for t in (HANGS, '1+x', HANGS + '+1', '1+1x')]
     assert prompts.grade_all(rows, texts) == [0.0, 1.0, 0.0, 1.0]
 
+  def test_it_is_ended_by_the_time_it_computes(self, monkeypatch):
+    monkeypatch.setattr(_math, 'CPU_SECONDS', 0.5)
+    worker = _math.Worker()
+    assert worker.ask('x+1', '1+x') is True and worker.ask('x+1', HANGS) is None
+    assert worker._process.returncode == -signal.SIGPROF
+
+  def test_what_a_library_prints_is_no_answer(self, tmp_path, monkeypatch):
+    (tmp_path / 'math_verify.py').write_text(
+        'def parse(text, parsing_timeout):\n  print("1", flush=True)\n  return text\n'
+        'def verify(wanted, found, timeout_seconds):\n  return wanted == found\n')
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    assert [_math.equal('1', '2'), _math.equal('2', '2'), _math.equal('3', '2')] == [0, 1, 0]
+
+  def test_without_the_library(self, monkeypatch):
+    monkeypatch.setattr(prompts.importlib.util, 'find_spec', lambda name: None)
+    fields = dict(source='a.jsonl', prompt_column='q', answer_column='a', holdout_examples=1)
+    with pytest.raises(ValueError, match="grader='boxed' needs math-verify.*allowed: .*'exact'"):
+      prompts.Options(grader='boxed', **fields)
+    prompts.Options(grader='exact', **fields)
+
   def test_one_that_is_stopped_is_killed(self, monkeypatch):
     monkeypatch.setattr(_math, 'WALL_SECONDS', 0.5)
     worker = _math.Worker()

@@ -277,7 +277,8 @@ def _group_mean(groups):
 REWARD_BASELINES = {
     'none': lambda groups: groups,
     'group_mean': _group_mean,
-    'group_mean_std': lambda groups: _group_mean(groups) / (groups.std(1, keepdims=True) + 1e-4),
+    'group_mean_std': lambda groups: _group_mean(groups) / (
+        groups.std(1, ddof=1, keepdims=True) + 1e-4),
 }
 
 

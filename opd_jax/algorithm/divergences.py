@@ -20,6 +20,7 @@ from typing import Annotated
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from opd_jax.algorithm import support
 from opd_jax.algorithm.choices import Bounds, Share
 
 
@@ -91,14 +92,16 @@ def alpha_divergence(student: Float[Array, '...'], teacher: Float[Array, '...'],
                      alpha: Annotated[float, Bounds(-1.0, 2.0)]) -> Float[Array, '...']:
   """Amari's family, f = (u^a - 1 - a (u - 1)) / (a (a - 1)): KL(S || T) at a = 0, KL(T || S) at 1.
 
-  (Amari 2016, Information Geometry, section 3.5, in the parametrization of Minka 2005.) Beyond the
-  bounds of a, a likely token's p_T / p_S overflows.
+  (Amari 2016, Information Geometry, section 3.5, in the parametrization of Minka 2005.) Outside of
+  0..1 a term p_S u^a has no bound: above e^30 it goes on along its tangent in the exponent
+  (`support.split_exponent`); at the ends, p_T^2 / p_S and p_S^2 / p_T, that is a log-ratio of 30.
   """
   if alpha == 0.0:
     return reverse_kl(student, teacher) + jnp.exp(teacher) - jnp.exp(student)
   if alpha == 1.0:
     return forward_kl(student, teacher) - jnp.exp(teacher) + jnp.exp(student)
-  power = jnp.exp(student + alpha * (teacher - student))
+  exponent, beyond = support.split_exponent(student + alpha * (teacher - student))
+  power = jnp.exp(exponent) + beyond
   linear = (1.0 - alpha) * jnp.exp(student) + alpha * jnp.exp(teacher)
   return (power - linear) / (alpha * (alpha - 1.0))
 

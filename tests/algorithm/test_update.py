@@ -461,6 +461,55 @@ def test_weights_in_float32_are_those_of_float64_and_zero_at_equality(x64, diver
   assert not np.any(np.isnan(support_lib.score_weight(f, jnp.array([200.0, -1e30], jnp.float32))))
 
 
+OVERFLOW = [text for text in EVERY if 'alpha_divergence' not in text] + [
+    f'alpha_divergence({alpha})' for alpha in (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)]
+
+
+@pytest.mark.parametrize('divergence', OVERFLOW)
+def test_no_divergence_overflows(divergence):
+  f = Objective(divergence=divergence).term
+  ratio = jnp.linspace(-1000.0, 1000.0, 401, dtype=jnp.float32)  # log p_T - log p_S
+  student, teacher = jnp.minimum(-ratio, 0.0), jnp.minimum(ratio, 0.0)
+  values, (slopes,) = jax.value_and_grad(lambda s: jnp.sum(f(s, teacher)), argnums=(0,))(student)
+  weights = support_lib.score_weight(f, ratio)
+  for x in (values, slopes, weights):
+    assert np.isfinite(x).all()
+  if divergence in ('alpha_divergence(2.0)', 'alpha_divergence(-1.0)'):
+    # The tangent says in which direction to move, and its square is a number.
+    ahead = ratio > 40 if divergence == 'alpha_divergence(2.0)' else ratio < -40
+    assert np.isfinite(np.square(slopes)).all()
+    assert (np.sign(slopes[ahead]) == -np.sign(ratio[ahead])).all()
+    np.testing.assert_allclose(np.abs(slopes[ahead]), np.exp(30.0) / abs(
+        2 if divergence == 'alpha_divergence(2.0)' else 1), rtol=1e-4)
+
+
+@pytest.mark.parametrize('alpha', [-1.0, -0.8, 1.7, 2.0])
+def test_alpha_divergence_is_its_definition_up_to_the_bound_and_its_tangent_beyond(x64, alpha):
+  f = Objective(divergence=f'alpha_divergence({alpha})').term
+  student, teacher = -jnp.linspace(0.0, 60.0, 301), -jnp.linspace(60.0, 0.0, 301)
+  exponent = np.asarray(student + alpha * (teacher - student))
+  got = f(student, teacher)
+  s, t = np.exp(student), np.exp(teacher)
+  linear = (1 - alpha) * s + alpha * t
+  inside = exponent <= 30.0
+  assert 0 < inside.sum() < len(inside)
+  want = np.where(inside, np.exp(np.minimum(exponent, 30)),
+                  np.exp(30.0) * (1 + exponent - 30)) - linear
+  np.testing.assert_allclose(got, want / (alpha * (alpha - 1)), rtol=1e-9, atol=1e-12)
+
+
+def test_k3_neither_overflows_nor_turns_round():
+  log_u = jnp.linspace(-1000.0, 1000.0, 401, dtype=jnp.float32)
+  k3 = KINDS['estimator'].functions['k3']
+  values, slopes = k3(log_u), jax.grad(lambda x: jnp.sum(k3(x)))(log_u)
+  assert np.isfinite(values).all() and np.isfinite(np.square(slopes)).all()
+  assert (np.sign(slopes) == np.sign(log_u)).all()  # towards u = 1, from both sides
+  assert (np.diff(slopes) >= 0).all()  # convex
+  inside = np.asarray(log_u) <= 30
+  want = np.exp(np.asarray(log_u, np.float64)[inside]) - 1 - np.asarray(log_u, np.float64)[inside]
+  np.testing.assert_allclose(values[inside], want, rtol=1e-5)
+
+
 def test_a_ratio_that_overflows_is_left_out_without_a_nan():
   o = Objective(importance='two_sided(0.5, 2)')
   one = jnp.ones((1, 1))
@@ -645,11 +694,37 @@ def test_group_advantage_against_numpy():
   groups = np.asarray(rewards, np.float64).reshape(3, 3)
   centred = groups - groups.mean(1, keepdims=True)
   for baseline, want in (('none', groups), ('group_mean', centred),
-                         ('group_mean_std', centred / (groups.std(1, keepdims=True) + 1e-4))):
+                         # The sample's standard deviation, as in TRL, verl and Tunix.
+                         ('group_mean_std',
+                          centred / (groups.std(1, ddof=1, keepdims=True) + 1e-4))):
     got = signals.group_advantage(Objective(reward_baseline=baseline), rewards, 3)
     np.testing.assert_allclose(got, want.reshape(-1), atol=1e-6)  # float32 of numbers near 1
   # A group whose samples agree teaches nothing, with or without the division.
   assert not np.any(np.asarray(signals.group_advantage(GRPO, rewards, 3))[3:6])
+
+
+@pytest.mark.parametrize('baseline', [n for n in KINDS['reward_baseline'].names if n != 'none'])
+@pytest.mark.parametrize('reward', [0.1, 0.3, 1 / 3, -0.7, 1e-3])
+def test_a_group_of_equal_rewards_gives_exactly_no_advantage(baseline, reward):
+  o = dataclasses.replace(GRPO, reward_baseline=baseline)
+  for size in (2, 3, 7, 8):  # none of these rewards is a binary fraction, nor are all their sums
+    rewards = jnp.full(2 * size, reward, jnp.float32).at[size].add(1.0)
+    got = np.asarray(jax.jit(lambda r, n=size: signals.group_advantage(o, r, n))(rewards))
+    assert not np.any(got[:size]) and np.all(got[size:])
+
+
+def test_a_batch_of_equal_rewards_gives_exactly_no_gradient():
+  batch = _batch(jnp.float32)
+  inputs = Batch(batch.rollout, rewards=jnp.full(len(ROWS), 0.1)), Heads()
+  optimizer = _adam()
+  state, metrics = _step(batch.student, GRPO, optimizer=optimizer, group_size=6)(
+      _state(batch.params, optimizer), *inputs)
+  assert float(metrics['grad_norm']) == float(metrics['update_norm']) == 0.0
+  assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, state.params, batch.params)))
+
+
+def test_one_sample_alone_is_worth_nothing():
+  assert not np.any(signals.group_advantage(GRPO, jnp.array([1.0, 0.3]), 1))
 
 
 @pytest.mark.parametrize(('ratio', 'reward', 'value', 'active'), [

@@ -9,6 +9,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from opd_jax.algorithm import support
+
 # The divergence of which differentiating each is an unbiased estimate.
 ESTIMATES = {'k2': 'reverse_kl', 'k3': 'forward_kl'}
 
@@ -21,5 +23,9 @@ def k2(log_u: Float[Array, '...']) -> Float[Array, '...']:
 
 def k3(log_u: Float[Array, '...']) -> Float[Array, '...']:
   """u - 1 - log u (Schulman 2020, Approximating KL Divergence; as a loss: Shao et al. 2024, GRPO,
-  arXiv 2402.03300)."""
-  return jnp.expm1(log_u) - log_u
+  arXiv 2402.03300).
+
+  Above log u = 30, u goes on along its tangent (`support.split_exponent`).
+  """
+  exponent, beyond = support.split_exponent(log_u)
+  return jnp.expm1(exponent) + beyond - log_u

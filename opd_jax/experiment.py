@@ -154,6 +154,11 @@ def stage_config(p: Pipeline, name: str, seed: int, workdir: pathlib.Path) -> Co
   return stage
 
 
+def stage_run(p: Pipeline, name: str, seed: int) -> Run:
+  """Makes what a stage's config says, with its name and its seed, before any stage has run."""
+  return dataclasses.replace(p.runs[name], name=name, seed=seed)
+
+
 def default_workdir(c: ConfigDict) -> pathlib.Path:
   """Names the work directory of a run or a pipeline for which none is asked."""
   return pathlib.Path('runs') / c.name

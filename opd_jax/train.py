@@ -23,7 +23,7 @@ from opd_jax import config as config_lib
 from opd_jax.build import Parts
 from opd_jax.data import streams as streams_lib
 from opd_jax.doctor import examine as doctor
-from opd_jax.files import checkpoint, huggingface, peft
+from opd_jax.files import checkpoint, disk, huggingface, peft
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.models import lora
 from opd_jax.programs import Graders, Programs, compile_programs
@@ -51,8 +51,9 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   """
   run, settings, workdir = config_lib.parse(c), config_lib.to_dict(c), pathlib.Path(workdir)
   workdir_lib.check(workdir, settings)
-  if (done := workdir_lib.result(workdir)) is not None:
+  if (done := workdir_lib.result(workdir, run)) is not None:
     return done
+  lock = workdir_lib.lock(workdir)
 
   # Models, tokenizers and data, opened and held against each other. No weight has been read, and
   # nothing compiled: whatever is wrong with a pairing shows here, in seconds.
@@ -67,7 +68,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   state, book = restore(run, programs, store, workdir, new_history(settings))
   step, key = book.history['step'], jax.random.key(run.seed)
 
-  with Interrupts() as interrupted, book, store, jax.set_mesh(parts.mesh):
+  with lock, Interrupts() as interrupted, book, store, jax.set_mesh(parts.mesh):
     student = lora.join(base, state.params)
     findings += doctor.examine_rollouts(run, parts, student, teacher_params(graders))
     doctor.settle(run, findings, workdir, book.say)
@@ -212,5 +213,5 @@ def finish(run: Run, parts: Parts, state: TrainState, base: lora.Frozen | None, 
     huggingface.write_checkpoint(export, parts.student.model, lora.join(base, state.params),
                                  tokenizer, stop_tokens=parts.stop_tokens)
   result = book.result()
-  workdir_lib.write_json(workdir / workdir_lib.RESULT, result)
+  disk.write_json(workdir / workdir_lib.RESULT, result)
   return result

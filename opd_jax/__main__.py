@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import errno
 import functools
 import logging
 import os
@@ -96,11 +97,35 @@ def main() -> None:
   for name, value in (('TRANSFORMERS_VERBOSITY', 'error'), ('DATASETS_VERBOSITY', 'critical'),
                       ('HF_DATASETS_DISABLE_PROGRESS_BARS', '1')):
     os.environ.setdefault(name, value)
-  from absl import app
-  del sys.argv[1]
-  define_flags()
-  app.run(lambda argv: sys.exit(dispatch(command, argv)),
-          flags_parser=functools.partial(parse_flags, command))
+  from opd_jax.run import console
+  out = console.make_lasting()
+  try:
+    from absl import app
+    del sys.argv[1]
+    define_flags()
+    app.run(lambda argv: sys.exit(check_output(command, out, dispatch(command, argv))),
+            flags_parser=functools.partial(parse_flags, command))
+  except KeyboardInterrupt:  # in the loop it is a checkpoint, see run/interrupts.py
+    print('interrupted; the same command ' + (
+        'goes on from the newest checkpoint' if command == 'train' else 'begins again'),
+          file=sys.stderr)
+    sys.exit(130)
+
+
+def check_output(command: str, out: Any, status: int) -> int:
+  """Flushes the console; where that failed, a run is none the worse, and other commands are: what
+  they do is what they print. A reader who has seen enough is no failure.
+
+  Returns:
+    The exit status.
+  """
+  sys.stdout.flush()
+  if out.error is None or out.error.errno == errno.EPIPE:
+    return status
+  trained = command in ('train', 'export')
+  print(f'{"WARNING" if trained else "error"}: the console could not be written: '
+        f'{out.error.strerror}', file=sys.stderr)
+  return status if trained else status or 2
 
 
 def overview() -> str:
@@ -236,12 +261,15 @@ def dispatch(command: str, argv: list[str]) -> int:
   set_up_jax()
   from opd_jax.errors import ConfigError
   from opd_jax.files.checkpoint import DamagedError
-  from opd_jax.files.huggingface import ExportError
   from opd_jax.run.interrupts import PreemptedError
   try:
     return run_command(command, flags.FLAGS)
-  except (ConfigError, FloatingPointError, DamagedError, ExportError) as e:
+  except (ConfigError, FloatingPointError, DamagedError) as e:
     print(f'error: {e}', file=sys.stderr)
+    return 2
+  except OSError as e:  # a disk that is full, a directory that was removed or cannot be written
+    plain = f'{e.filename}: {e.strerror}' if e.filename is not None else str(e)
+    print(f'error: {" ".join(plain.split())}', file=sys.stderr)
     return 2
   except PreemptedError as e:
     print(e, file=sys.stderr)

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -14,10 +15,11 @@ import pytest
 import tiny
 
 from opd_jax import experiment
-from opd_jax.__main__ import COMMANDS
+from opd_jax.__main__ import COMMANDS, check_output
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.files import huggingface
 from opd_jax.models import params
+from opd_jax.run import console
 
 EXPERIMENT = '''
 from opd_jax import config, experiment
@@ -80,6 +82,52 @@ class TestTrain:
   def test_in_the_same_directory_without_the_overrides(self, folder, trained):
     done = tiny.opd('train', '--config', folder / 'one.py', '--workdir', 'run', cwd=folder)
     assert_one_line(done, 'workdir=', 'steps: 3 -> 8')
+
+
+class TestConsole:
+  """A run outlives its console, and a signal is no traceback."""
+
+  def test_a_full_disk_behind_it(self, folder, trained):
+    with open('/dev/full', 'w') as full:
+      done = subprocess.run(
+          [sys.executable, '-m', 'opd_jax', 'train', '--config', 'one.py', '--config.steps=3',
+           '--config.eval.every_steps=0', '--workdir', 'full'], cwd=folder, stdout=full, text=True,
+          stderr=subprocess.PIPE, env=tiny.environment(), timeout=tiny.PATIENCE_S)
+    assert done.returncode == 0
+    assert done.stderr == 'WARNING: the console could not be written: No space left on device\n'
+    assert (folder / 'full' / 'result.json').read_text() == (
+        folder / 'run' / 'result.json').read_text()
+
+  @pytest.mark.parametrize(('command', 'behind', 'status', 'text'), [
+      ('train', '/dev/full', 0, 'WARNING: the console could not be written: No space left'),
+      ('doctor', '/dev/full', 2, 'error: the console could not be written: No space left'),
+      ('doctor', 'a reader who left', 0, ''), ('doctor', '/dev/null', 0, '')])
+  def test_what_it_means_for_a_command(self, command, behind, status, text, capsys):
+    if behind.startswith('/'):
+      descriptor = os.open(behind, os.O_WRONLY)
+    else:
+      reader, descriptor = os.pipe()
+      os.close(reader)
+    out = console.Lasting(descriptor)
+    out.write(b'a table')
+    assert check_output(command, out, 0) == status
+    assert check_output(command, out, 1) == 1  # what failed before has failed
+    os.close(descriptor)
+    err = capsys.readouterr().err
+    assert text in err and bool(err) == bool(text)
+
+  def test_interrupted_before_the_loop(self, folder):
+    (folder / 'slow.py').write_text(
+        'import pathlib, time\ndef get_config():\n  pathlib.Path("begun").touch()\n'
+        '  time.sleep(600)\n')
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'opd_jax', 'train', '--config', 'slow.py'], cwd=folder, text=True,
+        stderr=subprocess.PIPE, env=tiny.environment())
+    tiny.wait_until(lambda: (folder / 'begun').exists())
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=tiny.PATIENCE_S)
+    assert process.returncode == 130
+    assert err == 'interrupted; the same command goes on from the newest checkpoint\n'
 
 
 def test_evaluate_repeats_the_runs_final_evaluation(folder, trained):

@@ -8,10 +8,13 @@ of the JSON item a digest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
+import errno
 import hashlib
 import json
 import math
+import os
 import pathlib
 import shutil
 import sys
@@ -23,7 +26,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
+from opd_jax.files import disk
 from opd_jax.types import TrainState
+
+# Where orbax moves a checkpoint that is to be deleted, in one step. A process that is killed while
+# it deletes leaves no half of one under its name.
+DELETED = 'deleted'
 
 
 class DamagedError(RuntimeError):
@@ -77,12 +85,15 @@ class Checkpoints:
     self._options = ocp.CheckpointManagerOptions(
         best_fn=quality,  # or orbax does not store the metrics, and forgets the best at a restart
         preservation_policy=managers.AnyPreservationPolicy(policies),
+        todelete_subdir=None if read_only else DELETED,
         lightweight_initialize=read_only,  # reads no metrics, whose damage would be in the way
         # What a killed process left half-written is swept away at the next start.
         cleanup_tmp_directories=not read_only, create=not read_only, read_only=read_only)
     self._open()
 
   def _open(self):
+    if not self._read_only:
+      self._delete()
     # Orbax reads two small files of every checkpoint when it starts, and gives up on one bad one.
     finished = {int(p.name): p for p in self._path.glob('*') if p.name.isdigit()}
     bad = {} if self._read_only else {
@@ -109,6 +120,10 @@ class Checkpoints:
       step: its step, as a Python int.
       host: JSON content.
       metrics: of an evaluation at this step, or None; those with the best metric are kept longer.
+
+    Raises:
+      StorageError: the file system refused this checkpoint or the one before, here or in `wait` or
+        in `close`; what is there already stays.
     """
     if step in self._manager.all_steps():
       return
@@ -117,17 +132,43 @@ class Checkpoints:
     host = json.loads(json.dumps({
         **host, 'metrics': metrics, 'checksums': np.asarray(self._checksums(state)).tolist()}))
     host['digest'] = digest(step, host)
-    self._manager.save(step, metrics=metrics, args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)))
+    self.wait()
+    if not self._path.is_dir():  # orbax would make it again, with this checkpoint alone
+      raise disk.StorageError(f'{self._path} was removed while the run was going on')
+    with self._saving():
+      self._manager.save(step, metrics=metrics, args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)))
 
   def wait(self) -> None:
     """Blocks until everything is on disk."""
-    self._manager.wait_until_finished()
+    with self._saving():
+      self._manager.wait_until_finished()
+    self._delete()
 
   def close(self) -> None:
     """Waits and ends the background threads."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    try:
+      if not self._read_only:
+        self.wait()
+    finally:
+      with self._saving():
+        self._manager.close()
+
+  @contextlib.contextmanager
+  def _saving(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as e:  # tensorstore raises a ValueError for a full disk
+      codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOENT)
+      said = [os.strerror(n) for n in codes if os.strerror(n) in str(e)]
+      if not said and not isinstance(e, OSError):
+        raise
+      reason = said[0] if said else getattr(e, 'strerror', None) or _first_line(e)
+      raise disk.StorageError(f'{self._path} cannot be written: {reason}; the checkpoints in it '
+                              'are as they were') from e
+
+  def _delete(self) -> None:
+    shutil.rmtree(self._path / DELETED, ignore_errors=True)
 
   def __enter__(self) -> Checkpoints:
     return self

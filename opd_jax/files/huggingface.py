@@ -24,6 +24,7 @@ import numpy as np
 
 from opd_jax import models
 from opd_jax.data import prompts as prompts_lib
+from opd_jax.files import disk
 from opd_jax.files import safetensors as safetensors_lib
 from opd_jax.files.safetensors import Stored
 from opd_jax.models.params import flatten
@@ -324,7 +325,10 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
+    for file in (*partial.rglob('*'), partial):  # a name can reach the disk before the content does
+      disk.sync(file)
     os.replace(partial, path)
+    disk.sync(path.parent)
   except OSError as e:
     raise ExportError(f'{path} could not be written, and nothing was left there: '
                       f'{e.strerror or e}') from e

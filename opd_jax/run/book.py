@@ -117,7 +117,8 @@ class Book:
     check_finite(row, step, self._run.log.max_sampler_gap)
     own = lengths['lengths']
     row |= {'length': float(own.mean()), 'flops': dict(self.history['flops']),
-            'compiles': self._compile_count(), 'perf': self._clock.read(1, int(own.sum()))}
+            # What is of this process, and not of the run.
+            'perf': {**self._clock.read(1, int(own.sum())), 'compiles': self._compile_count()}}
     if step % self._run.log.every_steps == 0:
       self._writer.write('train', step, row)
     self._display.progress(step, row)

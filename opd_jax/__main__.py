@@ -242,7 +242,8 @@ def set_up_jax() -> None:
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
   # Libraries narrate every file and every missing backend.
   logging.getLogger().setLevel(logging.WARNING)
-  logging.getLogger('absl').setLevel(logging.ERROR)
+  # With a traceback for every thread of a save that failed; what it logs as an error, it raises.
+  logging.getLogger('absl').setLevel(logging.CRITICAL)
 
 
 def dispatch(command: str, argv: list[str]) -> int:

@@ -64,12 +64,19 @@ def write_json(file: pathlib.Path, content: Any, **options: Any) -> None:
   write_text(file, json.dumps(content, indent=2, **options) + '\n')
 
 
+def find_pipes(path: pathlib.Path) -> list[str]:
+  """Lists what is there and is neither file nor folder, of a path and of what is in a folder: a
+  pipe would be waited for without an end, and a device may have none."""
+  entries = [path, *(path.iterdir() if path.is_dir() else ())]
+  return sorted(str(p) for p in entries if p.exists() and not (p.is_file() or p.is_dir()))
+
+
 def read_bytes(path: pathlib.Path) -> bytes:
-  """Reads a file, which has to be one: a pipe would be waited for without an end.
+  """Reads a file.
 
   Raises:
-    OSError: it is none, or cannot be read.
+    OSError: it is no file, but a pipe or a device, or it cannot be read.
   """
-  if path.exists() and not path.is_file():
+  if find_pipes(path):
     raise OSError(errno.EINVAL, 'no regular file', str(path))
   return path.read_bytes()

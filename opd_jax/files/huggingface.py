@@ -115,6 +115,8 @@ def fetch(path: str | os.PathLike[str], revision: str = '') -> pathlib.Path:
   """
   check_source(path, revision)
   if not revision:
+    if pipes := disk.find_pipes(pathlib.Path(path)):
+      raise ValueError(f"path='{path}' has {pipes}, no regular files; allowed: files")
     return pathlib.Path(path)
   import huggingface_hub  # takes a while to import: only where it is used
   try:
@@ -150,8 +152,8 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
   if not file.exists():
     raise FileNotFoundError(f'{file.parent} is not a Hugging Face checkpoint: {file} is missing')
   try:
-    content = json.loads(file.read_text())
-  except ValueError as e:
+    content = json.loads(disk.read_bytes(file).decode())
+  except (ValueError, RecursionError) as e:
     raise ValueError(f'{file} is no JSON: {e}') from e
   if not isinstance(content, dict):
     raise ValueError(f'{file} holds a {type(content).__name__}; allowed: a JSON object')

@@ -25,6 +25,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from opd_jax.files import disk
 from opd_jax.tasks import _graders
 
 GRADERS = ('none', *_graders.FIND)
@@ -297,6 +298,8 @@ def _read(part):
   """
   path = pathlib.Path(part.source)
   field = f'task.options.{part.prefix}source={part.source!r}'
+  if pipes := disk.find_pipes(path):
+    raise ValueError(f'{field} has {pipes}, no regular files; allowed: files')
   if path.exists():
     if part.revision:
       raise ValueError(f'task.options.{part.prefix}revision={part.revision!r} has no effect on the '

@@ -32,6 +32,18 @@ def get_config(arg=None):
 '''
 
 
+# Files that are no experiment.
+FILES = {
+    'syntax.py': 'def get_config(:\n', 'bare.py': 'x = 1\n', 'empty.py': '', 'null.py': '\x00',
+    'raises.py': 'def get_config():\n  return 1 / 0\n', 'text.txt': 'text',
+    'none.py': 'def get_config():\n  return None\n',
+    'plain.py': 'def get_config():\n  return {"a": 1}\n',
+    'stranger.py': 'from ml_collections import ConfigDict\n'
+                   'def get_config():\n  return ConfigDict(dict(a=1))\n',
+    'number.py': 'from ml_collections import ConfigDict\n'
+                 'def get_config():\n  return ConfigDict(dict(name="a", stages=3))\n'}
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   """Experiment files: one run, a pipeline, one with an argument, one that cannot be imported."""
@@ -45,6 +57,9 @@ def folder(tmp_path_factory):
   tiny.write_config(path / 'both.py', both)
   (path / 'argument.py').write_text(EXPERIMENT)
   (path / 'broken.py').write_text('import nonsense_module\n')
+  for name, text in FILES.items():
+    (path / name).write_text(text)
+  os.mkfifo(path / 'pipe.py')
   tiny.write_model(path / 'base')
   tiny.write_model(path / 'other', alphabet=prompts_lib.ALPHABET[::-1])
   (path / 'half').mkdir()  # a directory, but no checkpoint
@@ -177,6 +192,33 @@ MISTAKES = [
     ('diagnose --config both.py --stage first', ("teacher.kind='none'", "'checkpoint'")),
     ('report --config both.py --workdir new', ('stage second of seed 0', 'new')),
     ('report --config one.py --workdir new', ('pipeline',)),
+    *[(f'train --config {name}', (name, 'allowed: a Python file whose get_config', *parts))
+      for name, parts in {
+          'syntax.py': ('SyntaxError',), 'bare.py': (), 'empty.py': (), 'null.py': (),
+          'raises.py': ('ZeroDivisionError: division by zero',), 'text.txt': ('NameError',),
+          'none.py': ('returned None',), 'plain.py': (), 'stranger.py': (),
+          'pipe.py': ('no regular file',), 'half': ('no regular file',)}.items()],
+    ('train --config number.py', ('stages', 'allowed')),
+    ('train --config', ('--config', 'allowed: flags as --NAME VALUE')),
+    ('train --config one.py:tiny', ('get_config() takes 0', 'allowed')),
+    ('train --config argument.py:n=', ('n takes a int', 'allowed: such as 1')),
+    ('train --config one.py --config.steps=', ("config.steps=''", 'allowed: an integer')),
+    ('train --config one.py --config.steps=1.5', ("config.steps='1.5'", 'allowed: an integer')),
+    ('train --config one.py --config.steps.x=3', ('config.steps has no fields', 'allowed')),
+    ('train --config one.py --config.optimizer.learning_rate=x',
+     ("config.optimizer.learning_rate='x'", 'allowed: a number')),
+    ('train --config one.py --config.optimizer=3', ("config.optimizer='3'", 'FIELD=VALUE')),
+    ('train --config one.py --config.task.options.operations=(1,', ('operations', 'a tuple')),
+    ('train --config one.py --config.', ('allowed',)),
+    ('train --config one.py --config.steps', ('config.steps', 'allowed')),
+    ('train --config one.py --step=x', ("--step='x'", 'allowed: an integer')),
+    ('train --confg one.py', ('--confg is unknown', "'--config'")),
+    ('train --config one.py --flagfile=nowhere', ('nowhere', 'allowed')),
+    ('train --config one.py --flagfile', ('flagfile', 'allowed')),
+    ('train --config one.py --workdir=', ("--workdir=''", 'allowed: DIR')),
+    ('export --workdir= --output new', ("--workdir=''", 'allowed: DIR')),
+    ('report --config both.py --config.report.levels=("a",)', ("levels=('a',)", 'allowed')),
+    ('report --config both.py --config.order=(3,4)', ('order=(3, 4)', 'allowed')),
 ]
 # Runs every command line in a child of its own that has imported everything already: starting
 # Python and JAX two dozen times would take longer than all other tests here.

@@ -150,7 +150,8 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     ValueError: it is no JSON object.
   """
   if not file.exists():
-    raise FileNotFoundError(f'{file.parent} is not a Hugging Face checkpoint: {file} is missing')
+    raise FileNotFoundError(f'{file.parent} is not a Hugging Face checkpoint: {file} is missing; '
+                            'allowed: a directory with it')
   try:
     content = json.loads(disk.read_bytes(file).decode())
   except (ValueError, RecursionError) as e:

@@ -17,9 +17,11 @@ import tiny
 from opd_jax import experiment
 from opd_jax.__main__ import COMMANDS, check_output
 from opd_jax.data import prompts as prompts_lib
+from opd_jax.errors import ConfigError
 from opd_jax.files import huggingface
 from opd_jax.models import params
 from opd_jax.run import console
+from opd_jax.tools import export
 
 EXPERIMENT = '''
 from opd_jax import config, experiment
@@ -322,6 +324,66 @@ class TestExport:
     done = tiny.opd('export', '--workdir', 'run', '--output', 'new', cwd=tmp_path)
     assert_one_line(done, 'step=3', "workdir='run' cannot be read", 'allowed: another of')
     assert not (tmp_path / 'new').exists()
+
+
+def changed(**changes):
+  """Makes other content of a config.json: a dict in `changes` changes a group, anything else
+  replaces what is there."""
+  def change(config):
+    return {**config, **{name: {**config[name], **value} if isinstance(value, dict) else value
+                         for name, value in changes.items()}}
+  return change
+
+
+class TestExportOfOddDirectories:
+  """In this process: every one is a line that names the directory."""
+
+  def refused(self, workdir, output, *parts):
+    with pytest.raises(ConfigError) as e:
+      export.export(workdir, output, 'full', -1)
+    assert '\n' not in str(e.value) and not output.exists()
+    assert all(part in str(e.value) for part in (*parts, 'allowed')), e.value
+
+  @pytest.fixture
+  def workdir(self, folder, trained, tmp_path):
+    shutil.copytree(folder / 'run', tmp_path / 'run')
+    return tmp_path / 'run'
+
+  @pytest.mark.parametrize('text', ['', '[]', '3', 'null', '"a"', '{}', '{"steps": 3', '\x00',
+                                    '[' * 100_000, '{"a.b": 1}', '{"1": 2}'])
+  def test_content_of_config_json(self, text, workdir, tmp_path):
+    (workdir / 'config.json').write_text(text)
+    self.refused(workdir, tmp_path / 'new', f'workdir={str(workdir)!r} holds no run')
+
+  @pytest.mark.parametrize('change', [
+      changed(student=None), changed(student=[1]), changed(student='x'), changed(task=None),
+      changed(task=dict(name='nope')), changed(task=dict(options=[1])), changed(steps='4'),
+      changed(seed=None), changed(student=dict(fresh=None)), changed(colour=1),
+      changed(student=dict(path='/nowhere')), changed(optimizer=[])])
+  def test_fields_of_config_json(self, change, workdir, tmp_path):
+    file = workdir / 'config.json'
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    self.refused(workdir, tmp_path / 'new', f'workdir={str(workdir)!r} holds no run')
+
+  @pytest.mark.parametrize('name', ['state', 'host'])
+  def test_half_a_checkpoint(self, name, workdir, tmp_path):
+    shutil.rmtree(workdir / 'checkpoints' / '3' / name)
+    self.refused(workdir, tmp_path / 'new', 'step=3', 'cannot be read', 'another of []')
+
+  def test_no_checkpoints(self, workdir, tmp_path):
+    shutil.rmtree(workdir / 'checkpoints')
+    self.refused(workdir, tmp_path / 'new', 'has no such checkpoint')
+    (workdir / 'checkpoints').touch()
+    self.refused(workdir, tmp_path / 'new', 'has no such checkpoint')
+
+  def test_what_lies_beside_the_checkpoints_is_left_alone(self, workdir, tmp_path):
+    (workdir / 'checkpoints' / 'notes').mkdir()
+    (workdir / 'checkpoints' / '3' / 'metrics' / 'metrics').write_text('{"')  # not needed here
+    assert export.export(workdir, tmp_path / 'new', 'full', -1) == 3
+
+  def test_an_output_that_is_a_link_to_nothing(self, workdir, tmp_path):
+    (tmp_path / 'link').symlink_to(tmp_path / 'nothing')
+    self.refused(workdir, tmp_path / 'link', 'link', 'exists')
 
 
 class TestUsage:

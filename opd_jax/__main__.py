@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import errno
 import functools
 import logging
 import os
@@ -101,11 +102,34 @@ def main() -> None:
   for name, value in (('TRANSFORMERS_VERBOSITY', 'error'), ('DATASETS_VERBOSITY', 'critical'),
                       ('HF_DATASETS_DISABLE_PROGRESS_BARS', '1')):
     os.environ.setdefault(name, value)
-  from absl import app
-  del sys.argv[1]
-  define_flags()
-  app.run(lambda argv: sys.exit(dispatch(command, argv)),
-          flags_parser=functools.partial(parse_flags, command))
+  from opd_jax.run import console
+  out = console.make_lasting()
+  try:
+    from absl import app
+    del sys.argv[1]
+    app.run(lambda argv: sys.exit(check_output(command, out, dispatch(command, argv))),
+            flags_parser=functools.partial(parse_flags, command))
+  except KeyboardInterrupt:  # in the loop it is a checkpoint, see run/interrupts.py
+    print('interrupted; the same command ' + (
+        'goes on from the newest checkpoint' if command == 'train' else 'begins again'),
+          file=sys.stderr)
+    sys.exit(130)
+
+
+def check_output(command: str, out: Any, status: int) -> int:
+  """Flushes the console; where that failed, a run is none the worse, and other commands are: what
+  they do is what they print. A reader who has seen enough is no failure.
+
+  Returns:
+    The exit status.
+  """
+  sys.stdout.flush()
+  if out.error is None or out.error.errno == errno.EPIPE:
+    return status
+  trained = command in ('train', 'export')
+  print(f'{"WARNING" if trained else "error"}: the console could not be written: '
+        f'{out.error.strerror}', file=sys.stderr)
+  return status if trained else status or 2
 
 
 def overview() -> str:
@@ -168,10 +192,18 @@ def define_flags() -> None:
 
 
 def parse_flags(command: str, argv: list[str]) -> list[str]:
-  """Parses the command line; a mistake in it is one line, not a traceback."""
+  """Parses the command line; a mistake in it, or in the config file, is one line, not a traceback.
+  """
   from absl import flags
+  logging.getLogger('absl').setLevel(logging.CRITICAL)  # it warns of what is an error below
+  file = config_file(argv)
   try:
+    if file and pathlib.Path(file).exists() and not pathlib.Path(file).is_file():
+      raise OSError('no regular file')  # a pipe would be waited for
+    define_flags()  # which reads the command line too
     rest = flags.FLAGS(argv)
+    if file is not None and flags.FLAGS['config'].value is None:
+      raise TypeError('its get_config returned None')
     missing = [name for name in COMMANDS[command].required if flags.FLAGS[name].value is None]
     if missing:
       print(f'error: {command!r} needs ' + ' and '.join(f'--{n} {FLAGS[n][0]}' for n in missing)
@@ -182,34 +214,77 @@ def parse_flags(command: str, argv: list[str]) -> list[str]:
     if flags.FLAGS['config'].value is not None:
       _ = flags.FLAGS.config.name  # a file that cannot be read is noticed only here
     return rest
-  except (AttributeError, KeyError):
-    print(f'error: {unknown_field(argv)}', file=sys.stderr)
-  except OSError as e:
-    tried = str(e).partition('Attempted')[2] or str(e)
-    print('error: --config: ' + ' '.join(tried.split()), file=sys.stderr)
-  except (flags.Error, TypeError, ValueError, ImportError) as e:
-    # What a config file itself raises arrives as a traceback in the text.
-    print(f"error: {re.split(r'(?:Config|Value|Type)Error: ', str(e).strip())[-1]}",
-          file=sys.stderr)
+  except Exception as e:  # the code of a config file may raise anything
+    print(f'error: {" ".join(explain(command, argv, e).split())}', file=sys.stderr)
   sys.exit(2)
 
 
-def unknown_field(argv: list[str]) -> str:
-  """Finds which --config.FIELD of the command line does not exist, and what does in its place."""
-  import runpy
-  words = [word for flag in argv for word in flag.split('=', 1)]
+# What absl says of a value, and what it should have been.
+KINDS = (('invalid literal for int', 'an integer'),
+         ('could not convert string to float', 'a number'),
+         ('as a ConfigDict', 'its fields, one by one: --config.GROUP.FIELD=VALUE'),
+         ('as tuple', "a tuple, such as (1, 2) or ('a', 'b')"), ('boolean', 'true or false'))
+A_CONFIG = ('a Python file whose get_config returns config.default_config() or '
+            'experiment.default_pipeline(), changed')
+
+
+def explain(command: str, argv: list[str], e: Exception) -> str:
+  """Words what is wrong with a command line or a config file, and what is allowed."""
+  from absl import flags
+  text, given = str(e).strip(), f'--config {config_file(argv)}'
+  # Not of --config itself: what is wrong is in the file.
+  if illegal := re.match(r'flag --(?!config=)(.*?)=(.*?): ', text, re.DOTALL):
+    name, value = illegal.groups()
+    allowed = next((kind for said, kind in KINDS if said in text), 'a value of its type')
+    return f'--{name}={value!r}; allowed: {allowed}'
+  if isinstance(e, flags.UnrecognizedFlagError):
+    return f'--{e.flagname} is unknown; allowed: {["--" + n for n in COMMANDS[command].flags]}'
+  if isinstance(e, flags.Error) and not text.startswith('flag --config='):
+    return f'{text}; allowed: flags as --NAME VALUE, see `opd {command} --help`'
+  if isinstance(e, AttributeError | KeyError) and (found := unknown_field(argv)):
+    return found
+  if isinstance(e, OSError):
+    return f'{given}: {text.partition("Attempted")[2] or text}; allowed: {A_CONFIG}'
+  # What a config file itself raises as one of these arrives as a traceback in the text.
+  said = re.split(r'(?:Config|Value|Type)Error: ', text)[-1]
+  if 'allowed' in said:
+    return said
+  if not isinstance(e, TypeError | ValueError | flags.Error):
+    said = f'{type(e).__name__}: {said}'
+  return f'{given}: {said}; allowed: {A_CONFIG}'
+
+
+def config_file(argv: list[str]) -> str | None:
+  """Finds the FILE of --config FILE:ARGUMENT; None where there is none."""
+  words = [w for flag in argv for w in flag.split('=', 1)]
   words = ['--config' if word == '-config' else word for word in words]
-  file, _, argument = words[words.index('--config') + 1].partition(':')
-  config = runpy.run_path(file)['get_config'](*filter(None, [argument]))
+  at = words.index('--config') + 1 if '--config' in words else len(words)
+  return words[at].partition(':')[0] if at < len(words) else None
+
+
+def unknown_field(argv: list[str]) -> str | None:
+  """Finds which --config.FIELD of the command line does not exist, and what does in its place; None
+  where it is the file that is no config."""
+  import runpy
+
+  from ml_collections import ConfigDict
+  words = [word for flag in argv for word in flag.split('=', 1)]
+  argument = next((w.partition(':')[2] for w in words if w.startswith(f'{config_file(argv)}:')), '')
+  try:
+    config = runpy.run_path(config_file(argv))['get_config'](*filter(None, [argument]))
+  except Exception:  # that is what is wrong
+    return None
   for word in words:
     path = word.lstrip('-').split('.')
     here = config
     for i, field in enumerate(path[1:] if path[0] == 'config' else [], 1):
+      group = '.'.join(path[:i])
+      if not isinstance(here, ConfigDict):
+        return f'{word}: {group} has no fields; allowed: --{group}=VALUE'
       if field not in here:
-        group = '.'.join(path[:i])
         return f'{word}: {group} has no field {field!r}; allowed: {sorted(here)}'
       here = here[field]
-  return f'the flags {argv[1:]} cannot be read'
+  return None
 
 
 def set_up_jax() -> None:
@@ -222,7 +297,8 @@ def set_up_jax() -> None:
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
   # Libraries narrate every file and every missing backend.
   logging.getLogger().setLevel(logging.WARNING)
-  logging.getLogger('absl').setLevel(logging.ERROR)
+  # With a traceback for every thread of a save that failed; what it logs as an error, it raises.
+  logging.getLogger('absl').setLevel(logging.CRITICAL)
 
 
 def dispatch(command: str, argv: list[str]) -> int:
@@ -230,7 +306,8 @@ def dispatch(command: str, argv: list[str]) -> int:
   from absl import flags
 
   if len(argv) > 1:
-    print(f'error: unexpected arguments {argv[1:]}', file=sys.stderr)
+    print(f'error: unexpected arguments {argv[1:]}; allowed: flags as --NAME VALUE',
+          file=sys.stderr)
     return 2
   for name in FLAGS:
     if flags.FLAGS[name].present and name not in COMMANDS[command].flags:
@@ -238,15 +315,21 @@ def dispatch(command: str, argv: list[str]) -> int:
       print(f'error: --{name} has no effect with {command!r}; allowed: with {commands}',
             file=sys.stderr)
       return 2
+    if flags.FLAGS[name].present and flags.FLAGS[name].value == '':
+      print(f'error: --{name}=\'\'; allowed: {FLAGS[name][0]}', file=sys.stderr)
+      return 2
   set_up_jax()
   from opd_jax.errors import ConfigError
   from opd_jax.files.checkpoint import DamagedError
-  from opd_jax.files.huggingface import ExportError
   from opd_jax.run.interrupts import PreemptedError
   try:
     return run_command(command, flags.FLAGS)
-  except (ConfigError, FloatingPointError, DamagedError, ExportError) as e:
+  except (ConfigError, FloatingPointError, DamagedError) as e:
     print(f'error: {e}', file=sys.stderr)
+    return 2
+  except OSError as e:  # a disk that is full, a directory that was removed or cannot be written
+    plain = f'{e.filename}: {e.strerror}' if e.filename is not None else str(e)
+    print(f'error: {" ".join(plain.split())}', file=sys.stderr)
     return 2
   except PreemptedError as e:
     print(e, file=sys.stderr)

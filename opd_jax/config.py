@@ -173,6 +173,6 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
     return tuple(tree) if isinstance(tree, list) else tree
 
   out = tuples(values)
-  if 'fresh' in out.get('student', {}):
+  if isinstance(out.get('student'), dict) and 'fresh' in out['student']:
     out['student']['fresh'] = values['student']['fresh']  # a config.json, whose lists are lists
   return ConfigDict(out)

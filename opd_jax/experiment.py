@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import math
 import pathlib
 from typing import Any
 
@@ -46,7 +47,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
       value = float(value)
     if type(value) is not type(default):
-      raise ConfigError(f'config argument {part!r}: {name} takes a {type(default).__name__}')
+      raise ConfigError(f'config argument {part!r}: {name} takes a {type(default).__name__}; '
+                        f'allowed: such as {default!r}')
     out[name] = value
   return out
 
@@ -91,12 +93,16 @@ def parse_pipeline(c: ConfigDict) -> Pipeline:
   Raises:
     ConfigError: the first problem found, whichever stage is wrong.
   """
+  if not isinstance(c.stages, ConfigDict) or not all(
+      isinstance(stage, ConfigDict) for stage in c.stages.values()):
+    raise ConfigError('stages is no group of configs; allowed: NAME=config.default_config(), '
+                      'changed, for every stage')
   template = default_pipeline()
   template.stages = c.stages
   config_lib.check_fields(c, template, '')
   values = {name: c[name] for name in c}
   out = Pipeline(**{**values, 'report': Report(**c.report.to_dict())})
-  if sorted(out.order) != sorted(c.stages):
+  if sorted(map(str, out.order)) != sorted(c.stages):
     raise ConfigError(f'order={out.order}; allowed: each of {sorted(c.stages)} once')
   if len(set(out.seeds)) != len(out.seeds) or not out.seeds or not all(
       type(seed) is int and 0 <= seed < 2**32 for seed in out.seeds):
@@ -111,6 +117,9 @@ def parse_pipeline(c: ConfigDict) -> Pipeline:
   if set(r.methods) - set(done) or not r.methods or len(r.methods) != len(r.labels):
     raise ConfigError(f'report.methods={r.methods}, labels={r.labels}; allowed: at least one stage '
                       f'of {done}, with one label each')
+  if not all(type(level) in (int, float) and 0 < level < math.inf for level in r.levels):
+    raise ConfigError(f'report.levels={r.levels}; allowed: numbers above 0, shares of the '
+                      "teacher's accuracy")
   return dataclasses.replace(out, runs=runs)
 
 
@@ -152,6 +161,11 @@ def stage_config(p: Pipeline, name: str, seed: int, workdir: pathlib.Path) -> Co
   for part, maker in makers(p.runs[name]).items():
     stage[part].path = str(stage_dir(workdir, maker, seed) / EXPORT)
   return stage
+
+
+def stage_run(p: Pipeline, name: str, seed: int) -> Run:
+  """Makes what a stage's config says, with its name and its seed, before any stage has run."""
+  return dataclasses.replace(p.runs[name], name=name, seed=seed)
 
 
 def default_workdir(c: ConfigDict) -> pathlib.Path:

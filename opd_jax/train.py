@@ -25,7 +25,7 @@ from opd_jax.data import streams as streams_lib
 from opd_jax.data.streams import OWN
 from opd_jax.doctor import examine as doctor
 from opd_jax.doctor import rollouts
-from opd_jax.files import checkpoint, huggingface, peft
+from opd_jax.files import checkpoint, disk, huggingface, peft
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.files.digest import Digests
 from opd_jax.models import lora
@@ -55,8 +55,9 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   pinned, workdir = config_lib.pin(c, workdir), pathlib.Path(workdir)
   run, settings = config_lib.parse(pinned), config_lib.to_dict(pinned)
   inputs = check_directory(run, settings, workdir)
-  if (done := workdir_lib.result(workdir)) is not None:
+  if (done := workdir_lib.result(workdir, run)) is not None:
     return done
+  lock = workdir_lib.lock(workdir)
 
   # Models, tokenizers and data, held against each other in seconds: no weight is read yet.
   parts = build.open_parts(run)
@@ -70,7 +71,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   state, book = restore(run, programs, store, workdir, new_history(settings))
   step, key = book.history['step'], jax.random.key(run.seed)
 
-  with Interrupts() as interrupted, book, store, jax.set_mesh(parts.mesh):
+  with lock, Interrupts() as interrupted, book, store, jax.set_mesh(parts.mesh):
     student = lora.join(base, state.params)
     findings += doctor.examine_rollouts(run, parts, student, teacher_params(graders))
     doctor.settle(run, findings, workdir, book.say)
@@ -240,5 +241,5 @@ def finish(run: Run, programs: Programs, state: TrainState, base: lora.Frozen | 
     huggingface.write_checkpoint(export, parts.student.model, student, tokenizer,
                                  stop_tokens=parts.stop_tokens, dtype='float32',
                                  sampling=parts.student.sampling, origin=origin)
-  workdir_lib.write_json(workdir / workdir_lib.RESULT, result)
+  disk.write_json(workdir / workdir_lib.RESULT, result)
   return result

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -14,10 +15,13 @@ import pytest
 import tiny
 
 from opd_jax import experiment
-from opd_jax.__main__ import COMMANDS
+from opd_jax.__main__ import COMMANDS, check_output
 from opd_jax.data import prompts as prompts_lib
+from opd_jax.errors import ConfigError
 from opd_jax.files import huggingface
 from opd_jax.models import params
+from opd_jax.run import console
+from opd_jax.tools import export
 
 EXPERIMENT = '''
 from opd_jax import config, experiment
@@ -28,6 +32,18 @@ def get_config(arg=None):
   c.steps = arg.n
   return c
 '''
+
+
+# Files that are no experiment.
+FILES = {
+    'syntax.py': 'def get_config(:\n', 'bare.py': 'x = 1\n', 'empty.py': '', 'null.py': '\x00',
+    'raises.py': 'def get_config():\n  return 1 / 0\n', 'text.txt': 'text',
+    'none.py': 'def get_config():\n  return None\n',
+    'plain.py': 'def get_config():\n  return {"a": 1}\n',
+    'stranger.py': 'from ml_collections import ConfigDict\n'
+                   'def get_config():\n  return ConfigDict(dict(a=1))\n',
+    'number.py': 'from ml_collections import ConfigDict\n'
+                 'def get_config():\n  return ConfigDict(dict(name="a", stages=3))\n'}
 
 
 @pytest.fixture(scope='module')
@@ -43,6 +59,9 @@ def folder(tmp_path_factory):
   tiny.write_config(path / 'both.py', both)
   (path / 'argument.py').write_text(EXPERIMENT)
   (path / 'broken.py').write_text('import nonsense_module\n')
+  for name, text in FILES.items():
+    (path / name).write_text(text)
+  os.mkfifo(path / 'pipe.py')
   tiny.write_model(path / 'base')
   tiny.write_model(path / 'other', alphabet=prompts_lib.ALPHABET[::-1])
   (path / 'half').mkdir()  # a directory, but no checkpoint
@@ -80,6 +99,52 @@ class TestTrain:
   def test_in_the_same_directory_without_the_overrides(self, folder, trained):
     done = tiny.opd('train', '--config', folder / 'one.py', '--workdir', 'run', cwd=folder)
     assert_one_line(done, 'workdir=', 'steps: 3 -> 8')
+
+
+class TestConsole:
+  """A run outlives its console, and a signal is no traceback."""
+
+  def test_a_full_disk_behind_it(self, folder, trained):
+    with open('/dev/full', 'w') as full:
+      done = subprocess.run(
+          [sys.executable, '-m', 'opd_jax', 'train', '--config', 'one.py', '--config.steps=3',
+           '--config.eval.every_steps=0', '--workdir', 'full'], cwd=folder, stdout=full, text=True,
+          stderr=subprocess.PIPE, env=tiny.environment(), timeout=tiny.PATIENCE_S)
+    assert done.returncode == 0
+    assert done.stderr == 'WARNING: the console could not be written: No space left on device\n'
+    assert (folder / 'full' / 'result.json').read_text() == (
+        folder / 'run' / 'result.json').read_text()
+
+  @pytest.mark.parametrize(('command', 'behind', 'status', 'text'), [
+      ('train', '/dev/full', 0, 'WARNING: the console could not be written: No space left'),
+      ('doctor', '/dev/full', 2, 'error: the console could not be written: No space left'),
+      ('doctor', 'a reader who left', 0, ''), ('doctor', '/dev/null', 0, '')])
+  def test_what_it_means_for_a_command(self, command, behind, status, text, capsys):
+    if behind.startswith('/'):
+      descriptor = os.open(behind, os.O_WRONLY)
+    else:
+      reader, descriptor = os.pipe()
+      os.close(reader)
+    out = console.Lasting(descriptor)
+    out.write(b'a table')
+    assert check_output(command, out, 0) == status
+    assert check_output(command, out, 1) == 1  # what failed before has failed
+    os.close(descriptor)
+    err = capsys.readouterr().err
+    assert text in err and bool(err) == bool(text)
+
+  def test_interrupted_before_the_loop(self, folder):
+    (folder / 'slow.py').write_text(
+        'import pathlib, time\ndef get_config():\n  pathlib.Path("begun").touch()\n'
+        '  time.sleep(600)\n')
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'opd_jax', 'train', '--config', 'slow.py'], cwd=folder, text=True,
+        stderr=subprocess.PIPE, env=tiny.environment())
+    tiny.wait_until(lambda: (folder / 'begun').exists())
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=tiny.PATIENCE_S)
+    assert process.returncode == 130
+    assert err == 'interrupted; the same command goes on from the newest checkpoint\n'
 
 
 def test_evaluate_repeats_the_runs_final_evaluation(folder, trained):
@@ -129,6 +194,33 @@ MISTAKES = [
     ('diagnose --config both.py --stage first', ("teacher.kind='none'", "'checkpoint'")),
     ('report --config both.py --workdir new', ('stage second of seed 0', 'new')),
     ('report --config one.py --workdir new', ('pipeline',)),
+    *[(f'train --config {name}', (name, 'allowed: a Python file whose get_config', *parts))
+      for name, parts in {
+          'syntax.py': ('SyntaxError',), 'bare.py': (), 'empty.py': (), 'null.py': (),
+          'raises.py': ('ZeroDivisionError: division by zero',), 'text.txt': ('NameError',),
+          'none.py': ('returned None',), 'plain.py': (), 'stranger.py': (),
+          'pipe.py': ('no regular file',), 'half': ('no regular file',)}.items()],
+    ('train --config number.py', ('stages', 'allowed')),
+    ('train --config', ('--config', 'allowed: flags as --NAME VALUE')),
+    ('train --config one.py:tiny', ('get_config() takes 0', 'allowed')),
+    ('train --config argument.py:n=', ('n takes a int', 'allowed: such as 1')),
+    ('train --config one.py --config.steps=', ("config.steps=''", 'allowed: an integer')),
+    ('train --config one.py --config.steps=1.5', ("config.steps='1.5'", 'allowed: an integer')),
+    ('train --config one.py --config.steps.x=3', ('config.steps has no fields', 'allowed')),
+    ('train --config one.py --config.optimizer.learning_rate=x',
+     ("config.optimizer.learning_rate='x'", 'allowed: a number')),
+    ('train --config one.py --config.optimizer=3', ("config.optimizer='3'", 'FIELD=VALUE')),
+    ('train --config one.py --config.task.options.operations=(1,', ('operations', 'a tuple')),
+    ('train --config one.py --config.', ('allowed',)),
+    ('train --config one.py --config.steps', ('config.steps', 'allowed')),
+    ('train --config one.py --step=x', ("--step='x'", 'allowed: an integer')),
+    ('train --confg one.py', ('--confg is unknown', "'--config'")),
+    ('train --config one.py --flagfile=nowhere', ('nowhere', 'allowed')),
+    ('train --config one.py --flagfile', ('flagfile', 'allowed')),
+    ('train --config one.py --workdir=', ("--workdir=''", 'allowed: DIR')),
+    ('export --workdir= --output new', ("--workdir=''", 'allowed: DIR')),
+    ('report --config both.py --config.report.levels=("a",)', ("levels=('a',)", 'allowed')),
+    ('report --config both.py --config.order=(3,4)', ('order=(3, 4)', 'allowed')),
 ]
 # Runs every command line in a child of its own that has imported everything already: starting
 # Python and JAX two dozen times would take longer than all other tests here.
@@ -232,6 +324,66 @@ class TestExport:
     done = tiny.opd('export', '--workdir', 'run', '--output', 'new', cwd=tmp_path)
     assert_one_line(done, 'step=3', "workdir='run' cannot be read", 'allowed: another of')
     assert not (tmp_path / 'new').exists()
+
+
+def changed(**changes):
+  """Makes other content of a config.json: a dict in `changes` changes a group, anything else
+  replaces what is there."""
+  def change(config):
+    return {**config, **{name: {**config[name], **value} if isinstance(value, dict) else value
+                         for name, value in changes.items()}}
+  return change
+
+
+class TestExportOfOddDirectories:
+  """In this process: every one is a line that names the directory."""
+
+  def refused(self, workdir, output, *parts):
+    with pytest.raises(ConfigError) as e:
+      export.export(workdir, output, 'full', -1)
+    assert '\n' not in str(e.value) and not output.exists()
+    assert all(part in str(e.value) for part in (*parts, 'allowed')), e.value
+
+  @pytest.fixture
+  def workdir(self, folder, trained, tmp_path):
+    shutil.copytree(folder / 'run', tmp_path / 'run')
+    return tmp_path / 'run'
+
+  @pytest.mark.parametrize('text', ['', '[]', '3', 'null', '"a"', '{}', '{"steps": 3', '\x00',
+                                    '[' * 100_000, '{"a.b": 1}', '{"1": 2}'])
+  def test_content_of_config_json(self, text, workdir, tmp_path):
+    (workdir / 'config.json').write_text(text)
+    self.refused(workdir, tmp_path / 'new', f'workdir={str(workdir)!r} holds no run')
+
+  @pytest.mark.parametrize('change', [
+      changed(student=None), changed(student=[1]), changed(student='x'), changed(task=None),
+      changed(task=dict(name='nope')), changed(task=dict(options=[1])), changed(steps='4'),
+      changed(seed=None), changed(student=dict(fresh=None)), changed(colour=1),
+      changed(student=dict(path='/nowhere')), changed(optimizer=[])])
+  def test_fields_of_config_json(self, change, workdir, tmp_path):
+    file = workdir / 'config.json'
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    self.refused(workdir, tmp_path / 'new', f'workdir={str(workdir)!r} holds no run')
+
+  @pytest.mark.parametrize('name', ['state', 'host'])
+  def test_half_a_checkpoint(self, name, workdir, tmp_path):
+    shutil.rmtree(workdir / 'checkpoints' / '3' / name)
+    self.refused(workdir, tmp_path / 'new', 'step=3', 'cannot be read', 'another of []')
+
+  def test_no_checkpoints(self, workdir, tmp_path):
+    shutil.rmtree(workdir / 'checkpoints')
+    self.refused(workdir, tmp_path / 'new', 'has no such checkpoint')
+    (workdir / 'checkpoints').touch()
+    self.refused(workdir, tmp_path / 'new', 'has no such checkpoint')
+
+  def test_what_lies_beside_the_checkpoints_is_left_alone(self, workdir, tmp_path):
+    (workdir / 'checkpoints' / 'notes').mkdir()
+    (workdir / 'checkpoints' / '3' / 'metrics' / 'metrics').write_text('{"')  # not needed here
+    assert export.export(workdir, tmp_path / 'new', 'full', -1) == 3
+
+  def test_an_output_that_is_a_link_to_nothing(self, workdir, tmp_path):
+    (tmp_path / 'link').symlink_to(tmp_path / 'nothing')
+    self.refused(workdir, tmp_path / 'link', 'link', 'exists')
 
 
 class TestUsage:

@@ -194,7 +194,7 @@ def write_jsonl(path: pathlib.Path, rows: list[dict[str, Any]]) -> pathlib.Path:
 
 def rows(workdir: pathlib.Path, kind: str | None = None, timing: bool = True
          ) -> list[dict[str, Any]]:
-  """metrics.jsonl, strictly; without 'perf', the wall-clock rates, where timing=False."""
+  """metrics.jsonl, strictly; without 'perf', which is of the process, where timing=False."""
   out = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   out = [r for r in out if kind in (None, r['kind'])]
   return out if timing else [{k: v for k, v in r.items() if k != 'perf'} for r in out]

@@ -22,7 +22,7 @@ from opd_jax.build import Parts
 from opd_jax.doctor import memory, rollouts, static
 from opd_jax.doctor.finding import FAIL, OFF, OK, WARN, Finding
 from opd_jax.errors import ConfigError
-from opd_jax.files import workdir as workdir_lib
+from opd_jax.files import disk
 from opd_jax.models import lora
 from opd_jax.rules import rule
 from opd_jax.settings import Run
@@ -72,7 +72,7 @@ def settle(run: Run, findings: list[Finding], workdir: pathlib.Path,
   Raises:
     ConfigError: some check failed; names the fields to change.
   """
-  workdir_lib.write_json(workdir / RESULT, [dataclasses.asdict(f) for f in findings])
+  disk.write_json(workdir / RESULT, [dataclasses.asdict(f) for f in findings])
   for f in findings:
     if f.status in (WARN, OFF):
       say(f'doctor: {f.check} {f.status}: {f.detail}' + (f' ({f.field})' if f.field else ''))

@@ -2,13 +2,19 @@
 
 A checkpoint holds the train state (parameters, optimizer, step) and a JSON item with the data
 position, the FLOPs so far, the evaluations and the config. Random keys are functions of the step.
+Every bit of both is under a checksum: of the state a sum for each leaf, kept in the JSON item, and
+of the JSON item a digest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
+import errno
+import hashlib
 import json
 import math
+import os
 import pathlib
 import shutil
 import sys
@@ -20,7 +26,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
+from opd_jax.files import disk
 from opd_jax.types import TrainState
+
+# Where orbax moves a checkpoint that is to be deleted, in one step. A process that is killed while
+# it deletes leaves no half of one under its name.
+DELETED = 'deleted'
 
 
 class DamagedError(RuntimeError):
@@ -45,6 +56,15 @@ def checksums(tree: Any) -> jax.Array:
   return jnp.stack([one(x) for x in jax.tree.leaves(tree)])
 
 
+def digest(step: int, host: dict[str, Any]) -> str:
+  """Computes the digest of a JSON item and of the step it belongs to.
+
+  A float is written such that it is read as the same one, and keys are sorted: what was read from
+  the file has the digest of what was written to it.
+  """
+  return hashlib.sha256(json.dumps([step, host], sort_keys=True).encode()).hexdigest()
+
+
 class Checkpoints:
   """The checkpoints in one directory."""
 
@@ -65,20 +85,23 @@ class Checkpoints:
     self._options = ocp.CheckpointManagerOptions(
         best_fn=quality,  # or orbax does not store the metrics, and forgets the best at a restart
         preservation_policy=managers.AnyPreservationPolicy(policies),
+        todelete_subdir=None if read_only else DELETED,
+        lightweight_initialize=read_only,  # reads no metrics, whose damage would be in the way
         # What a killed process left half-written is swept away at the next start.
         cleanup_tmp_directories=not read_only, create=not read_only, read_only=read_only)
     self._open()
 
   def _open(self):
-    # Orbax reads the metrics of every checkpoint when it starts, and gives up on one bad file.
-    for file in () if self._read_only else self._path.glob('*/metrics/metrics'):
-      step = file.parent.parent.name
-      if not step.isdigit():  # the leftover of an interrupted save, which orbax sweeps away
-        continue
-      try:
-        json.loads(file.read_text())
-      except ValueError as e:
-        self._move_away(int(step), e)
+    if not self._read_only:
+      self._delete()
+    # Orbax reads two small files of every checkpoint when it starts, and gives up on one bad one.
+    finished = {int(p.name): p for p in self._path.glob('*') if p.name.isdigit()}
+    bad = {} if self._read_only else {
+        step: error for step, folder in finished.items() if (error := _unopenable(folder))}
+    if bad and len(bad) == len(finished):
+      self._give_up(bad)
+    for step, error in bad.items():
+      self._move_away(step, error)
     self._manager = ocp.CheckpointManager(
         self._path, options=self._options,
         item_handlers={'state': ocp.StandardCheckpointHandler(),
@@ -97,23 +120,55 @@ class Checkpoints:
       step: its step, as a Python int.
       host: JSON content.
       metrics: of an evaluation at this step, or None; those with the best metric are kept longer.
+
+    Raises:
+      StorageError: the file system refused this checkpoint or the one before, here or in `wait` or
+        in `close`; what is there already stays.
     """
     if step in self._manager.all_steps():
       return
     # A deep copy: orbax writes in the background while the caller goes on counting.
-    host = json.loads(json.dumps(
-        {**host, 'checksums': np.asarray(self._checksums(state)).tolist()}))
-    self._manager.save(step, metrics=metrics or {}, args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)))
+    metrics = metrics or {}
+    host = json.loads(json.dumps({
+        **host, 'metrics': metrics, 'checksums': np.asarray(self._checksums(state)).tolist()}))
+    host['digest'] = digest(step, host)
+    self.wait()
+    if not self._path.is_dir():  # orbax would make it again, with this checkpoint alone
+      raise disk.StorageError(f'{self._path} was removed while the run was going on')
+    with self._saving():
+      self._manager.save(step, metrics=metrics, args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)))
 
   def wait(self) -> None:
     """Blocks until everything is on disk."""
-    self._manager.wait_until_finished()
+    with self._saving():
+      self._manager.wait_until_finished()
+    self._delete()
 
   def close(self) -> None:
     """Waits and ends the background threads."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    try:
+      if not self._read_only:
+        self.wait()
+    finally:
+      with self._saving():
+        self._manager.close()
+
+  @contextlib.contextmanager
+  def _saving(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as e:  # tensorstore raises a ValueError for a full disk
+      codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOENT)
+      said = [os.strerror(n) for n in codes if os.strerror(n) in str(e)]
+      if not said and not isinstance(e, OSError):
+        raise
+      reason = said[0] if said else getattr(e, 'strerror', None) or _first_line(e)
+      raise disk.StorageError(f'{self._path} cannot be written: {reason}; the checkpoints in it '
+                              'are as they were') from e
+
+  def _delete(self) -> None:
+    shutil.rmtree(self._path / DELETED, ignore_errors=True)
 
   def __enter__(self) -> Checkpoints:
     return self
@@ -145,10 +200,7 @@ class Checkpoints:
         self._set_aside(newer, error)
       return state, host
     if failures:
-      raise DamagedError(
-          f'no checkpoint in {self._path} can be read; nothing was changed. '
-          + '; '.join(f'step {step}: {_first_line(e)}' for step, e in failures.items())
-          + '. If they are lost, remove the work directory to start anew')
+      self._give_up(failures)
     return None
 
   def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -164,9 +216,18 @@ class Checkpoints:
     restored = self._manager.restore(step, args=ocp.args.Composite(
         state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore()))
     state, host = jax.block_until_ready(restored['state']), restored['host']
+    if not isinstance(host, dict) or host.pop('digest', None) != digest(step, host):
+      raise ValueError('the history does not have the digest it was saved with')
+    del host['metrics']
     if np.asarray(self._checksums(state)).tolist() != host.pop('checksums'):
       raise ValueError('the state does not have the checksums it was saved with')
     return state, host
+
+  def _give_up(self, failures: dict[int, Exception]) -> None:
+    raise DamagedError(
+        f'no checkpoint in {self._path} can be read; nothing was changed. '
+        + '; '.join(f'step {step}: {_first_line(e)}' for step, e in failures.items())
+        + '. If they are lost, remove the work directory to start anew')
 
   def _set_aside(self, step: int, error: Exception) -> None:
     self._manager.close()
@@ -180,6 +241,29 @@ class Checkpoints:
     shutil.move(self._path / str(step), target)
     print(f'WARNING: the checkpoint of step {step} is damaged ({_first_line(error)}); moved to '
           f'{target}, falling back to the one before', file=sys.stderr, flush=True)
+
+
+def _unopenable(folder: pathlib.Path) -> Exception | None:
+  """What is wrong with the files that orbax reads of every checkpoint; None where nothing is, and
+  of metrics that cannot be compared, which reading the checkpoint will show."""
+  def read(*names: str) -> dict[str, Any]:
+    content = json.loads(folder.joinpath(*names).read_bytes())
+    if not isinstance(content, dict):
+      raise ValueError(f'{names[-1]} holds {content!r}')
+    return content
+
+  try:
+    found = read('metrics', 'metrics')
+  except (OSError, ValueError) as e:
+    return e
+  try:
+    read('_CHECKPOINT_METADATA')
+    saved = read('host', 'metadata')['metrics']
+  except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError):
+    return None
+  except ValueError as e:
+    return e
+  return None if found == saved else ValueError('the metrics are not those it was saved with')
 
 
 def _first_line(error: Exception) -> str:

@@ -24,7 +24,7 @@ import numpy as np
 
 from opd_jax import models
 from opd_jax.data import prompts as prompts_lib
-from opd_jax.files import hub
+from opd_jax.files import disk, hub
 from opd_jax.files import safetensors as safetensors_lib
 from opd_jax.files.safetensors import Stored
 from opd_jax.models.params import flatten
@@ -130,6 +130,8 @@ def fetch(path: str | os.PathLike[str], revision: str = '') -> pathlib.Path:
   """
   check_source(path, revision)
   if not revision:
+    if pipes := disk.find_pipes(pathlib.Path(path)):
+      raise ValueError(f"path='{path}' has {pipes}, no regular files; allowed: files")
     return pathlib.Path(path)
   import huggingface_hub  # takes a while to import: only where it is used
   try:
@@ -178,10 +180,11 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     FileNotFoundError: it is not there.
     ValueError: it is no JSON object.
   """
-  if not file.is_file():
-    raise FileNotFoundError(f'{file.parent} is not a Hugging Face checkpoint: {file} is missing')
+  if not file.exists():
+    raise FileNotFoundError(f'{file.parent} is not a Hugging Face checkpoint: {file} is missing; '
+                            'allowed: a directory with it')
   try:
-    content = json.loads(file.read_text(encoding='utf-8'))
+    content = json.loads(disk.read_bytes(file).decode())
   except (OSError, ValueError, RecursionError) as e:
     raise ValueError(f'{file} is no JSON: {e}; allowed: a JSON object') from e
   if not isinstance(content, dict):
@@ -379,7 +382,10 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
+    for file in (*partial.rglob('*'), partial):  # a name can reach the disk before the content does
+      disk.sync(file)
     os.replace(partial, path)
+    disk.sync(path.parent)
   except OSError as e:
     raise ExportError(f'{path} could not be written, and nothing was left there: '
                       f'{e.strerror or e}') from e

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
+from opd_jax.files import disk
 from opd_jax.models import lora
 from opd_jax.models.params import ParamSpec, flatten, unflatten
 from opd_jax.types import Params
@@ -54,6 +55,8 @@ def read_header(file: pathlib.Path) -> dict[str, Stored]:
     ValueError: the file is truncated or damaged.
   """
   try:
+    if disk.find_pipes(file):
+      raise OSError('no regular file')
     with safetensors.safe_open(str(file), framework='numpy'):
       pass  # it checks that the tensors fill the file without gaps
     with open(file, 'rb') as f:

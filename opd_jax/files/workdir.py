@@ -1,36 +1,101 @@
-"""The work directory of a run: whose it is, what the run read, and whether it has finished."""
+"""The work directory of a run: whose it is, who is at work in it, what the run read, and whether it
+has finished."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import pathlib
 import shutil
+import socket
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from opd_jax.errors import ConfigError
-from opd_jax.files import digest
+from opd_jax.files import digest, disk
 from opd_jax.files.digest import Digests
 from opd_jax.files.huggingface import ORIGIN
 from opd_jax.models.params import flatten
+from opd_jax.settings import Run
 
 # What a run leaves there, beside `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
 CONFIG, RESULT, EXPORT, ADAPTER = 'config.json', 'result.json', 'export', 'adapter'
-INPUTS, REVISIONS, CHECKPOINTS = 'inputs.json', 'revisions.json', 'checkpoints'
+INPUTS, REVISIONS, CHECKPOINTS, LOCK = 'inputs.json', 'revisions.json', 'checkpoints', '.lock'
+# The types of what a result.json holds; 'teacher' may be None.
+RESULT_TYPES = {'name': str, 'seed': int, 'steps': int, 'flops': dict, 'before': dict,
+                'after': dict, 'evals': list}
 
 
-def write_json(file: pathlib.Path, content: Any, **options: Any) -> None:
-  """Writes a JSON file that appears whole or not at all."""
-  partial = file.with_name(f'.{file.name}.partial')
-  partial.write_text(json.dumps(content, indent=2, **options) + '\n')
-  partial.rename(file)
+def lock(workdir: pathlib.Path) -> TextIO:
+  """Takes a directory for this process, until what is returned is closed or the process ends.
+
+  The lock is the kernel's: that of a process which is dead, however it died, is nobody's.
+
+  Raises:
+    ConfigError: another process has it.
+    StorageError: the file cannot be written.
+  """
+  file = workdir / LOCK
+  with disk.naming(file):
+    held = file.open('a+')
+  try:
+    fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except (BlockingIOError, PermissionError) as e:
+    held.seek(0)
+    owner = held.read().strip() or 'another process'
+    held.close()
+    raise ConfigError(f'workdir={str(workdir)!r} is in use by {owner}; allowed: a directory in '
+                      'which no other run is at work (wait for it, or end it)') from e
+  except OSError as e:  # some network file systems have no locks
+    print(f'WARNING: {file} cannot be locked ({e.strerror}): see to it that no other process '
+          'runs in this directory', file=sys.stderr, flush=True)
+  with disk.naming(file):
+    held.truncate(0)
+    held.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+    held.flush()
+  return held
 
 
-def result(workdir: pathlib.Path) -> dict[str, Any] | None:
-  """Reads what a finished run came out as; None of one that has not finished."""
+def result(workdir: pathlib.Path, run: Run) -> dict[str, Any] | None:
+  """Reads what a finished run came out as; None of one that has not finished.
+
+  Raises:
+    ConfigError: result.json is not whole, or another run's.
+  """
   file = workdir / RESULT
-  return json.loads(file.read_text()) if file.exists() else None
+  if not os.path.lexists(file):
+    return None
+  try:
+    found = json.loads(disk.read_bytes(file))
+    _check_result(found)
+  except (OSError, ValueError, RecursionError) as e:
+    raise ConfigError(
+        f'{file} is damaged ({e}); allowed: remove it, and `opd train` with this config and work '
+        'directory writes it again from the newest checkpoint') from e
+  wanted = {'name': run.name, 'seed': run.seed, 'steps': run.steps}
+  theirs = {name: found[name] for name in wanted}
+  if found['steps'] < run.steps and run.eval.stop_at_sampled_accuracy:
+    theirs['steps'] = run.steps  # it stopped at its goal
+  if theirs != wanted:
+    raise ConfigError(f'{file} is of another run ({"; ".join(differences(theirs, wanted))}); '
+                      'allowed: the result of this config')
+  return found
+
+
+def _check_result(found: Any) -> None:
+  if not isinstance(found, dict):
+    raise ValueError(f'it holds a {type(found).__name__}')
+  for name, kind in RESULT_TYPES.items():
+    if type(found.get(name)) is not kind:
+      raise ValueError(f'{name} is no {kind.__name__}')
+  if not isinstance(found.get('teacher'), dict | None):
+    raise ValueError('teacher is no dict')
+  for entry in (found['before'], found['after'], *found['evals']):
+    if not isinstance(entry, dict) or type(entry.get('step')) is not int or not isinstance(
+        entry.get('flops'), dict):
+      raise ValueError('an evaluation has no step or no flops')
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
@@ -61,7 +126,7 @@ def write_revisions(file: pathlib.Path, commits: dict[str, str]) -> None:
   """
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, commits, sort_keys=True)
+    disk.write_json(file, commits, sort_keys=True)
   except OSError as e:
     raise ConfigError(f'workdir={str(file.parent)!r} cannot be used: {e}; allowed: a directory '
                       'that can be created and written') from e
@@ -126,27 +191,52 @@ def check(workdir: pathlib.Path, settings: dict[str, Any]) -> None:
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / CONFIG).exists():
+    if os.path.lexists(workdir / CONFIG):
+      check_config(workdir, settings)
+    else:
       partial = workdir / f'.{CONFIG}.partial'
       partial.write_text('')  # whether it can be written shows only by writing
       partial.unlink()
-      theirs = settings
-    else:
-      # The doctor changes no step of a run: one that it will not let resume needs its switches.
-      theirs = {**json.loads((workdir / CONFIG).read_text()), 'doctor': settings['doctor']}
-  except (OSError, TypeError, json.JSONDecodeError) as e:
+  except OSError as e:
     raise ConfigError(
-        f'workdir={str(workdir)!r} cannot be used ({CONFIG}: {e}); allowed: a directory that can '
-        'be created and written, and holds nothing or a run of this config') from e
+        f'workdir={str(workdir)!r} cannot be used ({e}); allowed: a directory that can be created '
+        'and written, and holds nothing or a run of this config') from e
+  if strangers := _strangers(workdir, settings):
+    raise ConfigError(
+        f'workdir={str(workdir)!r} holds {strangers} of another run (or of one by an older version '
+        'of this program); allowed: a directory without, so move or remove them')
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any]:
+  """Reads config.json.
+
+  Raises:
+    ConfigError: it is not there, or no config.
+  """
+  try:
+    found = json.loads(disk.read_bytes(workdir / CONFIG))
+    if not isinstance(found, dict):
+      raise ValueError(f'it holds a {type(found).__name__}')
+    return found
+  except (OSError, ValueError, RecursionError) as e:
+    raise ConfigError(
+        f'workdir={str(workdir)!r} holds no run ({CONFIG}: {e}); allowed: the work directory of '
+        'one run, in a pipeline WORKDIR/seed_S/STAGE') from e
+
+
+def check_config(workdir: pathlib.Path, settings: dict[str, Any]) -> None:
+  """Checks that a directory holds a run of this very config (but for `doctor`).
+
+  Raises:
+    ConfigError: another config's run, or none.
+  """
+  # The doctor changes no step of a run: one that it will not let resume needs its switches.
+  theirs = {**read_config(workdir), 'doctor': settings['doctor']}
   if theirs != settings:
     changes = '; '.join(differences(theirs, settings)[:8])
     raise ConfigError(
         f'workdir={str(workdir)!r} holds a run of another config ({changes}); allowed: a new '
         'directory, or the config that the run was started with')
-  if strangers := _strangers(workdir, settings):
-    raise ConfigError(
-        f'workdir={str(workdir)!r} holds {strangers} of another run (or of one by an older version '
-        'of this program); allowed: a directory without, so move or remove them')
 
 
 def read_inputs(workdir: pathlib.Path) -> dict[str, Digests]:
@@ -205,9 +295,9 @@ def claim(workdir: pathlib.Path, settings: dict[str, Any], inputs: dict[str, Dig
   """
   check(workdir, settings)
   try:
-    write_json(workdir / INPUTS, inputs, sort_keys=True)  # first: a config.json has its inputs
-    if not (workdir / CONFIG).exists():
-      write_json(workdir / CONFIG, settings, sort_keys=True)
+    disk.write_json(workdir / INPUTS, inputs, sort_keys=True)  # first: a config.json has its inputs
+    if not os.path.lexists(workdir / CONFIG):
+      disk.write_json(workdir / CONFIG, settings, sort_keys=True)
   except OSError as e:
     raise ConfigError(f'workdir={str(workdir)!r} cannot be used: {e}; allowed: a directory that '
                       'can be written') from e

@@ -119,7 +119,8 @@ class Book:
     check_finite(row, step, self._run.log.max_sampler_gap)
     own = lengths['lengths']
     row |= {'length': float(own.mean()), 'flops': dict(self.history['flops']),
-            'compiles': self._compile_count(), 'perf': self._clock.read(1, int(own.sum()))}
+            # What is of this process, and not of the run.
+            'perf': {**self._clock.read(1, int(own.sum())), 'compiles': self._compile_count()}}
     if written:
       row['text'] = texts.text_metrics(*written, self._run.data.samples_per_prompt)
       for alarm in self._watch.look(row):

@@ -8,14 +8,17 @@ from typing import Any
 
 
 class PreemptedError(Exception):
-  """SIGTERM or SIGINT arrived; a checkpoint of the step it interrupted is on disk."""
+  """SIGTERM, SIGINT or SIGHUP arrived; a checkpoint of the step it interrupted is on disk."""
 
   def __init__(self, what: str):
     super().__init__(f'{what}; the same command goes on from there')
 
 
 class Interrupts:
-  """Turns SIGTERM and the first SIGINT into a flag that the loop reads between steps."""
+  """Turns the first SIGTERM, SIGINT or SIGHUP into a flag that the loop reads between steps.
+
+  A signal that is ignored stays ignored: `nohup` asks for that.
+  """
 
   def __enter__(self) -> Callable[[], bool]:
     seen: list[int] = []
@@ -26,7 +29,9 @@ class Interrupts:
       signal.signal(number, self._old[number])  # a second one ends the process
 
     try:
-      for number in (signal.SIGTERM, signal.SIGINT):
+      for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+          continue
         self._old[number] = signal.signal(number, handle)
     except ValueError:  # not the main thread: the caller's business
       pass

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -13,49 +16,75 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-import tensorboardX
+from tensorboardX import event_file_writer
+from tensorboardX.proto import event_pb2, summary_pb2
+
+from opd_jax.files import disk
 
 JSONL = 'metrics.jsonl'
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Reads a metrics.jsonl; a line that a killed process left half-written is dropped."""
-  rows = []
-  if path.exists():
-    for line in path.read_text().splitlines():
-      try:
-        rows.append(json.loads(line))
-      except json.JSONDecodeError:
-        continue
+  """Reads a metrics.jsonl. A last line that a killed process left half-written is dropped, and so,
+  with a warning, is any other that is no row."""
+  rows, bad = [], []
+  lines = disk.read_bytes(path).split(b'\n') if os.path.lexists(path) else []
+  for number, line in enumerate(lines, 1):
+    row = _row(line)
+    if row is not None:
+      rows.append(row)
+    elif line and number < len(lines):
+      bad.append(number)
+  if bad:
+    print(f'WARNING: {path}: the lines {bad[:8]}{" and more" if bad[8:] else ""} are no rows, and '
+          'are left out', file=sys.stderr, flush=True)
   return rows
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+  try:
+    row = json.loads(line.decode())
+  except (ValueError, RecursionError):
+    return None
+  if not isinstance(row, dict) or type(row.get('step')) is not int or not isinstance(
+      row.get('kind'), str):
+    return None
+  return row
 
 
 class Writer:
   """Writes rows {'step': ..., 'kind': 'data' | 'train' | 'eval', ...} to JSONL and TensorBoard."""
 
   def __init__(self, workdir: pathlib.Path, restored_step: int | None):
-    """Rows after `restored_step` are dropped (None: all of them): the run will write them again."""
+    """Rows after `restored_step` are dropped (None: all of them): the run will write them again.
+
+    Raises:
+      StorageError: the file system refuses, here and in `write`.
+    """
     self._path = workdir / JSONL
     keep = [] if restored_step is None else [
         r for r in read(self._path) if r['step'] <= restored_step]
-    partial = self._path.with_suffix('.partial')
-    partial.write_text(''.join(json.dumps(r) + '\n' for r in keep))
-    os.replace(partial, self._path)
-    self._file = self._path.open('a')
-    self._board = tensorboardX.SummaryWriter(
-        str(workdir / 'tensorboard'), purge_step=0 if restored_step is None else restored_step + 1)
+    disk.write_text(self._path, ''.join(json.dumps(r) + '\n' for r in keep))
+    with disk.naming(self._path):
+      self._file = self._path.open('ab', buffering=0)  # what fails stays in no buffer
+    self._board = Board(
+        workdir / 'tensorboard', first_step=0 if restored_step is None else restored_step + 1)
 
   def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
     """Writes one row. Nested dicts become 'a/b' scalars in TensorBoard."""
-    self._file.write(json.dumps({'kind': kind, 'step': step, **values}) + '\n')
-    self._file.flush()
-    for name, value in values.items():
-      for key, v in value.items() if isinstance(value, dict) else [('', value)]:
-        if isinstance(v, (int, float)):
-          self._board.add_scalar('/'.join(filter(None, (kind, name, key))), v, step)
+    left = (json.dumps({'kind': kind, 'step': step, **values}) + '\n').encode()
+    with disk.naming(self._path):
+      while left:  # a disk that is nearly full takes a part
+        left = left[self._file.write(left):]
+      if not os.fstat(self._file.fileno()).st_nlink:
+        raise FileNotFoundError(errno.ENOENT, 'it was removed while the run was writing to it')
+    self._board.write(step, {
+        '/'.join(filter(None, (kind, name, key))): v for name, value in values.items()
+        for key, v in (value.items() if isinstance(value, dict) else [('', value)])
+        if isinstance(v, (int, float))})
 
   def close(self) -> None:
-    """Flushes both."""
+    """Closes both."""
     self._file.close()
     self._board.close()
 
@@ -66,6 +95,52 @@ def make_console(width: int | None = None) -> Console:
   if hasattr(sys.stdout, 'reconfigure'):
     sys.stdout.reconfigure(errors='backslashreplace')
   return Console(highlight=False, width=width)
+
+
+class Board:
+  """TensorBoard's event files. They only report: where they cannot be written, that is said once,
+  and the run goes on without.
+
+  What is written is written at once. `tensorboardX.SummaryWriter` has a thread with a queue, and
+  where the thread dies of a full disk the queue fills, and the run waits for ever.
+  """
+
+  def __init__(self, folder: pathlib.Path, first_step: int):
+    """Events from `first_step` on that earlier files hold are void."""
+    self._folder, self._events = folder, None
+    with self._harmless():
+      folder.mkdir(parents=True, exist_ok=True)
+      # Two starts within a second have two files.
+      self._events = event_file_writer.EventsWriter(str(folder / 'events'), f'.{time.time_ns()}')
+      self._events.write_event(event_pb2.Event(step=first_step, file_version='brain.Event:2'))
+      self._add(step=first_step, session_log=event_pb2.SessionLog(
+          status=event_pb2.SessionLog.START))
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    """Writes the scalars of a step by their tags."""
+    with self._harmless():
+      self._add(step=step, summary=summary_pb2.Summary(value=[
+          summary_pb2.Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]))
+
+  def close(self) -> None:
+    """Closes the file."""
+    with self._harmless():
+      if self._events is not None:
+        self._events.close()
+
+  def _add(self, **content: Any) -> None:
+    if self._events is not None:
+      self._events.write_event(event_pb2.Event(wall_time=time.time(), **content))
+      self._events.flush()
+
+  @contextlib.contextmanager
+  def _harmless(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as e:
+      self._events = None
+      print(f'WARNING: {self._folder} cannot be written ({e.strerror or e}): the run goes on '
+            f'without TensorBoard; {JSONL} has the same numbers', file=sys.stderr, flush=True)
 
 
 class Display:

@@ -19,6 +19,8 @@ from typing import Any
 
 import datasets
 
+from opd_jax.files import disk
+
 READERS = ('.csv', '.json', '.jsonl', '.parquet')
 csv.field_size_limit(1 << 30)  # of characters in a cell; the default refuses a long text
 
@@ -144,9 +146,8 @@ def _check(part, path):
       raise ValueError(f"{part.field('subset')} has no effect on {part.source!r}; allowed: ''")
     if path.is_file() and path.suffix not in READERS:
       raise ValueError(f'{part.field("source")}; allowed: files of {sorted(READERS)}')
-    if not path.is_file() and not path.is_dir():  # to read a pipe would wait for ever
-      raise ValueError(f'{part.field("source")} is neither a file nor a folder; allowed: one of '
-                       'them')
+    if pipes := disk.find_pipes(path):  # to read one would wait for ever
+      raise ValueError(f'{part.field("source")} has {pipes}, no regular files; allowed: files')
   elif not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', part.source) or path.suffix in READERS:
     raise ValueError(f'{part.field("source")} does not exist; allowed: a file, a folder, or the '
                      "name of a data set on the hub ('OWNER/NAME')")

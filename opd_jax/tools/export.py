@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 import pathlib
 import sys
 from typing import Any
@@ -56,7 +56,7 @@ def export(workdir: pathlib.Path, output: pathlib.Path, form: str, step: int, dt
   if dtype not in DTYPES or (dtype and form == 'adapter'):
     raise ConfigError(f'dtype={dtype!r} with format={form!r}; allowed: {list(DTYPES)}, '
                                  "and '' for an adapter")
-  if output.exists():
+  if os.path.lexists(output):
     raise ConfigError(f'output={str(output)!r} exists; allowed: a new directory')
   run = read_config(workdir)
   run = dataclasses.replace(run, doctor=dataclasses.replace(
@@ -141,7 +141,8 @@ def _restore(run: Run, workdir: pathlib.Path, step: int, shape: Any
     return step, store.restore(step, shape)[0]
   except Exception as e:  # tensorstore, orbax and JSON each raise their own
     raise ValueError(f'step={step}: that checkpoint in workdir={str(workdir)!r} cannot be read '
-                     f'({" ".join(str(e).split())[:300]}); allowed: another of {steps}') from e
+                     f'({" ".join(str(e).split())[:300]}); allowed: another of '
+                     f'{[other for other in steps if other != step]}') from e
   finally:
     store.close()
 
@@ -152,10 +153,10 @@ def read_config(workdir: pathlib.Path) -> Run:
   Raises:
     ConfigError: there are none, or they are those of an older version of this program.
   """
-  file = workdir / workdir_lib.CONFIG
+  values = workdir_lib.read_config(workdir)
   try:
-    return config_lib.parse(config_lib.from_dict(json.loads(file.read_text())))
-  except (AttributeError, OSError, TypeError, ValueError) as e:
+    return config_lib.parse(config_lib.from_dict(values))
+  except (AttributeError, KeyError, TypeError, ValueError) as e:
     raise ConfigError(
-        f'workdir={str(workdir)!r} holds no run ({e}); allowed: the work directory of one run, in '
-        'a pipeline WORKDIR/seed_S/STAGE') from e
+        f'workdir={str(workdir)!r} holds no run of this version ({workdir_lib.CONFIG}: {e}); '
+        'allowed: the work directory of one run, in a pipeline WORKDIR/seed_S/STAGE') from e

@@ -17,7 +17,7 @@ from opd_jax import config as config_lib
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.doctor import examine as doctor
 from opd_jax.errors import ConfigError
-from opd_jax.experiment import Pipeline, stage_config, stage_dir
+from opd_jax.experiment import Pipeline, stage_config, stage_dir, stage_run
 from opd_jax.files import huggingface
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.rules.run import STAGE
@@ -35,19 +35,19 @@ def run(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   workdir = pathlib.Path(workdir).resolve()  # stages refer to each other by absolute paths
   p = experiment.parse_pipeline(config_lib.pin(c, workdir))
   check_data(p)
+  done = {}
   for seed in p.seeds:
     for name in p.order:
-      stage = stage_config(p, name, seed, workdir)
-      workdir_lib.check(stage_dir(workdir, name, seed), config_lib.to_dict(stage))
+      stage, folder = stage_config(p, name, seed, workdir), stage_dir(workdir, name, seed)
+      workdir_lib.check(folder, config_lib.to_dict(stage))
+      done[seed, name] = workdir_lib.result(folder, stage_run(p, name, seed)) is not None
   for seed in p.seeds:
     for i, name in enumerate(p.order, 1):
       many = f'seed {seed}, ' if len(p.seeds) > 1 else ''
-      folder = stage_dir(workdir, name, seed)
-      done = workdir_lib.result(folder) is not None
-      print(f'== {many}stage {i}/{len(p.order)}: {name}{" (finished before)" if done else ""}',
-            flush=True)
-      train.train(stage_config(p, name, seed, workdir), folder)
-  return report.write(p, workdir)
+      before = ' (finished before)' if done[seed, name] else ''
+      print(f'== {many}stage {i}/{len(p.order)}: {name}{before}', flush=True)
+      train.train(stage_config(p, name, seed, workdir), stage_dir(workdir, name, seed))
+  return report.write(p, report.read_results(p, workdir), workdir)
 
 
 def examine(c: ConfigDict, only: str | None, workdir: str | pathlib.Path) -> bool:
@@ -104,11 +104,12 @@ def write_report(c: ConfigDict, workdir: str | pathlib.Path) -> None:
   """Runs `opd report`.
 
   Raises:
-    ConfigError: a single run's config, or a stage that has not finished; names it.
+    ConfigError: a single run's config; a stage that has not finished, or that is another config's.
   """
   if not experiment.is_pipeline(c):
     raise ConfigError('the config is a single run; allowed: a pipeline, which is what has a report')
-  report.write(experiment.parse_pipeline(c), workdir)
+  p, workdir = experiment.parse_pipeline(c), pathlib.Path(workdir).resolve()
+  report.write(p, report.read_results(p, workdir), workdir)
 
 
 def check_data(p: Pipeline) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 from typing import Any
 
+from ml_collections import ConfigDict
 import numpy as np
 import scipy.stats
 
+from opd_jax import config as config_lib
 from opd_jax.errors import ConfigError
-from opd_jax.experiment import Pipeline
+from opd_jax.experiment import Pipeline, makers, stage_config, stage_dir, stage_run
+from opd_jax.files import disk
+from opd_jax.files import workdir as workdir_lib
 from opd_jax.run import metrics
 
 BASE, TEACHER = 'base', 'teacher'
@@ -209,29 +212,79 @@ def draw(p: Pipeline, results: dict[int, dict[str, dict[str, Any]]], path: pathl
   plt.close(figure)
 
 
-def write(p: Pipeline, workdir: pathlib.Path) -> dict[str, Any]:
-  """Prints the tables and writes report.md, report.json and curves.png into the work directory.
+def read_results(p: Pipeline, workdir: pathlib.Path) -> dict[int, dict[str, dict[str, Any]]]:
+  """Reads the result.json of every stage of the report: {seed: {stage: result}}.
 
   Raises:
-    ConfigError: a stage of the report has not finished; names it.
+    ConfigError: a stage has not finished, is another config's, or has numbers that are none; names
+      it.
   """
-  workdir = pathlib.Path(workdir)
   results: dict[int, dict[str, dict[str, Any]]] = {}
   for seed in p.seeds:
     results[seed] = {}
     for method in p.report.methods:
-      file = workdir / f'seed_{seed}' / method / 'result.json'
-      if not file.exists():
-        raise ConfigError(f'stage {method} of seed {seed} has not finished ({file} is '
-                                'missing); run `opd train` with this config and work directory')
-      results[seed][method] = json.loads(file.read_text())
+      folder, config = stage_dir(workdir, method, seed), stage_config(p, method, seed, workdir)
+      try:
+        found = workdir_lib.result(folder, stage_run(p, method, seed))
+        if found is not None:
+          workdir_lib.check_config(folder, _as_made(p, method, seed, folder, config))
+          check_numbers(found)
+      except ConfigError as e:
+        raise ConfigError(f'stage {method} of seed {seed}: {e}') from e
+      if found is None:
+        raise ConfigError(f'stage {method} of seed {seed} has not finished '
+                          f'({folder / workdir_lib.RESULT} is missing); allowed: run `opd train` '
+                          'with this config and work directory')
+      results[seed][method] = found
+  return results
+
+
+def _as_made(p: Pipeline, method: str, seed: int, folder: pathlib.Path, config: ConfigDict
+             ) -> dict[str, Any]:
+  """A stage's settings, with the paths of earlier stages as config.json has them: a directory that
+  was moved or copied as a whole can still be reported."""
+  settings, theirs = config_lib.to_dict(config), workdir_lib.read_config(folder)
+  for part, maker in makers(p.runs[method]).items():
+    group = theirs.get(part)
+    path = str(group.get('path')) if isinstance(group, dict) else ''
+    if path.endswith(f'/{stage_dir(pathlib.Path(), maker, seed) / workdir_lib.EXPORT}'):
+      settings[part]['path'] = path
+  return settings
+
+
+def check_numbers(result: dict[str, Any]) -> None:
+  """Checks that what a report reads of a result.json are numbers, and accuracies lie in 0..1.
+
+  Raises:
+    ConfigError: names the evaluation and the field.
+  """
+  evals = [*result['evals'], result['before'], result['after'], *filter(None, [result['teacher']])]
+  names = [f'{name}{end}' for name in (*ACCURACIES, 'reverse_kl') for end in ('', '_low', '_high')]
+  for e in evals:
+    read = [(name, e[name]) for name in names if name in e]
+    read += [(f'flops.{name}', v) for name, v in e.get('flops', {}).items()]
+    for name, value in read:
+      share = name.startswith(ACCURACIES)
+      if type(value) not in (int, float) or not math.isfinite(value) or (
+          share and not 0 <= value <= 1):
+        raise ConfigError(f"{workdir_lib.RESULT}: {name}={value!r} at step {e.get('step')}; "
+                          f'allowed: a finite number{" of 0 to 1" if share else ""}')
+
+
+def write(p: Pipeline, results: dict[int, dict[str, dict[str, Any]]], workdir: pathlib.Path
+          ) -> dict[str, Any]:
+  """Prints the tables and writes report.md, report.json and curves.png into the work directory.
+
+  Raises:
+    StorageError: they cannot be written.
+  """
   summary = summarize(p, results)
   parts = tables(summary)
   for part in parts:
     metrics.print_table(*part)
-  (workdir / 'report.md').write_text('\n'.join(markdown(*part) for part in parts),
-                                     encoding='utf-8')
-  (workdir / 'report.json').write_text(json.dumps(summary, indent=2) + '\n')
-  draw(p, results, workdir / 'curves.png')
+  disk.write_text(workdir / 'report.md', '\n'.join(markdown(*part) for part in parts))
+  disk.write_json(workdir / 'report.json', summary)
+  with disk.naming(workdir / 'curves.png'):
+    draw(p, results, workdir / 'curves.png')
   print(f'picture: {workdir / "curves.png"}')
   return summary

@@ -13,7 +13,7 @@ import tiny
 
 from opd_jax import config, load, train
 from opd_jax.errors import ConfigError
-from opd_jax.files import digest, huggingface, peft
+from opd_jax.files import digest, disk, huggingface, peft
 from opd_jax.files import workdir as workdir_lib
 
 
@@ -92,8 +92,11 @@ class TestInputs:
 
   def test_of_a_finished_run_too(self, inputs, tmp_path):
     begin(inputs, tmp_path / 'run')
-    workdir_lib.write_json(tmp_path / 'run' / workdir_lib.RESULT, {'steps': 6})
-    assert train.train(inputs, tmp_path / 'run') == {'steps': 6}
+    evaluation = {'step': 0, 'flops': {}}
+    result = {'name': inputs.name, 'seed': inputs.seed, 'steps': inputs.steps, 'flops': {},
+              'before': evaluation, 'after': evaluation, 'evals': [evaluation], 'teacher': None}
+    disk.write_json(tmp_path / 'run' / workdir_lib.RESULT, result)
+    assert train.train(inputs, tmp_path / 'run') == result
     append_row(tmp_path)
     assert 'sums.jsonl has changed' in refusal(inputs, tmp_path / 'run')
 

@@ -1,14 +1,18 @@
 """Metrics out: the JSONL file across restarts, event files, and the console."""
 
+import errno
 import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 from rich.console import Console
+from tensorboardX import record_writer
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
@@ -208,3 +212,105 @@ def test_a_table_shows_every_cell():
                       Console(file=out, width=80, highlight=False))
   for text in ('a title', 'accuracy', 'base', '0.1', 'OPD', '0.9'):
     assert text in out.getvalue()
+
+
+class TestDamaged:
+  """A metrics.jsonl as a fault left it: rows are read, the rest is said and left out."""
+
+  @pytest.mark.parametrize('line', [
+      b'\xff\xfe', b'\x00' * 40, b'[1, 2]', b'3', b'null', b'{"loss": 1.0}', b'{"step": "1"}',
+      b'{"step": 1.5, "kind": "train"}', b'{"step": true, "kind": "train"}', b'{"step": 2}',
+      b'{"kind": "train", "step": 2, "text": "\xe9"}', b'[' * 100_000])
+  def test_a_line_that_is_no_row(self, line, tmp_path, capsys):
+    write(tmp_path, None, [1, 2, 3])
+    file = tmp_path / 'metrics.jsonl'
+    first, *rest = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(first + line + b'\n' + b''.join(rest))
+    write(tmp_path, 3, [4])
+    assert steps(tmp_path) == [1, 2, 3, 4]
+    err = capsys.readouterr().err
+    assert 'metrics.jsonl: the lines [2] are no rows' in err and err.count('\n') == 1
+
+  def test_a_half_written_last_line_is_nothing_to_warn_about(self, tmp_path, capsys):
+    write(tmp_path, None, [1, 2])
+    file = tmp_path / 'metrics.jsonl'
+    file.write_bytes(file.read_bytes()[:-5])
+    assert len(metrics.read(file)) == 1 and capsys.readouterr().err == ''
+
+
+class TestFull:
+  """A disk that is full."""
+
+  def test_metrics_stop_the_run_with_their_path(self, tmp_path):
+    writer = metrics.Writer(tmp_path, None)
+    writer.write('train', 1, {'loss': 1.0})
+    writer._file.close()
+    writer._file = open('/dev/full', 'ab', buffering=0)
+    with pytest.raises(OSError, match=r'metrics\.jsonl cannot be written: No space left') as e:
+      writer.write('train', 2, {'loss': 1.0})
+    assert '\n' not in str(e.value)
+    writer.close()  # nothing is left in a buffer that would fail again
+    assert steps(tmp_path) == [1]
+
+  def test_a_row_that_is_written_in_two_parts(self, tmp_path):
+    writer = metrics.Writer(tmp_path, None)
+
+    class Slow:
+      def __init__(self, file):
+        self.file = file
+
+      def write(self, data):
+        return self.file.write(data[:7])
+
+      def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    writer._file = Slow(writer._file)
+    writer.write('train', 1, {'loss': 1.0})
+    writer.close()
+    assert steps(tmp_path) == [1]
+
+  def test_a_directory_that_was_removed(self, tmp_path):
+    (tmp_path / 'run').mkdir()
+    writer = metrics.Writer(tmp_path / 'run', None)
+    shutil.rmtree(tmp_path / 'run')
+    with pytest.raises(OSError, match=r'metrics\.jsonl cannot be written: it was removed'):
+      writer.write('train', 1, {'loss': 1.0})
+    writer.close()
+
+  @pytest.mark.parametrize('name', ['write', 'flush'])
+  def test_tensorboard_ends_and_the_run_goes_on(self, name, tmp_path, monkeypatch, capsys):
+    writer = metrics.Writer(tmp_path, None)
+    writer.write('train', 1, {'loss': 1.0})
+
+    def full(*args):
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as m:
+      m.setattr(record_writer.RecordWriter, name, full)
+      writer.write('train', 2, {'loss': 1.0})
+    for step in range(3, 60):  # more than a queue would hold
+      writer.write('train', step, {'loss': 1.0})
+    writer.close()
+    assert steps(tmp_path) == list(range(1, 60))
+    err = capsys.readouterr().err
+    assert err.count('No space left on device') == 1 and 'goes on without TensorBoard' in err
+
+  def test_tensorboard_that_cannot_begin(self, tmp_path, capsys):
+    (tmp_path / 'tensorboard').touch()
+    write(tmp_path, None, [1, 2])
+    assert steps(tmp_path) == [1, 2]
+    assert 'goes on without TensorBoard' in capsys.readouterr().err
+
+  def test_no_thread_writes_events(self, tmp_path):
+    before = threading.active_count()
+    writer = metrics.Writer(tmp_path, None)
+    writer.write('train', 1, {'loss': 1.0})
+    assert threading.active_count() == before
+    assert ('train/loss', 1.0) in [e[1:] for e in events(tmp_path)]  # on disk at once
+    writer.close()
+
+  def test_two_starts_within_a_second(self, tmp_path):
+    write(tmp_path, None, [1])
+    write(tmp_path, 1, [2])
+    assert [e[0] for e in events(tmp_path) if e[1] == 'train/loss'] == [1, 2]

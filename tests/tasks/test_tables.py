@@ -121,7 +121,7 @@ class TestTexts:
 
   def test_a_pipe_is_no_file(self, tmp_path):
     os.mkfifo(tmp_path / 'rows.jsonl')
-    refused(tmp_path / 'rows.jsonl', 'neither a file nor a folder')
+    refused(tmp_path / 'rows.jsonl', 'no regular files')
 
 
 class TestAnswers:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import statistics
 
 from ml_collections import ConfigDict
@@ -212,7 +213,85 @@ class TestReport:
   def test_an_unfinished_stage_is_named(self, finished, tmp_path):
     with pytest.raises((FileNotFoundError, ConfigError),
                        match=r'stage teacher of seed 3 .*result\.json'):
-      report.write(experiment.parse_pipeline(make()), tmp_path)
+      report.read_results(experiment.parse_pipeline(make()), tmp_path)
+
+
+def edit(file, **changes):
+  content = json.loads(file.read_text())
+  file.write_text(json.dumps({**content, **changes}))
+
+
+def evaluated(result, **values):
+  return {'after': {**result['after'], **values}}
+
+
+class TestReportOfSomethingElse:
+  """Every result is held against the config, as `train` holds it."""
+
+  @pytest.fixture
+  def workdir(self, finished, tmp_path):
+    """A copy of what the report reads."""
+    for seed in SEEDS:
+      for stage in ORDER:
+        target = tmp_path / f'seed_{seed}' / stage
+        target.mkdir(parents=True)
+        for name in ('result.json', 'config.json'):
+          shutil.copy(finished[0] / f'seed_{seed}' / stage / name, target)
+    return tmp_path
+
+  def refused(self, workdir, *parts):
+    with pytest.raises(ConfigError) as e:
+      pipeline.write_report(make(), workdir)
+    assert '\n' not in str(e.value) and 'seed 8' in str(e.value)
+    assert all(part in str(e.value) for part in parts), e.value
+    assert not (workdir / 'report.md').exists()
+
+  def test_a_copy_of_the_whole_directory_is_reported(self, finished, workdir):
+    pipeline.write_report(make(), workdir)
+    report_of = (finished[0] / 'report.json').read_text()
+    assert (workdir / 'report.json').read_text() == report_of
+
+  def test_another_stages_result(self, workdir):
+    here = workdir / 'seed_8'
+    shutil.copy(here / 'teacher' / 'result.json', here / 'opd' / 'result.json')
+    self.refused(workdir, 'stage opd', "name: 'teacher' -> 'opd'", 'steps: 80 -> 15')
+
+  def test_another_seeds_result(self, workdir):
+    shutil.copy(workdir / 'seed_3' / 'opd' / 'result.json', workdir / 'seed_8' / 'opd')
+    self.refused(workdir, 'stage opd', 'seed: 3 -> 8')
+
+  def test_another_config(self, workdir):
+    file = workdir / 'seed_8' / 'opd' / 'config.json'
+    content = json.loads(file.read_text())
+    content['optimizer']['learning_rate'] = 0.5
+    file.write_text(json.dumps(content))
+    self.refused(workdir, 'stage opd', 'optimizer/learning_rate: 0.5 -> 0.001')
+
+  def test_no_config(self, workdir):
+    (workdir / 'seed_8' / 'opd' / 'config.json').unlink()
+    self.refused(workdir, 'stage opd', 'config.json')
+
+  @pytest.mark.parametrize(('value', 'text'), [
+      (math.nan, 'nan'), (1.5, '1.5'), ('0.5', "'0.5'"), (None, 'None'), (True, 'True')])
+  def test_an_accuracy_that_is_none(self, value, text, workdir):
+    file = workdir / 'seed_8' / 'opd' / 'result.json'
+    edit(file, **evaluated(json.loads(file.read_text()), sampled_accuracy=value))
+    self.refused(workdir, 'stage opd', f'sampled_accuracy={text} at step 15', 'of 0 to 1')
+
+  @pytest.mark.parametrize('text', ['', '{"name": "op', '[]', '3', '\x00\x00', '[' * 100_000])
+  def test_a_result_that_is_not_whole(self, text, finished, workdir):
+    (workdir / 'seed_8' / 'opd' / 'result.json').write_text(text)
+    self.refused(workdir, 'stage opd', 'result.json is damaged', 'remove it')
+    with pytest.raises(ConfigError, match=r'result\.json is damaged'):
+      train.train(experiment.stage_config(experiment.parse_pipeline(make()), 'opd', 8,
+                                          finished[0].resolve()), workdir / 'seed_8' / 'opd')
+
+  @pytest.mark.parametrize('changes', [
+      dict(evals=None), dict(evals=[3]), dict(after={}), dict(before=[]), dict(flops=7),
+      dict(teacher='none'), dict(steps='15'), dict(seed=None), dict(name=3)])
+  def test_fields_of_another_type(self, changes, workdir):
+    edit(workdir / 'seed_8' / 'opd' / 'result.json', **changes)
+    self.refused(workdir, 'stage opd', 'result.json is damaged')
 
 
 def evaluation(step, accuracy, flops=None):
@@ -331,10 +410,7 @@ class TestSummarize:
       for e in (*runs[m]['evals'], runs[m]['teacher']):
         e['reverse_kl'] = e.pop('sampled_accuracy')
         del e['greedy_accuracy']
-    for m, run in runs.items():
-      (tmp_path / 'seed_0' / m).mkdir(parents=True)
-      (tmp_path / 'seed_0' / m / 'result.json').write_text(json.dumps(run))
-    got = report.write(c, tmp_path)
+    got = report.write(c, {0: runs}, tmp_path)
     assert got['rows']['b']['sampled_accuracy'] is None
     assert got['rows']['b']['reverse_kl']['mean'] == 0.5
     assert not got['rows']['b']['reach'] and not got['ratios']

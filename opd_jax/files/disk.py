@@ -1,0 +1,82 @@
+"""What is asked of the file system: that a file appears whole, stays, and that a refusal is a line
+with the path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import contextlib
+import errno
+import json
+import os
+import pathlib
+from typing import Any
+
+
+class StorageError(OSError):
+  """The file system refuses something that is to be written; the message names the path."""
+
+
+@contextlib.contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+  """Names the path in what goes wrong within: writing to an open file does not say which.
+
+  Raises:
+    StorageError: in place of any other OSError.
+  """
+  try:
+    yield
+  except StorageError:
+    raise
+  except OSError as e:
+    raise StorageError(f'{path} cannot be written: {e.strerror or e}; what was there before is '
+                       'as it was') from e
+
+
+def sync(path: pathlib.Path) -> None:
+  """Waits until a file, or the names in a directory, would outlive a power failure."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  except OSError as e:
+    # Some network file systems sync no directories.
+    if e.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+      raise
+  finally:
+    os.close(descriptor)
+
+
+def write_text(file: pathlib.Path, text: str) -> None:
+  """Writes a file that appears whole or not at all, and then stays.
+
+  Raises:
+    StorageError: the file system refuses.
+  """
+  partial = file.with_name(f'.{file.name}.partial')
+  with naming(file):
+    partial.write_text(text, encoding='utf-8')
+    sync(partial)  # a name can reach the disk before the content does
+    partial.rename(file)
+    sync(file.parent)
+
+
+def write_json(file: pathlib.Path, content: Any, **options: Any) -> None:
+  """Writes a JSON file as `write_text` does."""
+  write_text(file, json.dumps(content, indent=2, **options) + '\n')
+
+
+def find_pipes(path: pathlib.Path) -> list[str]:
+  """Lists what is there and is neither file nor folder, of a path and of what is in a folder: a
+  pipe would be waited for without an end, and a device may have none."""
+  entries = [path, *(path.iterdir() if path.is_dir() else ())]
+  return sorted(str(p) for p in entries if p.exists() and not (p.is_file() or p.is_dir()))
+
+
+def read_bytes(path: pathlib.Path) -> bytes:
+  """Reads a file.
+
+  Raises:
+    OSError: it is no file, but a pipe or a device, or it cannot be read.
+  """
+  if find_pipes(path):
+    raise OSError(errno.EINVAL, 'no regular file', str(path))
+  return path.read_bytes()

@@ -22,6 +22,7 @@ from opd_jax.files import hub
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.rules import run as rules
 from opd_jax.settings import Run
+from opd_jax.tasks import _tables
 
 
 def default_config() -> ConfigDict:
@@ -145,7 +146,7 @@ def _on_the_hub(run: ConfigDict) -> Iterator[tuple[str, ConfigDict, str, str, st
     if not isinstance(path, str) or not isinstance(asked, str) or hub.is_commit(asked):
       continue
     here = pathlib.Path(path)
-    missing_file = kind == 'dataset' and here.suffix in tasks.get('prompts').READERS
+    missing_file = kind == 'dataset' and here.suffix in _tables.READERS
     if re.fullmatch(hub.NAMES[kind], path) and not here.exists() and not missing_file:
       yield where, group, name, path, kind
 

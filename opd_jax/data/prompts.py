@@ -374,7 +374,8 @@ def encode(tokenizer: Any, texts: list[str], special_tokens: bool = False) -> li
     return tokenizer(texts, add_special_tokens=special_tokens, return_attention_mask=False,
                      return_token_type_ids=False, verbose=False)['input_ids'] if texts else []
   except Exception as e:  # the Rust side raises bare Exceptions
-    raise ValueError(f'the tokenizer cannot encode one of {texts[:3]}...: {e}') from e
+    raise ValueError(f'the tokenizer cannot encode one of {[t[:SHOWN] for t in texts[:3]]}...: '
+                     f'{e}; allowed: texts of characters that it knows') from e
 
 
 def same_vocabulary(a: Any, b: Any) -> bool:

@@ -360,7 +360,7 @@ class TestDamage:
   def test_a_gguf_file(self, tmp_path, single):
     file = tmp_path / 'model-q4.gguf'
     file.write_bytes(b'GGUF')
-    how = f"x.from_pretrained('{tmp_path}', gguf_file='model-q4.gguf').save_pretrained('NEW')"
+    how = f"dict(pretrained_model_name_or_path='{tmp_path}', gguf_file='model-q4.gguf')"
     c = tiny.config('grpo', student__path=str(file))
     with pytest.raises(config.ConfigError, match=r"^student\.path='.*' is a file; allowed") as e:
       config.parse(c)

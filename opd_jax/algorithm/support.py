@@ -38,9 +38,9 @@ def split_exponent(x: Float[Array, '...']) -> tuple[Float[Array, '...'], Float[A
   """Splits an exponent x into a, which is at most 30, and b, so that exp(a) + b is exp(x) up to
   there and its tangent beyond, e^30 (1 + x - 30).
 
-  exp(88) is infinite in float32, and so is the square of exp(44), which Adam keeps. A tangent, unlike
-  a bound, still says in which direction to move. The ratio of a token that the student draws passes
-  e^30 once in 1e13 draws (verl holds the log-ratio of its k3 within 20, and k3 within 10).
+  exp(88) is infinite in float32, and so is the square of exp(44), which Adam keeps. A tangent,
+  unlike a bound, still says in which direction to move. The ratio of a token that the student draws
+  passes e^30 once in 1e13 draws (verl holds the log-ratio of its k3 within 20, and k3 within 10).
   """
   return jnp.minimum(x, LARGEST), math.exp(LARGEST) * jnp.maximum(x - LARGEST, 0.0)
 

@@ -30,7 +30,8 @@ class Preset:
     equation: what is minimized (or the gradient, where that is what the paper gives).
     fields: {'group.field': value}, all that differs from `config.default_config`.
     headline: the paper's own main number.
-    omits: what the paper has besides, and these fields do not.
+    omits: what the paper or its official code has besides, and these fields do not.
+    note: what else somebody who compares should know.
   """
 
   paper: str
@@ -41,6 +42,7 @@ class Preset:
   fields: dict[str, Any]
   headline: str
   omits: str = ''
+  note: str = ''
 
 
 def _fields(**groups: dict[str, Any]) -> dict[str, Any]:
@@ -89,15 +91,24 @@ PRESETS: dict[str, Preset] = {
                        objective__local=dict(coef=1.0, divergence='reverse_kl'),
                        sample=dict(teacher_mix=0.2)),
         headline='ROUGE-L 27.7 on Dolly against 24.5 SFT and 25.2 KD (re-run by a third party)',
-        omits='PPO epochs, reward scaling and the ratio on the exact term; its language-model loss '
-              '(given.likelihood_coef)'),
+        omits="the ratio on the exact term; of its official code: advantages whitened over the "
+              "batch; PPO's clip of the ratio p_S / p_mix at every update, of 4 epochs; rewards "
+              "divided by 0.5 and clipped at 100; cross-entropy on its text, with the tokens there "
+              "(given.likelihood_coef) and with the teacher's distribution (given.distill_coef, "
+              "forward_kl)",
+        note='the return of a token begins with the next one, as in its paper: the exact term has '
+             'its own; that of the official code begins with the token, by the number of tokens '
+             'from it on'),
     'distillm': Preset(
         'DistiLLM (Ko et al. 2024, arXiv 2402.03898)', **WHITE, granularity='token',
         equation='KL(p_T || a p_T + (1 - a) p_S), a = 0.1, half of the batches off-policy',
         fields=_fields(objective=_direct('skew_kl(0.1)'),
                        data=dict(on_policy_fraction=0.5, off_policy_source='teacher')),
         headline='up to 4.3x faster than on-policy KD',
-        omits='the replay buffer and its adaptive schedule'),
+        omits='the replay buffer and its adaptive schedule; 1 - kd_ratio of the cross-entropy of '
+              'the rows',
+        note="its other rows are the data set's own answers, here the teacher's; "
+             "data.off_policy_source='dataset' takes those of the task"),
     'distillm2': Preset(
         'DistiLLM-2 (Ko et al. 2025, arXiv 2503.07067)', **WHITE, granularity='token',
         equation='SRKL_a on own samples + SKL_a on teacher samples, a = 0.1',
@@ -131,7 +142,9 @@ PRESETS: dict[str, Preset] = {
         equation='opd + KL(p_T || p_S) over the teacher\'s top 16 where H(p_T) > 0.8',
         fields=_fields(objective__local=dict(
             coef=1.0, support='teacher_top_k(16, tail="drop")', gate='teacher_entropy(0.8)')),
-        headline='Pass@8 +1.4 / +2.4 / +5.1 (0.6B / 1.7B / 4B)'),
+        headline='Pass@8 +1.4 / +2.4 / +5.1 (0.6B / 1.7B / 4B)',
+        note='not at rest where the student is the teacher: a forward KL over 16 tokens falls as '
+             'mass moves into them'),
     'tropd': Preset(
         'TrOPD (2026, arXiv 2606.01249)', **WHITE, granularity='token',
         equation='opd where trusted, with probability min(p_T / p_S, 1); else KL(p_T || p_S) over '
@@ -167,7 +180,8 @@ PRESETS: dict[str, Preset] = {
                            distill_coef=5e-3, anneal='linear(steps=80, to=1e-3)',
                            reward_coef=1.0, reward_baseline='group_mean_std'),
             data=dict(samples_per_prompt=4)),
-        headline='both together above either alone', omits="GRPO's mean within rows"),
+        headline='both together above either alone',
+        omits="GRPO's mean within rows; verl's dual clip (clip_ratio_c) of negative advantages"),
     'rg_opd': Preset(
         'RG-OPD (2026, arXiv 2607.04037)', signal='outcomes', access='white-box',
         granularity='hybrid',
@@ -218,7 +232,9 @@ PRESETS: dict[str, Preset] = {
             distill_coef=0.0, reward_coef=1.0, reward_baseline='group_mean_std',
             importance='ppo_clip(0.2)'), data=dict(samples_per_prompt=4)),
         headline='GSM8K 82.9 to 88.2 (DeepSeekMath 7B)',
-        omits="its KL term (reference_kl), its mean within rows (reduction='sequence_mean')"),
+        omits="its KL term (reference_kl), its mean within rows (reduction='sequence_mean'); "
+              "verl's dual clip (clip_ratio_c) of negative advantages",
+        note="the sample's standard deviation, as in TRL, verl and Tunix"),
     'reinforce': Preset(
         'REINFORCE with a group mean (Williams 1992)', **OUTCOME, granularity='sequence',
         equation='-rho_t (r - mean of the group)',
@@ -279,7 +295,8 @@ def table() -> str:
   for name, p in PRESETS.items():
     fields = ', '.join(f'{k.removeprefix("objective.")}={v!r}' for k, v in p.fields.items())
     cell = f'{p.signal}, {p.access}, {p.granularity}'
-    paper = p.paper + (f' (left out: {p.omits})' if p.omits else '')
+    paper = (p.paper + (f' (left out: {p.omits})' if p.omits else '')
+             + (f' (note: {p.note})' if p.note else ''))
     equation = p.equation.replace('|', '\\|')
     row = (f'`{name}`', paper, cell, equation, f'`{fields}`' if fields else '–', p.headline)
     lines.append('| ' + ' | '.join(row) + ' |')

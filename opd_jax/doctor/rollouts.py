@@ -23,7 +23,14 @@ from opd_jax.run import evaluate
 from opd_jax.settings import Run
 from opd_jax.types import Params
 
+<<<<<<< HEAD
 DTYPES = ('float32', 'bfloat16')  # of an export
+=======
+# By compute.dtype: the most of KL(sampler, scorer); and of the largest difference at a token, what
+# is worth a look and what is no rounding. A real model of 30 layers is at 4e-5, and in bfloat16 at
+# 0.2 to 0.6.
+SELF_KL = {'float32': (1e-3, 1e-3, 1e-2), 'bfloat16': (5e-2, 0.25, 1.0)}
+>>>>>>> part-d
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +142,19 @@ def describe_export(name: str, dtype: str, kl: dict[str, float]) -> str:
 
 
 def check_self_kl(run: Run, parts: Parts, p: Probe) -> Finding:
-  """Checks the student as its own teacher: sampler and scorer must be one distribution."""
-  kl, worst = p.mean(p.gap), float(np.abs(p.gap * p.mask).max())
-  limit = 1e-3 if run.compute.dtype == 'float32' else 5e-2  # rounding is 1e-5 and 1e-2
+  """Checks the student as its own teacher: sampler and scorer must be one distribution, at every
+  token."""
+  gap = np.where(p.mask > 0, p.gap, 0.0)
+  kl, worst = p.mean(gap), float(np.abs(gap).max())
+  dtype = run.compute.dtype
+  limit, look, most = SELF_KL[dtype]
   detail = f'KL(sampler, scorer) of the student {kl:.1e}, largest difference {worst:.1e} nats'
-  if not abs(kl) < limit:  # NaN fails too
-    return Finding('self_kl', FAIL, f'{detail}; allowed: below {limit}', 'compute.dtype')
+  if not (abs(kl) < limit and worst < most):  # NaN fails too
+    return Finding('self_kl', FAIL, f'{detail}; allowed in {dtype}: below {limit}, and below '
+                   f'{most} at any token', 'compute.dtype')
+  if worst > look:
+    return Finding('self_kl', WARN, f'{detail}, a ratio of {math.exp(worst):.2f}, more than the '
+                   f'{look} to expect of {dtype}', 'compute.dtype')
   return Finding('self_kl', OK, detail)
 
 

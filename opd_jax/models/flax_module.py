@@ -314,7 +314,7 @@ def check_gradient(model: Model, params: Params) -> None:
     hidden = jnp.where(valid[:, :, None], hidden, 0.0)
     return jnp.sum(model.head(params).logits(hidden)[..., :model.vocab_in_use])
 
-  grads = flatten(jax.jit(jax.grad(total))(params))
+  grads = flatten(jax.grad(total)(params))
   bad = sorted(name for name, x in grads.items() if not bool(jnp.isfinite(x).all()))
   if bad:
     raise ValueError(

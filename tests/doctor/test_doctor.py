@@ -223,6 +223,25 @@ def test_a_sampler_that_is_not_the_scorer():
   assert rollouts.check_self_kl(config.parse(c), None, probe).status == OK
 
 
+@pytest.mark.parametrize(('dtype', 'worst', 'status'), [
+    ('float32', 1e-4, OK), ('float32', 2e-3, WARN), ('float32', 0.02, FAIL),
+    ('bfloat16', 0.2, OK), ('bfloat16', 0.63, WARN), ('bfloat16', 1.5, FAIL),
+    ('bfloat16', np.nan, FAIL)])
+def test_one_token_on_which_sampler_and_scorer_are_apart(dtype, worst, status):
+  c = tiny.config('grpo', **GOOD)
+  c.compute.dtype = dtype
+  gap = np.zeros((8, 100))
+  gap[3, 7] = -worst  # of 800 tokens: the mean is far below its limit
+  probe = rollouts.Probe(mask=np.ones(gap.shape), gap=gap, logratio=None, teacher_entropy=None,
+                         ended=np.ones(8, bool), tokens=np.zeros((8, 101), int), room=100)
+  finding = rollouts.check_self_kl(config.parse(c), None, probe)
+  assert finding.status == status
+  assert status == OK or dtype in finding.detail and finding.field == 'compute.dtype'
+  unread = dataclasses.replace(probe, gap=np.where(gap, np.nan, 0.0),
+                               mask=(gap == 0).astype(float))  # a place that nobody chose
+  assert rollouts.check_self_kl(config.parse(c), None, unread).status == OK
+
+
 def test_memory_is_that_of_the_arrays():
   run, parts = _open(_pair())
   estimate = memory.memory_estimate(run, parts)

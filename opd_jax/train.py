@@ -55,8 +55,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     return done
   lock = workdir_lib.lock(workdir)
 
-  # Models, tokenizers and data, opened and held against each other. No weight has been read, and
-  # nothing compiled: whatever is wrong with a pairing shows here, in seconds.
+  # Opened and held against each other before a weight is read: a wrong pairing shows in seconds.
   parts = build.open_parts(run)
   findings = doctor.require(run, doctor.examine(run, parts))
   programs = compile_programs(run, parts)

@@ -298,8 +298,7 @@ def _read(part):
   """
   path = pathlib.Path(part.source)
   field = f'task.options.{part.prefix}source={part.source!r}'
-  if pipes := disk.find_pipes(path):
-    raise ValueError(f'{field} has {pipes}, no regular files; allowed: files')
+  disk.refuse_pipes(path, field)
   if path.exists():
     if part.revision:
       raise ValueError(f'task.options.{part.prefix}revision={part.revision!r} has no effect on the '

@@ -266,8 +266,6 @@ def unknown_field(argv: list[str]) -> str | None:
   """Finds which --config.FIELD of the command line does not exist, and what does in its place; None
   where it is the file that is no config."""
   import runpy
-
-  from ml_collections import ConfigDict
   words = [word for flag in argv for word in flag.split('=', 1)]
   argument = next((w.partition(':')[2] for w in words if w.startswith(f'{config_file(argv)}:')), '')
   try:
@@ -279,7 +277,7 @@ def unknown_field(argv: list[str]) -> str | None:
     here = config
     for i, field in enumerate(path[1:] if path[0] == 'config' else [], 1):
       group = '.'.join(path[:i])
-      if not isinstance(here, ConfigDict):
+      if not hasattr(here, 'items'):
         return f'{word}: {group} has no fields; allowed: --{group}=VALUE'
       if field not in here:
         return f'{word}: {group} has no field {field!r}; allowed: {sorted(here)}'

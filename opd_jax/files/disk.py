@@ -71,6 +71,16 @@ def find_pipes(path: pathlib.Path) -> list[str]:
   return sorted(str(p) for p in entries if p.exists() and not (p.is_file() or p.is_dir()))
 
 
+def refuse_pipes(path: pathlib.Path, named: str) -> None:
+  """Refuses what `find_pipes` finds.
+
+  Raises:
+    ValueError: there is something; `named` is how the user named the path.
+  """
+  if pipes := find_pipes(path):
+    raise ValueError(f'{named} has {pipes}, no regular files; allowed: files')
+
+
 def read_bytes(path: pathlib.Path) -> bytes:
   """Reads a file.
 

@@ -138,8 +138,7 @@ def fetch(path: str | os.PathLike[str], revision: str = '') -> pathlib.Path:
   """
   check_source(path, revision)
   if not revision:
-    if pipes := disk.find_pipes(pathlib.Path(path)):
-      raise ValueError(f"path='{path}' has {pipes}, no regular files; allowed: files")
+    disk.refuse_pipes(pathlib.Path(path), f"path='{path}'")
     return pathlib.Path(path)
   import huggingface_hub  # takes a while to import: only where it is used
   try:

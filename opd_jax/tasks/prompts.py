@@ -241,6 +241,149 @@ def _rows(part, o):
   return datasets.Dataset.from_dict(columns), told
 
 
+<<<<<<< HEAD
+=======
+def _values(table, part, name, types):
+  values = table[getattr(part, name)][:]
+  for i, v in enumerate(values):
+    if not isinstance(v, types) or isinstance(v, bool):
+      raise ValueError(f'task.options.{part.prefix}{name}={getattr(part, name)!r}: row {i} of '
+                       f'{part.source!r} has {v!r}; allowed: {[t.__name__ for t in types]}')
+  return values
+
+
+def _texts(table, part, name):
+  return _values(table, part, name, (str,))
+
+
+def _conversations(table, part, suffix):
+  """(conversations that end with the user's turn, the assistant's answers or None)."""
+  prompts, spoken = [], []
+  for i, messages in enumerate(_values(table, part, 'messages_column', (list,))):
+    for m in messages:
+      more = sorted(k for k, v in m.items() if v and k not in ('role', 'content'))
+      if not isinstance(m.get('role'), str) or not isinstance(m.get('content'), str) or more:
+        raise ValueError(f'task.options.{part.prefix}messages_column={part.messages_column!r}: row '
+                         f"{i} of {part.source!r} has the message {m!r}; allowed: a 'role' and a "
+                         "'content', both texts, and nothing else")
+    turns = [{'role': m['role'], 'content': m['content']} for m in messages]
+    if turns and turns[-1]['role'] == 'assistant':
+      spoken.append(turns.pop()['content'])
+    if not turns or turns[-1]['role'] != 'user':
+      raise ValueError(f'task.options.{part.prefix}messages_column={part.messages_column!r}: row '
+                       f"{i} of {part.source!r} has the roles {[m['role'] for m in messages]}; "
+                       "allowed: the last one is 'user', or 'user' and then 'assistant'")
+    turns[-1]['content'] += suffix
+    prompts.append(turns)
+  if spoken and len(spoken) != len(prompts):
+    raise ValueError(f'task.options.{part.prefix}messages_column={part.messages_column!r}: '
+                     f"{len(spoken)} of {len(prompts)} conversations end with 'assistant'; "
+                     'allowed: all of them or none')
+  return prompts, spoken or None
+
+
+# --- reading ---
+
+
+def _read(part):
+  """The table that a part names.
+
+  Raises:
+    ValueError: it cannot be read; what is wrong with it, and what is allowed.
+  """
+  path = pathlib.Path(part.source)
+  field = f'task.options.{part.prefix}source={part.source!r}'
+  disk.refuse_pipes(path, field)
+  if path.exists():
+    if part.revision:
+      raise ValueError(f'task.options.{part.prefix}revision={part.revision!r} has no effect on the '
+                       f"local {part.source!r}; allowed: ''")
+    if part.subset and (path.is_file() or _saved(path)):
+      raise ValueError(f'task.options.{part.prefix}subset={part.subset!r} has no effect on '
+                       f"{part.source!r}; allowed: ''")
+    if path.is_file() and path.suffix not in READERS:
+      raise ValueError(f'{field}; allowed: files of {sorted(READERS)}')
+  elif not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', part.source) or path.suffix in READERS:
+    raise ValueError(f'{field} does not exist; allowed: a file, a folder, or the name of a data '
+                     "set on the hub ('OWNER/NAME')")
+  elif not re.fullmatch('[0-9a-f]{40}', part.revision):
+    raise ValueError(f'task.options.{part.prefix}revision={part.revision!r} with the data set '
+                     f'{part.source!r} of the hub (there is no such file or folder); allowed: the '
+                     '40 hex digits of a commit')
+  try:
+    if _saved(path):
+      table = datasets.load_from_disk(part.source)
+    elif path.is_file():
+      table = datasets.load_dataset(READERS[path.suffix], data_files=part.source)
+    else:
+      table = datasets.load_dataset(part.source, name=part.subset or None,
+                                    revision=part.revision or None)
+  except (ValueError, OSError, StopIteration, datasets.exceptions.DatasetsError) as e:
+    why = str(e.__cause__ or e) or 'it is empty'  # what an empty file raises has no text
+    raise ValueError(f'{field}, subset={part.subset!r} cannot be read: {why}; allowed: what '
+                     '`datasets` can read') from e
+  if isinstance(table, datasets.Dataset):
+    table = {'train': table}
+  name = part.split or (next(iter(table)) if len(table) == 1 else '')
+  if name not in table:
+    key = 'eval_split' if part.prefix else 'train_split'
+    raise ValueError(f'task.options.{key}={part.split!r}; allowed: a split of {part.source!r}, '
+                     f'{list(table)}')
+  return table[name].with_format(None)
+
+
+def _saved(path):
+  """Whether `save_to_disk` wrote it."""
+  return (path / 'dataset_dict.json').exists() or (path / 'state.json').exists()
+
+
+# --- filters ---
+
+
+def _parse(name, text):
+  """'level >= 3' to ('level', '>=', 3)."""
+  match = re.fullmatch(r'\s*(\S+?)\s*(==|!=|<=|>=|<|>|\sin\s)\s*(.+?)\s*', text)
+  try:
+    literal = ast.literal_eval(match[3]) if match else None
+  except (ValueError, SyntaxError):
+    match = None
+  if match is None or match[2].strip() == 'in' and not isinstance(literal, list | tuple | set):
+    raise ValueError(
+        f'task.options.{name} has {text!r}; allowed: COLUMN OPERATOR LITERAL with an operator of '
+        f"{list(OPERATORS)} and a Python literal, a list for 'in': \"level >= 3\", "
+        "\"source == 'math'\", \"level in [4, 5]\"")
+  return match[1], match[2].strip(), literal
+
+
+def _kind(value):
+  if isinstance(value, bool):
+    return 'bool'
+  return 'number' if isinstance(value, int | float) else type(value).__name__
+
+
+def _filter(table, part):
+  for text in part.filters:
+    column, symbol, literal = _parse(f'{part.prefix}filters', text)
+    where = f'task.options.{part.prefix}filters has {text!r}'
+    if column not in table.column_names:
+      raise ValueError(f'{where}; allowed: a column of {part.source!r}, {table.column_names}')
+    values = table[column][:]
+    wanted = {_kind(x) for x in (literal if symbol == 'in' else [literal])}
+    held = {_kind(v) for v in values}
+    ordered = symbol in ('<', '<=', '>', '>=')
+    # A text is never equal to a number: such a filter keeps all rows, or none, without a word.
+    if not wanted <= held | {'NoneType'} or ordered and (held != wanted or 'bool' in held):
+      raise ValueError(f'{where}, and the column has values of type {sorted(held)}; allowed: a '
+                       'comparison with the same')
+    keep = [i for i, v in enumerate(values) if OPERATORS[symbol](v, literal)]
+    table = table.select(keep)
+  return table
+
+
+# --- the task ---
+
+
+>>>>>>> part-e
 def prompt(example: dict[str, Any]) -> str | list[dict[str, str]]:
   """Returns the text, or the conversation."""
   return example['prompt']

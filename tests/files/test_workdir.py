@@ -130,8 +130,13 @@ class TestInputs:
     for name, shape in (('large', 2**18), ('small', 3)):
       save_file({**values, name: values[name] + np.ones(shape, np.float32)}, file)
       seen.add(digest.of_weights(file))
+    for place in (-1, 2**18 // 3):  # of a large one, its end and what is evenly between
+      changed = values['large'].copy()
+      changed[place] += 1
+      save_file({**values, 'large': changed}, file)
+      seen.add(digest.of_weights(file))
     save_file({**values, 'small': values['small'].reshape(1, 3)}, file)
-    assert len(seen | {digest.of_weights(file)}) == 4
+    assert len(seen | {digest.of_weights(file)}) == 6
 
   def test_a_folder_of_data_is_all_of_its_files(self, tmp_path):
     (tmp_path / 'data' / 'train').mkdir(parents=True)

@@ -59,11 +59,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     return done
   lock = workdir_lib.lock(workdir)
 
-<<<<<<< HEAD
   # Models, tokenizers and data, held against each other in seconds: no weight is read yet.
-=======
-  # Opened and held against each other before a weight is read: a wrong pairing shows in seconds.
->>>>>>> part-e
   parts = build.open_parts(run)
   findings = doctor.require(run, doctor.examine(run, parts))
   programs = compile_programs(run, parts)

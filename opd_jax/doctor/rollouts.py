@@ -23,14 +23,11 @@ from opd_jax.run import evaluate
 from opd_jax.settings import Run
 from opd_jax.types import Params
 
-<<<<<<< HEAD
 DTYPES = ('float32', 'bfloat16')  # of an export
-=======
 # By compute.dtype: the most of KL(sampler, scorer); and of the largest difference at a token, what
 # is worth a look and what is no rounding. A real model of 30 layers is at 4e-5, and in bfloat16 at
 # 0.2 to 0.6.
 SELF_KL = {'float32': (1e-3, 1e-3, 1e-2), 'bfloat16': (5e-2, 0.25, 1.0)}
->>>>>>> part-d
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,9 +9,9 @@ import sys
 import pytest
 import tiny
 
-from opd_jax import config
+from opd_jax import config, tasks
 from opd_jax.errors import ConfigError
-from opd_jax.files import disk
+from opd_jax.files import disk, huggingface
 from opd_jax.files import workdir as workdir_lib
 
 HOLD = '''
@@ -104,3 +104,18 @@ def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(name, tmp_path)
     if name == 'config.json':
       workdir_lib.check(tmp_path, config.to_dict(run))
     workdir_lib.result(tmp_path, config.parse(run))
+
+
+def test_a_pipe_among_what_a_model_or_a_data_set_is_read_from(tmp_path):
+  # What opens it for reading waits until somebody writes, and nobody does.
+  model = tiny.write_model(tmp_path / 'model')
+  (model / 'tokenizer.json').unlink()
+  os.mkfifo(model / 'tokenizer.json')
+  with pytest.raises(ValueError, match=r'tokenizer\.json.*no regular files; allowed'):
+    huggingface.fetch(model)
+  os.mkfifo(tmp_path / 'rows.jsonl')
+  task = tasks.get('prompts')
+  options = task.Options(source=str(tmp_path / 'rows.jsonl'), holdout_examples=1,
+                         prompt_column='q', answer_column='a', grader='exact')
+  with pytest.raises(ValueError, match=r'task\.options\.source=.*no regular files; allowed'):
+    task.load('train', options)

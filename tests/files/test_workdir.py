@@ -11,15 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 import tiny
 
-<<<<<<< HEAD
 from opd_jax import config, load, train
 from opd_jax.errors import ConfigError
 from opd_jax.files import digest, disk, huggingface, peft
-=======
-from opd_jax import config, tasks
-from opd_jax.errors import ConfigError
-from opd_jax.files import disk, huggingface
->>>>>>> part-e
 from opd_jax.files import workdir as workdir_lib
 
 
@@ -190,7 +184,6 @@ class TestLeftovers:
 
 class TestAdapters:
 
-<<<<<<< HEAD
   def test_an_adapter_is_not_put_on_another_base(self, inputs, tmp_path):
     inputs.student.lora.rank, inputs.student.lora.alpha = 2, 4.0
     run = config.parse(inputs)
@@ -212,50 +205,3 @@ class TestAdapters:
       load.make_adapter(config.parse(inputs), student)
     inputs.doctor.changed_inputs = 'a merge of two'
     load.make_adapter(config.parse(inputs), student)
-=======
-  def test_the_content_is_on_disk_before_the_name(self, tmp_path, monkeypatch):
-    # Else a power failure leaves an empty file under the final name.
-    calls, fsync, rename = [], os.fsync, disk.pathlib.Path.rename
-    monkeypatch.setattr(os, 'fsync', lambda fd: calls.append(
-        os.readlink(f'/proc/self/fd/{fd}')) or fsync(fd))
-    monkeypatch.setattr(disk.pathlib.Path, 'rename', lambda self, target: calls.append(
-        'rename') or rename(self, target))
-    disk.write_json(tmp_path / 'a.json', {'b': 1})
-    assert calls == [str(tmp_path / '.a.json.partial'), 'rename', str(tmp_path)]
-    assert json.loads((tmp_path / 'a.json').read_text()) == {'b': 1}
-
-  def test_what_was_there_stays_where_the_disk_is_full(self, tmp_path, monkeypatch):
-    disk.write_text(tmp_path / 'a', 'before')
-
-    def full(fd):
-      raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(disk.StorageError, match='a cannot be written: No space left') as e:
-      disk.write_text(tmp_path / 'a', 'after')
-    assert '\n' not in str(e.value) and (tmp_path / 'a').read_text() == 'before'
-
-
-@pytest.mark.parametrize('name', ['config.json', 'result.json'])
-def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(name, tmp_path):
-  os.mkfifo(tmp_path / name)
-  run = tiny.config('sft')
-  with pytest.raises(ConfigError, match=f'{name}.*no regular file'):
-    workdir_lib.check(tmp_path, config.to_dict(run))
-    workdir_lib.result(tmp_path, config.parse(run))
-
-
-def test_a_pipe_among_what_a_model_or_a_data_set_is_read_from(tmp_path):
-  # What opens it for reading waits until somebody writes, and nobody does.
-  model = tiny.write_model(tmp_path / 'model')
-  (model / 'tokenizer.json').unlink()
-  os.mkfifo(model / 'tokenizer.json')
-  with pytest.raises(ValueError, match=r'tokenizer\.json.*no regular files; allowed'):
-    huggingface.fetch(model)
-  os.mkfifo(tmp_path / 'rows.jsonl')
-  task = tasks.get('prompts')
-  options = task.Options(source=str(tmp_path / 'rows.jsonl'), holdout_examples=1,
-                         prompt_column='q', answer_column='a', grader='exact')
-  with pytest.raises(ValueError, match=r'task\.options\.source=.*no regular files; allowed'):
-    task.load('train', options)
->>>>>>> part-e

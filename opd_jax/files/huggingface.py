@@ -24,7 +24,7 @@ import numpy as np
 
 from opd_jax import models
 from opd_jax.data import prompts as prompts_lib
-from opd_jax.files import disk, hub
+from opd_jax.files import convert, disk, hub
 from opd_jax.files import safetensors as safetensors_lib
 from opd_jax.files.safetensors import Stored
 from opd_jax.models.params import flatten
@@ -40,19 +40,6 @@ SAMPLING = ('do_sample', 'temperature', 'top_p', 'top_k')
 FETCHED = ('config.json', 'generation_config.json', 'model.safetensors*', 'model-*.safetensors',
            'tokenizer*', 'vocab*', 'merges.txt', 'added_tokens.json', 'special_tokens_map.json',
            'chat_template*')
-
-
-# Commands that write safetensors of other weights, run with transformers 5.24. That one saves
-# what it reads of a GGUF file only if it is told to dequantize it.
-_OF_PICKLED = (
-    'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-    "[x.from_pretrained('{folder}').save_pretrained('NEW') for x in (M, T)]\"")
-_OF_GGUF = (
-    'python -c "from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig; '
-    "f = dict(pretrained_model_name_or_path='{folder}', gguf_file='{file}'); "
-    'c = GgufConfig(dequantize=True); '
-    "AutoModelForCausalLM.from_pretrained(**f, quantization_config=c).save_pretrained('NEW'); "
-    "AutoTokenizer.from_pretrained(**f).save_pretrained('NEW')\"")
 
 
 class ExportError(OSError):
@@ -119,7 +106,7 @@ def check_source(path: str | os.PathLike[str], revision: str) -> None:
                        "allowed: ''")
   elif pathlib.Path(path).is_file():
     raise ValueError(f"path='{path}' is a file; allowed: a Hugging Face checkpoint directory"
-                     + _how_to_convert(pathlib.Path(path)))
+                     + convert.how_to_convert(pathlib.Path(path)))
   elif not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(path)):
     raise ValueError(f"path='{path}' is not a directory; allowed: a Hugging Face checkpoint "
                      "directory, or 'organization/name' of the hub with a revision")
@@ -157,7 +144,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     ValueError: it is no JSON object, or describes quantized weights.
   """
   file = pathlib.Path(path) / 'config.json'
-  if not file.exists() and (how := _how_to_convert(file.parent)):
+  if not file.exists() and (how := convert.how_to_convert(file.parent)):
     raise FileNotFoundError(f'{path} is not a Hugging Face checkpoint: {file} is missing; allowed: '
                             'one in safetensors' + how)
   config = read_json(file)
@@ -199,21 +186,6 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
   return content
 
 
-def _how_to_convert(path: pathlib.Path) -> str:
-  """What to say of weights in another format, in a file or a directory; '' where there are none."""
-  files = [path] if path.is_file() else sorted(path.glob('*'))
-  gguf = next((f for f in files if f.suffix == '.gguf'), None)
-  if gguf:
-    how = _OF_GGUF.format(folder=gguf.parent, file=gguf.name)
-    return (', such as the one that the GGUF file (which is often quantized) was made of, or what '
-            f'this writes, with torch and gguf installed: {how}')
-  pickled = next((f for f in files if f.suffix in ('.bin', '.pt', '.pth')), None)
-  if pickled:
-    how = _OF_PICKLED.format(folder=pickled.parent)
-    return f', such as what this writes, with torch installed: {how}'
-  return ''
-
-
 # --- which tensors there are ---
 
 
@@ -234,7 +206,7 @@ def find_tensors(path: str | os.PathLike[str]) -> dict[str, Stored]:
     others = sorted(p.name for p in path.glob('*') if p.suffix in OTHER_WEIGHTS)
     raise FileNotFoundError(f'{path} has neither {WEIGHTS} nor {INDEX}, and of other weights '
                             f'{others}; allowed: safetensors under those names'
-                            + _how_to_convert(path))
+                            + convert.how_to_convert(path))
   weight_map = read_json(index).get('weight_map')
   if not isinstance(weight_map, dict) or not all(
       isinstance(f, str) and pathlib.PurePath(f).name == f for f in weight_map.values()):

@@ -259,3 +259,13 @@ def read_base(student: LoadedModel, adapter: Adapter | None, dtype: Any, mesh: j
     return None
   return lora.Frozen(read('student.path', student, student.model.specs, jnp.dtype(dtype), mesh),
                      adapter.settings.scale)
+
+
+def check_directory(run: Run, settings: dict[str, Any], workdir: pathlib.Path
+                    ) -> dict[str, Digests]:
+  """Checks that a work directory is for this config, and for the inputs as they are; returns what
+  they contain, whatever they are called."""
+  workdir_lib.check(workdir, settings)
+  found = inputs(run)
+  workdir_lib.check_inputs(workdir, found, run.doctor.changed_inputs)
+  return found

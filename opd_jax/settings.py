@@ -289,6 +289,11 @@ class Run:
     """Whether adapters are trained instead of the whole model."""
     return bool(self.student.lora.rank or self.student.lora.path)
 
+  def is_evaluated(self, step: int) -> bool:
+    """Tells whether the student that `step` updates have made is evaluated."""
+    every = self.eval.every_steps
+    return step == self.steps or bool(every) and step % every == 0
+
   @property
   def frozen_dtype(self) -> str:
     """How parameters that nothing changes are kept."""

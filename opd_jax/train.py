@@ -20,7 +20,6 @@ from ml_collections import ConfigDict
 
 from opd_jax import build, load
 from opd_jax import config as config_lib
-from opd_jax.build import Parts
 from opd_jax.data import streams as streams_lib
 from opd_jax.data.streams import OWN
 from opd_jax.doctor import examine as doctor
@@ -54,7 +53,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   """
   pinned, workdir = config_lib.pin(c, workdir), pathlib.Path(workdir)
   run, settings = config_lib.parse(pinned), config_lib.to_dict(pinned)
-  inputs = check_directory(run, settings, workdir)
+  inputs = load.check_directory(run, settings, workdir)
   if (done := workdir_lib.result(workdir, run)) is not None:
     return done
   lock = workdir_lib.lock(workdir)
@@ -65,9 +64,8 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   programs = compile_programs(run, parts)
 
   # Weights. `base` is what adapters are trained on (None without). Only the train state changes.
-  base = parts.read_base()
+  base, store = parts.read_base(), open_checkpoints(run, programs, workdir)
   graders = programs.connect(base)
-  store = open_checkpoints(run, programs, workdir)
   state, book = restore(run, programs, store, workdir, new_history(settings))
   step, key = book.history['step'], jax.random.key(run.seed)
 
@@ -85,7 +83,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
       step += 1
       book.train(step, metrics)
       # The host looks at the student only where it has to; elsewhere it waits for no device.
-      stop, due = interrupted(), is_evaluated(run, step)
+      stop, due = interrupted(), run.is_evaluated(step)
       if due or stop or step % run.checkpoint.every_steps == 0:
         book.flush()
         student = lora.join(base, state.params)
@@ -98,16 +96,6 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     if interrupted():  # during the last evaluation: do not go on to another stage
       raise PreemptedError(f'{run.name}: interrupted after its last step, and finished')
   return result
-
-
-def check_directory(run: Run, settings: dict[str, Any], workdir: pathlib.Path
-                    ) -> dict[str, Digests]:
-  """Checks that a work directory is for this config, and for the inputs as they are; returns what
-  they contain, whatever they are called."""
-  workdir_lib.check(workdir, settings)
-  inputs = load.inputs(run)
-  workdir_lib.check_inputs(workdir, inputs, run.doctor.changed_inputs)
-  return inputs
 
 
 def take_step(run: Run, programs: Programs, state: TrainState, base: lora.Frozen | None,
@@ -164,12 +152,6 @@ def evaluate_student(book: Book, programs: Programs, student: Params, graders: G
       student, teacher_params(graders), transcripts))
 
 
-def is_evaluated(run: Run, step: int) -> bool:
-  """Tells whether the student that `step` updates have made is evaluated."""
-  every = run.eval.every_steps
-  return step == run.steps or bool(every) and step % every == 0
-
-
 def open_checkpoints(run: Run, programs: Programs, workdir: pathlib.Path
                      ) -> checkpoint.Checkpoints:
   """Opens the checkpoints of a run."""
@@ -187,7 +169,12 @@ def restore(run: Run, programs: Programs, store: checkpoint.Checkpoints, workdir
   state, history = restored or (programs.init(parts.read_trained()), fresh)
   return state, Book(
       run, workdir, history, restored=restored is not None,
-      operations=lambda step, lengths: count_operations(run, parts, step - 1, lengths),
+      operations=lambda step, lengths: flops.step_flops(
+          streams_lib.of_step(parts.streams, run.seed, step - 1), lengths,
+          student=parts.student.model, teacher=parts.teacher and parts.teacher.model,
+          reference=parts.reference and parts.reference.model,
+          adapter_specs=parts.adapter and parts.adapter.specs,
+          updates=run.optimizer.updates_per_batch),
       compile_count=programs.compile_count)
 
 
@@ -199,23 +186,6 @@ def save(run: Run, store: checkpoint.Checkpoints, book: Book, state: TrainState,
     graded = run.checkpoint.keep_best and metric in (values or {})
     best = {metric: values[metric]} if graded else None
     store.save(state, step, book.history, best)
-
-
-def count_operations(run: Run, parts: Parts, step: int, lengths: dict[str, Any]
-                     ) -> dict[str, float]:
-  """Counts the operations of a step, by who spends them; `lengths` are metrics of its update."""
-  total = {'student': 0.0, 'sampling': 0.0, 'teacher': 0.0}
-  streams = streams_lib.of_step(parts.streams, run.seed, step)
-  for i, stream in enumerate(streams):
-    prefix = f'{stream.name}_' if i else ''
-    tokens = lengths[f'{prefix}lengths'] + lengths[f'{prefix}prompt_lengths']
-    spent = flops.stream_flops(
-        stream, tokens, student=parts.student.model, teacher=parts.teacher and parts.teacher.model,
-        reference=parts.reference and parts.reference.model,
-        adapter_specs=parts.adapter and parts.adapter.specs,
-        updates=run.optimizer.updates_per_batch)
-    total = {name: total[name] + spent[name] for name in total}
-  return total
 
 
 def finish(run: Run, programs: Programs, state: TrainState, base: lora.Frozen | None, book: Book,

@@ -62,6 +62,15 @@ from opd_jax import models  # noqa: E402
 from opd_jax.models import params as params_lib  # noqa: E402
 from opd_jax.types import Model, Params, Prompts, Rollout  # noqa: E402
 
+# Files that take minutes go first: the last process to end is then not alone for long.
+LONG = ('test_train', 'test_update', 'test_mesh', 'test_resume', 'test_contracts', 'test_cli',
+        'test_oracle', 'test_compare_estimators', 'test_pipeline')
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Sorts the files of `LONG` to the front, in its order."""
+  items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
 
 def _quick_options() -> dict[str, str | bool]:
   options = {'xla_backend_optimization_level': '0', 'xla_cpu_use_fusion_emitters': False}

@@ -139,7 +139,9 @@ class TestConsole:
         '  time.sleep(600)\n')
     process = subprocess.Popen(
         [sys.executable, '-m', 'opd_jax', 'train', '--config', 'slow.py'], cwd=folder, text=True,
-        stderr=subprocess.PIPE, env=tiny.environment())
+        stderr=subprocess.PIPE, env=tiny.environment(),
+        # As in a terminal: in the background of a script, it would be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     tiny.wait_until(lambda: (folder / 'begun').exists())
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=tiny.PATIENCE_S)

@@ -435,7 +435,7 @@ class TestAdapters:
     generation.write_text(json.dumps({'temperature': 0.6, **json.loads(generation.read_text())}))
     kl = train.train(c, tmp_path / 'run')['export_kl']
     # Merged in float32 it is the student; in bfloat16 most of two steps' update is rounded away.
-    assert abs(kl['float32']) < 1e-6 < 1e-5 < kl['bfloat16']
+    assert abs(kl['float32']) < 1e-6 < 3e-6 < kl['bfloat16']
     said = [x for x in capsys.readouterr().out.splitlines() if 'export in float32: KL' in x]
     assert len(said) == 1 and f"in bfloat16 {kl['bfloat16']:.1e}" in said[0]
     base = params.flatten(huggingface.load(c.student.path, {}).read(jnp.bfloat16))

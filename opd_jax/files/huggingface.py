@@ -330,7 +330,7 @@ def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params,
     return
   with new_directory(path) as partial:
     for file, content in configs.items():
-      write_json(partial / file, content)
+      disk.write_json(partial / file, content, sort_keys=True)
     save_tokenizer(partial, tokenizer)
     shards = safetensors_lib.split(plan, max_shard_bytes)
     arrays = safetensors_lib.stream(model.specs, params, plan)
@@ -341,7 +341,8 @@ def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params,
     if len(shards) > 1:
       weight_map = {n: f for f, shard in zip(files, shards, strict=True) for n in shard}
       size = sum(map(safetensors_lib.nbytes, plan.values()))
-      write_json(partial / INDEX, {'metadata': {'total_size': size}, 'weight_map': weight_map})
+      disk.write_json(partial / INDEX, {'metadata': {'total_size': size}, 'weight_map': weight_map},
+                      sort_keys=True)
 
 
 @contextlib.contextmanager
@@ -384,7 +385,7 @@ def save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
     raise OSError(f'the tokenizer cannot be saved: {e}') from e
   file = folder / 'tokenizer_config.json'
   if (folder / 'tokenizer.json').exists():
-    write_json(file, _of_both_versions(read_json(file)))
+    disk.write_json(file, _of_both_versions(read_json(file)), sort_keys=True)
 
 
 def _of_both_versions(config: dict[str, Any]) -> dict[str, Any]:
@@ -396,8 +397,3 @@ def _of_both_versions(config: dict[str, Any]) -> dict[str, Any]:
     del out['extra_special_tokens']
     out['additional_special_tokens'] = extra
   return {**out, 'tokenizer_class': 'PreTrainedTokenizerFast'}
-
-
-def write_json(file: pathlib.Path, content: Mapping[str, Any]) -> None:
-  """Writes JSON that reads and compares well: indented, with sorted keys."""
-  file.write_text(json.dumps(content, indent=2, sort_keys=True) + '\n')

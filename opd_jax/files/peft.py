@@ -17,7 +17,7 @@ import warnings
 
 import jax
 
-from opd_jax.files import huggingface
+from opd_jax.files import disk, huggingface
 from opd_jax.files import safetensors as safetensors_lib
 from opd_jax.files.safetensors import Stored
 from opd_jax.models import lora
@@ -66,9 +66,9 @@ def write_adapter(path: str | os.PathLike[str], model: Model, adapters: Params,
   if jax.process_index():
     return
   with huggingface.new_directory(path) as partial:
-    huggingface.write_json(partial / CONFIG, config)
+    disk.write_json(partial / CONFIG, config, sort_keys=True)
     if origin is not None:
-      huggingface.write_json(partial / huggingface.ORIGIN, origin)
+      disk.write_json(partial / huggingface.ORIGIN, origin, sort_keys=True)
     safetensors_lib.write(partial / WEIGHTS, plan, safetensors_lib.stream(specs, adapters, plan))
     huggingface.save_tokenizer(partial, tokenizer)
 

@@ -40,7 +40,7 @@ def build(hf_config: dict[str, Any], *, vocab_in_use: int | None = None, dtype: 
     raise ValueError("model_type 'flax' is a Flax module, which only its own code can make; "
                      "allowed: with student.factory or teacher.factory='package.module:function'")
   if family not in names():
-    raise ValueError(f'model_type {family!r} is not implemented; there are: {names()}')
+    raise ValueError(f'model_type={family!r} is not implemented; allowed: {names()}')
   module = importlib.import_module(f'opd_jax.models.families.{family}')
   model = decoder.make_model(module.FAMILY, hf_config, dtype, remat, layer_unroll)
   return model if vocab_in_use is None else limit_vocabulary(model, vocab_in_use)

@@ -77,3 +77,16 @@ def stream_flops(stream: Stream, lengths: np.ndarray, *, student: Model, teacher
       'sampling': {'student': own, 'teacher': theirs, 'dataset': 0.0}[stream.writer]
                   + theirs * (stream.teacher_mix > 0.0),
       'teacher': grading + again.get('teacher', 0.0) + again.get('reference', 0.0)}
+
+
+def step_flops(streams: tuple[Stream, ...], lengths: dict[str, np.ndarray], **models: Any
+               ) -> dict[str, float]:
+  """Counts the operations of a step, by who spends them: `stream_flops` of its streams, the first
+  of which has lengths without its name in front; `models` are the keywords of that."""
+  total = {'student': 0.0, 'sampling': 0.0, 'teacher': 0.0}
+  for i, stream in enumerate(streams):
+    prefix = f'{stream.name}_' if i else ''
+    spent = stream_flops(stream, lengths[f'{prefix}lengths'] + lengths[f'{prefix}prompt_lengths'],
+                         **models)
+    total = {name: total[name] + spent[name] for name in total}
+  return total

@@ -93,7 +93,7 @@ def export(workdir: pathlib.Path, output: pathlib.Path, form: str, step: int, dt
 
 def _origin(workdir, read, step, state):
   """As the run itself says it, but for what was `read` now."""
-  settings = json.loads((workdir / workdir_lib.CONFIG).read_text())
+  settings = workdir_lib.read_config(workdir)
   return workdir_lib.origin(settings, workdir_lib.read_inputs(workdir) | read, step,
                             np.asarray(checkpoint.checksums(state)).tolist())
 

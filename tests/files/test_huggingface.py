@@ -415,7 +415,7 @@ class TestDamage:
     assert '(as float16)' in refusal(ValueError, loaded.read, jnp.float16)
 
   @pytest.mark.parametrize(('content', 'parts'), [
-      ('{"model_type": "gpt17"}', ("model_type 'gpt17'", 'qwen3')),
+      ('{"model_type": "gpt17"}', ("model_type='gpt17'", 'qwen3')),
       ('{"hidden_size": 4}', ('model_type None', 'qwen3')),
       ('{"model_type": ', ('config.json', 'no JSON')),
       ('[1]', ('config.json', 'a list', 'a JSON object')),

@@ -158,7 +158,7 @@ class TestLeftovers:
     other = config.to_dict(tiny.config('sft', **change)) if change else None
     (tmp_path / 'export').mkdir()
     if other:  # as another run wrote it; or one of an older version, which says nothing
-      huggingface.write_json(tmp_path / 'export' / huggingface.ORIGIN,
+      disk.write_json(tmp_path / 'export' / huggingface.ORIGIN,
                              workdir_lib.origin(other, {}, 6, [1, 2]))
     assert "holds ['export'] of another run" in refusal(c, tmp_path)
     shutil.rmtree(tmp_path / 'export')
@@ -177,7 +177,7 @@ class TestLeftovers:
                          ({**mine, 'checksums': [1, 3]}, False), ({**mine, 'inputs': {}}, False)):
       folder = tmp_path / 'export'
       folder.mkdir()
-      huggingface.write_json(folder / huggingface.ORIGIN, origin)
+      disk.write_json(folder / huggingface.ORIGIN, origin)
       assert workdir_lib.delivered(folder, mine) == folder.exists() == kept
       shutil.rmtree(folder, ignore_errors=True)
 

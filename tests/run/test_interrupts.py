@@ -10,8 +10,17 @@ from opd_jax.run.interrupts import Interrupts
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
+@pytest.fixture
+def heard():
+  """Signals as in a terminal: where tests run in the background of a script, some are ignored."""
+  old = [signal.signal(n, signal.default_int_handler) for n in NUMBERS]
+  yield
+  for n, handler in zip(NUMBERS, old, strict=True):
+    signal.signal(n, handler)
+
+
 @pytest.mark.parametrize('number', NUMBERS)
-def test_the_first_one_raises_a_flag(number):
+def test_the_first_one_raises_a_flag(number, heard):
   before = [signal.getsignal(n) for n in NUMBERS]
   with Interrupts() as interrupted:
     assert not interrupted()

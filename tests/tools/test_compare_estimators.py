@@ -210,7 +210,7 @@ def measured(tmp_path_factory):
     patch.setattr(compare_estimators, 'objectives', some)
     patch.setattr(compare_estimators, 'take_probe', remember)
     patch.setattr(jax, 'jit', functools.partial(jax.jit, compiler_options=_QUICK))
-    patch.setattr(pipeline, 'Console', lambda **_: Console(file=out, width=140))
+    patch.setattr(pipeline.metrics, 'make_console', lambda *_: Console(file=out, width=140))
     pipeline.measure(c, None, folder / 'new', write=True)
   return json.loads((folder / 'new' / compare_estimators.RESULT).read_text()), out.getvalue(), *seen
 

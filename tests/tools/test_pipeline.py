@@ -235,7 +235,7 @@ class TestReportOfSomethingElse:
       for stage in ORDER:
         target = tmp_path / f'seed_{seed}' / stage
         target.mkdir(parents=True)
-        for name in ('result.json', 'config.json'):
+        for name in ('result.json', 'config.json', 'inputs.json'):
           shutil.copy(finished[0] / f'seed_{seed}' / stage / name, target)
     return tmp_path
 

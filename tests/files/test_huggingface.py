@@ -416,7 +416,7 @@ class TestDamage:
 
   @pytest.mark.parametrize(('content', 'parts'), [
       ('{"model_type": "gpt17"}', ("model_type='gpt17'", 'qwen3')),
-      ('{"hidden_size": 4}', ('model_type None', 'qwen3')),
+      ('{"hidden_size": 4}', ('model_type=None', 'qwen3')),
       ('{"model_type": ', ('config.json', 'no JSON')),
       ('[1]', ('config.json', 'a list', 'a JSON object')),
       (json.dumps({**CONFIG, 'quantization_config': {'quant_method': 'fp8'}}),

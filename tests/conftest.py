@@ -3,8 +3,8 @@
 The environment is set here, before anything imports JAX, and is inherited by the processes that
 tests start: CPU only, nothing from a hub, compiled programs in a directory that lasts as long as
 the session, and most optimizations of the CPU's code off: programs are as they are, compile three
-times faster, and run slower. `XLA_FLAGS= pytest` has them on, as users have (`.ci/run` does), but for
-what tests of formulas compile by `quick_jit`.
+times faster, and run slower. `XLA_FLAGS= pytest` has them on, as users have (`.ci/run` does), but
+for what tests of formulas compile by `quick_jit`.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from opd_jax.load import Adapter
 from opd_jax.models import lora
 from opd_jax.parallel import sharding
 from opd_jax.run import optim
-from opd_jax.settings import Run
+from opd_jax.settings import Mesh, Run
 from opd_jax.types import Model, Params, Rollout
 
 
@@ -110,13 +110,13 @@ def open_parts(run: Run) -> Parts:
 
 
 def _open_parts(run):
-  streams, mesh = streams_lib.make(run), make_mesh(run)
+  streams, mesh = streams_lib.make(run), make_mesh(run.compute.mesh)
   student = load.open_student(run)
   adapter = load.make_adapter(run, student)
   teacher, reference = load.open_teacher(run, student), load.open_reference(run, student)
   _check_models(run, streams, mesh, adapter, [m for m in (student, teacher, reference) if m])
   _check_wants(streams, teacher, reference)
-  stop_tokens = choose_stop_tokens(run, student, teacher)
+  stop_tokens = choose_stop_tokens(run.sample.stop, student, teacher)
   style = prompt_style(run, student.tokenizer, teacher and teacher.tokenizer, stop_tokens)
   examples = _open_examples(run, streams, student.tokenizer, style)
   held_out = load_examples(run, 'eval', run.eval.problems, student.tokenizer, style)
@@ -134,13 +134,13 @@ def _open_parts(run):
       stop_tokens=stop_tokens, pad_token=prompts_lib.pad_id(student.tokenizer))
 
 
-def make_mesh(run: Run) -> jax.sharding.Mesh:
+def make_mesh(sizes: Mesh) -> jax.sharding.Mesh:
   """Makes the mesh of a run.
 
   Raises:
     ValueError: it does not fit the devices.
   """
-  return sharding.make_mesh(dataclasses.asdict(run.compute.mesh))
+  return sharding.make_mesh(dataclasses.asdict(sizes))
 
 
 def _check_models(run, streams, mesh, adapter, loaded):
@@ -243,21 +243,21 @@ def check_verifier(run: Run, streams: tuple[Stream, ...], own: Examples, held_ou
              'there is no accuracy', allowed)
 
 
-def choose_stop_tokens(run: Run, student: LoadedModel, teacher: LoadedModel | None
+def choose_stop_tokens(stop: str, student: LoadedModel, teacher: LoadedModel | None
                        ) -> tuple[int, ...]:
-  """Chooses what ends a completion in this run, whoever writes it."""
+  """Chooses what ends a completion (`stop`: sample.stop), whoever writes it."""
   mine = set(student.stop_tokens)
   if teacher is None:  # a model that such a run exported ends with its own stop tokens
     return tuple(sorted(mine))
   theirs = set(teacher.stop_tokens)
   return tuple(sorted(
-      {'student': mine, 'teacher': theirs, 'union': mine | theirs}[run.sample.stop]))
+      {'student': mine, 'teacher': theirs, 'union': mine | theirs}[stop]))
 
 
-def final_tokenizer(run: Run, student: LoadedModel, teacher: LoadedModel | None) -> Any:
+def final_tokenizer(template: str, student: LoadedModel, teacher: LoadedModel | None) -> Any:
   """Makes the tokenizer of the trained model: the student's, with the chat template it was trained
-  in."""
-  if run.prompt.template != 'teacher':
+  in (`template`: prompt.template)."""
+  if template != 'teacher':
     return student.tokenizer
   out = copy.deepcopy(student.tokenizer)
   out.chat_template = teacher.tokenizer.chat_template

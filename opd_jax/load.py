@@ -26,7 +26,7 @@ from opd_jax.files.huggingface import LoadedModel
 from opd_jax.models import flax_module, lora
 from opd_jax.models import params as params_lib
 from opd_jax.parallel import sharding
-from opd_jax.settings import Lora, Run
+from opd_jax.settings import Compute, Lora, Run
 from opd_jax.types import Params
 
 INIT, SAMPLE, EVAL, BESIDE, GATE = range(5)  # what a random key is for
@@ -70,10 +70,10 @@ def naming(where: str, allowed: str = '') -> Iterator[None]:
                       f'{text}; allowed: {allowed}') from e
 
 
-def compute_options(run: Run) -> dict[str, Any]:
+def compute_options(compute: Compute) -> dict[str, Any]:
   """Picks the `models.build` options of a run."""
-  return dict(dtype=jnp.dtype(run.compute.dtype), remat=run.compute.remat,
-              layer_unroll=run.compute.layer_unroll)
+  return dict(dtype=jnp.dtype(compute.dtype), remat=compute.remat,
+              layer_unroll=compute.layer_unroll)
 
 
 def inputs(run: Run) -> dict[str, Digests]:
@@ -137,12 +137,12 @@ def open_student(run: Run) -> LoadedModel:
     return open_flax(run, 'student')
   if run.student.path:
     with naming(f'student.path={run.student.path!r}', DIRECTORY):
-      return huggingface.load(run.student.path, compute_options(run), run.student.revision)
+      return huggingface.load(run.student.path, compute_options(run.compute), run.student.revision)
   characters = prompts_lib.character_tokenizer()
   model = models.build({**run.student.fresh, 'vocab_size': len(characters)},
-                       **compute_options(run))
+                       **compute_options(run.compute))
   return LoadedModel(model, characters, (characters.eos_token_id,),
-                     _fresh_reader(run, model.specs))
+                     _fresh_reader(run.seed, model.specs))
 
 
 def make_adapter(run: Run, student: LoadedModel) -> Adapter | None:
@@ -164,13 +164,13 @@ def make_adapter(run: Run, student: LoadedModel) -> Adapter | None:
     specs = lora.adapter_specs(student.model.specs, settings)
   except ValueError as e:  # which begins with 'lora.'
     raise ConfigError(f'student.{e}') from e
-  return Adapter(settings, specs, _fresh_reader(run, specs))
+  return Adapter(settings, specs, _fresh_reader(run.seed, specs))
 
 
-def _fresh_reader(run: Run, specs: dict[str, Any]) -> Callable[..., Params]:
-  """(dtype, shardings) -> fresh parameters from the run's seed, in the form of a `read`."""
+def _fresh_reader(seed: int, specs: dict[str, Any]) -> Callable[..., Params]:
+  """(dtype, shardings) -> fresh parameters from a run's seed, in the form of a `read`."""
   def read(dtype: Any = jnp.float32, shardings: Any = None) -> Params:
-    fresh = params_lib.init_params(specs, fold_in(jax.random.key(run.seed), INIT, 0), dtype)
+    fresh = params_lib.init_params(specs, fold_in(jax.random.key(seed), INIT, 0), dtype)
     return jax.device_get(fresh) if shardings is None else sharding.put(fresh, shardings)
 
   return read
@@ -194,7 +194,7 @@ def open_flax(run: Run, part: str, path: str | None = None) -> LoadedModel:
   with naming(where):
     directory = str(huggingface.fetch(path, revision)) if path else ''
     loaded = factory.load(group.factory, directory, jnp.dtype(run.compute.dtype),
-                          fold_in(jax.random.key(run.seed), INIT, 0))
+                          fold_in(jax.random.key(seed), INIT, 0))
 
   def read(dtype=jnp.float32, shardings=None):
     with naming(where):
@@ -218,7 +218,7 @@ def open_teacher(run: Run, student: LoadedModel) -> LoadedModel | None:
   if t.factory:
     return open_flax(run, 'teacher')
   with naming(f'teacher.path={t.path!r}', DIRECTORY):
-    return teachers.load(t.kind, t.path, student, compute_options(run), t.revision)
+    return teachers.load(t.kind, t.path, student, compute_options(run.compute), t.revision)
 
 
 def open_reference(run: Run, student: LoadedModel) -> LoadedModel | None:
@@ -231,8 +231,8 @@ def open_reference(run: Run, student: LoadedModel) -> LoadedModel | None:
     return None
   where = f'reference.path={run.reference.path!r}'
   with naming(where, DIRECTORY):
-    loaded = teachers.load(run.reference.kind, run.reference.path, student, compute_options(run),
-                           run.reference.revision)
+    loaded = teachers.load(run.reference.kind, run.reference.path, student,
+                           compute_options(run.compute), run.reference.revision)
   if not prompts_lib.same_vocabulary(student.tokenizer, loaded.tokenizer):
     raise ConfigError(f'{where} has {len(loaded.tokenizer)} tokens, not those of the student '
                       f'({len(student.tokenizer)}); allowed: a model that maps the same strings to '

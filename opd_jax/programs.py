@@ -180,7 +180,7 @@ def compile_programs(run: Run, parts: Parts) -> Programs:
       parts, abstract, jax.jit(functools.partial(init_state, parts.optimizer), donate_argnums=0,
                                out_shardings=state),
       {s.name: make_writer(run, parts, s) for s in parts.streams if s.writer != 'dataset'},
-      make_scorers(run, parts, parts.streams), updates, evaluator, of_teacher,
+      make_scorers(run.compute.chunk_tokens, parts, parts.streams), updates, evaluator, of_teacher,
       jax.jit(checkpoint.checksums), jax.block_until_ready if blocking else lambda x: x)
 
 
@@ -201,14 +201,14 @@ def make_writer(run: Run, parts: Parts, stream: Stream) -> Callable[..., Rollout
       out_shardings=sharding.by_rows(parts.mesh))
 
 
-def make_scorers(run: Run, parts: Parts, streams: tuple[Stream, ...]
+def make_scorers(chunk_tokens: int, parts: Parts, streams: tuple[Stream, ...]
                  ) -> dict[tuple[str, str], Callable[..., Scores]]:
   """Makes the scorers of streams, by (stream, model); equal keys are one program."""
   @functools.cache
   def scorer(model: Model, temperature: float, wanted: Wants, microbatch_rows: int):
     return jax.jit(functools.partial(
         score.teacher_logprob_fn, model=model, temperature=temperature, wants=wanted,
-        chunk_tokens=run.compute.chunk_tokens, microbatch_rows=microbatch_rows),
+        chunk_tokens=chunk_tokens, microbatch_rows=microbatch_rows),
         out_shardings=sharding.by_rows(parts.mesh))
 
   out = {}

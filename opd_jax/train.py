@@ -32,7 +32,7 @@ from opd_jax.programs import Graders, Programs, compile_programs
 from opd_jax.run import flops
 from opd_jax.run.book import Book, new_history
 from opd_jax.run.interrupts import Interrupts, PreemptedError
-from opd_jax.settings import Run
+from opd_jax.settings import Checkpoint, Run
 from opd_jax.types import Params, TrainState
 
 
@@ -56,45 +56,44 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   inputs = load.check_directory(run, settings, workdir)
   if (done := workdir_lib.result(workdir, run)) is not None:
     return done
-  lock = workdir_lib.lock(workdir)
+  with workdir_lib.lock(workdir):
+    # Models, tokenizers and data, held against each other in seconds: no weight is read yet.
+    parts = build.open_parts(run)
+    findings = doctor.require(run, doctor.examine(run, parts))
+    programs = compile_programs(run, parts)
 
-  # Models, tokenizers and data, held against each other in seconds: no weight is read yet.
-  parts = build.open_parts(run)
-  findings = doctor.require(run, doctor.examine(run, parts))
-  programs = compile_programs(run, parts)
+    # Weights. `base` is what adapters are trained on (None without). Only the train state changes.
+    base, store = parts.read_base(), open_checkpoints(run.checkpoint, programs, workdir)
+    graders = programs.connect(base)
+    state, book = restore(run, programs, store, workdir, new_history(settings))
+    step, key = book.history['step'], jax.random.key(run.seed)
 
-  # Weights. `base` is what adapters are trained on (None without). Only the train state changes.
-  base, store = parts.read_base(), open_checkpoints(run, programs, workdir)
-  graders = programs.connect(base)
-  state, book = restore(run, programs, store, workdir, new_history(settings))
-  step, key = book.history['step'], jax.random.key(run.seed)
-
-  with lock, Interrupts() as interrupted, book, store, jax.set_mesh(parts.mesh):
-    student = lora.join(base, state.params)
-    findings += doctor.examine_rollouts(run, parts, student, teacher_params(graders))
-    doctor.settle(run, findings, workdir, book.say)
-    # Only now: a start that was refused must not keep the directory from the corrected config.
-    workdir_lib.claim(workdir, settings, inputs)
-    if not book.begun:
-      book.begin(parts.report, evaluate_teacher(programs, graders))
-      evaluate_student(book, programs, student, graders, 0)
-    while step < run.steps and not book.reached_goal:
-      state, metrics = take_step(run, programs, state, base, graders, step, key)
-      step += 1
-      book.train(step, metrics)
-      # The host looks at the student only where it has to; elsewhere it waits for no device.
-      stop, due = interrupted(), run.is_evaluated(step)
-      if due or stop or step % run.checkpoint.every_steps == 0:
-        book.flush()
-        student = lora.join(base, state.params)
-        values = evaluate_student(book, programs, student, graders, step) if due else None
-        save(run, store, book, state, step, values)
-      if stop:
-        store.wait()
-        raise PreemptedError(f'{run.name}: interrupted at step {step}, which is saved')
-    result = finish(run, programs, state, base, book, workdir, inputs)
-    if interrupted():  # during the last evaluation: do not go on to another stage
-      raise PreemptedError(f'{run.name}: interrupted after its last step, and finished')
+    with Interrupts() as interrupted, book, store, jax.set_mesh(parts.mesh):
+      student = lora.join(base, state.params)
+      findings += doctor.examine_rollouts(run, parts, student, teacher_params(graders))
+      doctor.settle(run, findings, workdir, book.say)
+      # Only now: a start that was refused must not keep the directory from the corrected config.
+      workdir_lib.claim(workdir, settings, inputs)
+      if not book.begun:
+        book.begin(parts.report, evaluate_teacher(programs, graders))
+        evaluate_student(book, programs, student, graders, 0)
+      while step < run.steps and not book.reached_goal:
+        state, metrics = take_step(run, programs, state, base, graders, step, key)
+        step += 1
+        book.train(step, metrics)
+        # The host looks at the student only where it has to; elsewhere it waits for no device.
+        stop, due = interrupted(), run.is_evaluated(step)
+        if due or stop or step % run.checkpoint.every_steps == 0:
+          book.flush()
+          student = lora.join(base, state.params)
+          values = evaluate_student(book, programs, student, graders, step) if due else None
+          save(run.checkpoint, store, book, state, step, values)
+        if stop:
+          store.wait()
+          raise PreemptedError(f'{run.name}: interrupted at step {step}, which is saved')
+      result = finish(run, programs, state, base, book, workdir, inputs)
+      if interrupted():  # during the last evaluation: do not go on to another stage
+        raise PreemptedError(f'{run.name}: interrupted after its last step, and finished')
   return result
 
 
@@ -152,12 +151,12 @@ def evaluate_student(book: Book, programs: Programs, student: Params, graders: G
       student, teacher_params(graders), transcripts))
 
 
-def open_checkpoints(run: Run, programs: Programs, workdir: pathlib.Path
+def open_checkpoints(settings: Checkpoint, programs: Programs, workdir: pathlib.Path
                      ) -> checkpoint.Checkpoints:
   """Opens the checkpoints of a run."""
   return checkpoint.Checkpoints(
-      workdir / workdir_lib.CHECKPOINTS, keep_latest=run.checkpoint.keep_latest,
-      keep_best=run.checkpoint.most_best, best_metric=run.checkpoint.best_metric,
+      workdir / workdir_lib.CHECKPOINTS, keep_latest=settings.keep_latest,
+      keep_best=settings.most_best, best_metric=settings.best_metric,
       checksums=programs.checksums)
 
 
@@ -178,12 +177,12 @@ def restore(run: Run, programs: Programs, store: checkpoint.Checkpoints, workdir
       compile_count=programs.compile_count)
 
 
-def save(run: Run, store: checkpoint.Checkpoints, book: Book, state: TrainState, step: int,
-         values: dict[str, Any] | None) -> None:
+def save(settings: Checkpoint, store: checkpoint.Checkpoints, book: Book, state: TrainState,
+         step: int, values: dict[str, Any] | None) -> None:
   """Saves a checkpoint; `values` are of an evaluation at this step, None without."""
-  book.history['step'], metric = step, run.checkpoint.best_metric
+  book.history['step'], metric = step, settings.best_metric
   with book.pause():
-    graded = run.checkpoint.keep_best and metric in (values or {})
+    graded = settings.keep_best and metric in (values or {})
     best = {metric: values[metric]} if graded else None
     store.save(state, step, book.history, best)
 
@@ -197,7 +196,7 @@ def finish(run: Run, programs: Programs, state: TrainState, base: lora.Frozen | 
   parts, history = programs.parts, book.history
   origin = workdir_lib.origin(history['config'], inputs, history['step'],
                               jax.device_get(programs.checksums(state)).tolist())
-  tokenizer = build.final_tokenizer(run, parts.student, parts.teacher)
+  tokenizer = build.final_tokenizer(run.prompt.template, parts.student, parts.teacher)
   export, adapter = workdir / workdir_lib.EXPORT, workdir / workdir_lib.ADAPTER
   result, student = book.result(), lora.join(base, state.params)
   if parts.adapter is not None and run.checkpoint.export == 'full':  # merged, and so not the same

@@ -35,7 +35,7 @@ def _scorers(monkeypatch, run, own_form, **changes):
   with monkeypatch.context() as m:
     m.setattr(programs.jax, 'jit', lambda f, **_: f)
     m.setattr(programs.sharding, 'by_rows', lambda mesh: None)
-    made = programs.make_scorers(run, parts, (stream,))
+    made = programs.make_scorers(run.compute.chunk_tokens, parts, (stream,))
   return stream.objective, {model: tuple(
       f.keywords[name] for name in ('model', 'temperature', 'wants'))
       for (_, model), f in made.items()}

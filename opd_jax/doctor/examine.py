@@ -25,7 +25,7 @@ from opd_jax.errors import ConfigError
 from opd_jax.files import disk
 from opd_jax.models import lora
 from opd_jax.rules import rule
-from opd_jax.settings import Run
+from opd_jax.settings import Doctor, Run
 from opd_jax.types import Params
 
 RESULT = 'doctor.json'
@@ -48,20 +48,20 @@ def examine(run: Run, parts: Parts) -> list[Finding]:
 def examine_rollouts(run: Run, parts: Parts, student: Params, teacher: Params | None
                      ) -> list[Finding]:
   """Makes the checks on a few rollouts of the student; nothing is run if all of them are off."""
-  if all(_reason(run, name) for name in ROLLOUTS):
+  if all(_reason(run.doctor, name) for name in ROLLOUTS):
     return _examine(run, ROLLOUTS)
   probe = rollouts.take_probe(run, parts, student, teacher)
   return _examine(run, ROLLOUTS, run, parts, probe)
 
 
-def _reason(run: Run, name: str) -> str:
+def _reason(settings: Doctor, name: str) -> str:
   """Why a check is off; '' if it is on."""
-  switch = getattr(run.doctor, name)
+  switch = getattr(settings, name)
   return '' if switch == 'on' else switch.partition(':')[2].strip()
 
 
 def _examine(run: Run, checks: dict[str, Callable[..., Finding]], *args: Any) -> list[Finding]:
-  return [Finding(name, OFF, reason, f'doctor.{name}') if (reason := _reason(run, name))
+  return [Finding(name, OFF, reason, f'doctor.{name}') if (reason := _reason(run.doctor, name))
           else check(*args) for name, check in checks.items()]
 
 

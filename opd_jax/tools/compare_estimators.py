@@ -41,7 +41,7 @@ from opd_jax.models import lora
 from opd_jax.parallel import sharding
 from opd_jax.programs import Graders, Programs, compile_programs, term_of
 from opd_jax.run import evaluate, flops
-from opd_jax.settings import Run
+from opd_jax.settings import Data, Run
 from opd_jax.tools import compare_models, gradient_statistics
 from opd_jax.types import Params, Rollout
 
@@ -104,7 +104,7 @@ def command(c: ConfigDict, workdir: pathlib.Path | None, console: Console) -> di
   run = check(c)
   parts = build.open_parts(run)
   doctor.require(run, doctor.examine(run, parts))
-  shards, rows = sharding.row_shards(parts.mesh), run.diagnose.prompts * group_size(run)
+  shards, rows = sharding.row_shards(parts.mesh), run.diagnose.prompts * group_size(run.data)
   if rows % shards:
     refuse(run, 'diagnose.prompts', f'batches of {rows} rows, which compute.mesh splits {shards} '
            'ways', 'a multiple')
@@ -141,9 +141,9 @@ def check(c: ConfigDict) -> Run:
   return run
 
 
-def group_size(run: Run) -> int:
+def group_size(data: Data) -> int:
   """Counts the samples of a prompt: at least two, for the leave-one-out baseline."""
-  return max(2, run.data.samples_per_prompt)
+  return max(2, data.samples_per_prompt)
 
 
 def objectives(run: Run, o: Objective, top_k: int) -> dict[str, Objective]:
@@ -181,7 +181,7 @@ def objectives(run: Run, o: Objective, top_k: int) -> dict[str, Objective]:
 
 def take_probe(run: Run, parts: Parts) -> Probe:
   """Lets the student write the batches, as the run would."""
-  group, own = group_size(run), parts.streams[0]
+  group, own = group_size(run.data), parts.streams[0]
   rows = run.diagnose.prompts * group
   own = dataclasses.replace(own, prompts=run.diagnose.prompts, samples=group,
                             microbatch_rows=math.gcd(own.microbatch_rows, rows))

@@ -45,11 +45,11 @@ def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any
           f'teacher={teacher_path!r} has {len(teacher.tokenizer)} tokens, not those of model='
           f'{path!r} ({len(student.tokenizer)}); allowed: a teacher that maps the same strings to '
           'the same token ids')
-    stop_tokens = build.choose_stop_tokens(run, student, teacher)
+    stop_tokens = build.choose_stop_tokens(run.sample.stop, student, teacher)
     # What such a run exported has the template it was trained in.
     style = build.prompt_style(run, student.tokenizer, (teacher or student).tokenizer, stop_tokens)
     held_out = build.load_examples(run, 'eval', run.eval.problems, student.tokenizer, style)
-    mesh = build.make_mesh(run)
+    mesh = build.make_mesh(run.compute.mesh)
   except (ValueError, FileNotFoundError) as e:
     raise ConfigError(str(e)) from e
   evaluator = programs.make_evaluator(
@@ -72,4 +72,4 @@ def open_directory(run: Run, part: str, path: str) -> LoadedModel:
   if getattr(run, part).factory and (
       huggingface.read_config(path).get('model_type') == flax_module.FAMILY):
     return load.open_flax(run, part, path)
-  return huggingface.load(path, load.compute_options(run))
+  return huggingface.load(path, load.compute_options(run.compute))

@@ -23,7 +23,7 @@ from opd_jax.files import checkpoint, huggingface, peft
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.models import lora
 from opd_jax.parallel import sharding
-from opd_jax.settings import Run
+from opd_jax.settings import Checkpoint, Run
 
 FORMATS = ('full', 'adapter')
 DTYPES = ('', *rollouts.DTYPES)
@@ -71,16 +71,16 @@ def export(workdir: pathlib.Path, output: pathlib.Path, form: str, step: int, dt
     student = load.open_student(run)
     adapter = load.make_adapter(run, student)
     teacher = load.open_teacher(run, student) if borrows else None
-    tokenizer, mesh = build.final_tokenizer(run, student, teacher), _mesh(run)
+    tokenizer, mesh = build.final_tokenizer(run.prompt.template, student, teacher), _mesh(run)
     specs = adapter.specs if adapter else student.model.specs
     shape = programs.abstract_state(specs, build.make_optimizer(run), mesh)
-    step, state = _restore(run, workdir, step, shape)
+    step, state = _restore(run.checkpoint, workdir, step, shape)
     origin = _origin(workdir, read, step, state)
     if form == 'adapter':
       peft.write_adapter(output, student.model, state.params, adapter.settings, tokenizer,
                          run.student.path, origin)
     else:
-      stops, dtype = build.choose_stop_tokens(run, student, teacher), dtype or 'float32'
+      stops, dtype = build.choose_stop_tokens(run.sample.stop, student, teacher), dtype or 'float32'
       params = lora.join(load.read_base(student, adapter, run.frozen_dtype, mesh), state.params)
       if adapter or dtype != 'float32':
         _measure(run, student, teacher, stops, mesh, params, dtype)
@@ -115,12 +115,12 @@ def _measure(run, student, teacher, stop_tokens, mesh, params, dtype):
 def _mesh(run: Run) -> jax.sharding.Mesh:
   """The run's mesh, or one for whatever devices there are on another machine."""
   try:
-    return build.make_mesh(run)
+    return build.make_mesh(run.compute.mesh)
   except ValueError:
     return sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1, expert=1))
 
 
-def _restore(run: Run, workdir: pathlib.Path, step: int, shape: Any
+def _restore(settings: Checkpoint, workdir: pathlib.Path, step: int, shape: Any
              ) -> tuple[int, Any]:
   """The step and the state of one checkpoint.
 
@@ -130,8 +130,8 @@ def _restore(run: Run, workdir: pathlib.Path, step: int, shape: Any
   folder, steps = workdir / workdir_lib.CHECKPOINTS, []
   if folder.is_dir():
     store = checkpoint.Checkpoints(
-        folder, keep_latest=run.checkpoint.keep_latest, keep_best=run.checkpoint.most_best,
-        best_metric=run.checkpoint.best_metric, read_only=True)
+        folder, keep_latest=settings.keep_latest, keep_best=settings.most_best,
+        best_metric=settings.best_metric, read_only=True)
     steps = store.steps()
   if not steps or step not in (-1, *steps):
     raise ValueError(f'step={step}: workdir={str(workdir)!r} has no such checkpoint; allowed: -1 '

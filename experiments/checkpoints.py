@@ -40,8 +40,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   c.compute.microbatch_rows = 8
   c.compute.chunk_tokens = 1024
   c.task = config_lib.task_config(
-      'prompts', source=str(ASSETS / 'word_problems.jsonl'), grader='last_number',
-      holdout_examples=64)
+      'prompts', source=str(ASSETS / 'word_problems.jsonl'), grader='auto',
+      holdout_examples=-1)
   c.data.prompts_per_step = 64
   c.data.max_prompt_tokens, c.data.max_new_tokens = 512, 1024
   c.data.overlong = 'drop'
@@ -50,5 +50,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
   # Regret").
   c.optimizer.learning_rate = 1e-4 if arg.rank else 1e-5
   c.optimizer.warmup_steps = 5
-  c.eval.every_steps, c.eval.problems = 25, 64
+  c.eval.every_steps, c.eval.problems = 25, 0  # all that are held out
   return c

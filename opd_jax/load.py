@@ -156,7 +156,7 @@ def make_adapter(run: Run, student: LoadedModel) -> Adapter | None:
     return None
   if group.path:
     _check_base(run)
-    with naming(f'student.lora.path={group.path!r}'):
+    with naming(f'student.lora.path={group.path!r}', 'a PEFT directory for this student'):
       settings, read = peft.read_adapter(group.path, student.model, run.student.path)
     return Adapter(settings, lora.adapter_specs(student.model.specs, settings), read)
   settings = lora.Settings(rank=group.rank, alpha=group.alpha, targets=group.targets)

@@ -187,7 +187,7 @@ class Eval:
   """How the student is evaluated on held-out problems."""
 
   every_steps: int = 0  # 0: only before the first and after the last step
-  problems: int = 256
+  problems: int = 256  # the first so many of the split, 0 for all
   samples_per_problem: int = 2
   # Whatever the training samples are cut to: runs stay comparable.
   top_p: float = 1.0

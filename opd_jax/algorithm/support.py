@@ -52,9 +52,9 @@ def score_weight(f: Term, log_u: Float[Array, '...']) -> Float[Array, '...']:
   by p_S, which is of degree 0 and so may be taken at p_S = 1. (Taking f and u f' apart instead
   cancels: in float32 nothing is left of it at log u = 15.) The constant w(1) has no expectation;
   without it a student equal to its teacher gets a weight of zero. Reverse KL: log u. Forward KL:
-  u - 1.
+  u - 1. The ratio is bounded as in `split_exponent`.
   """
-  log_u = jnp.minimum(log_u, 80.0)  # exp(88) is infinite in float32
+  log_u = jnp.minimum(log_u, LARGEST)
 
   def weight(x):
     zeros, ones = jnp.zeros_like(x), jnp.ones_like(x)

@@ -17,6 +17,10 @@ from typing import Any
 import tokenizers
 
 CHOICES = ('refuse', 'text', 'tokens')
+# What stands around the thinking of models that think before they answer: text, wherever it stands.
+THOUGHTS = (('<think>', '</think>'), ('[THINK]', '[/THINK]'), ('<thinking>', '</thinking>'),
+            ('<thought>', '</thought>'), ('<reasoning>', '</reasoning>'),
+            ('<|begin_of_thought|>', '<|end_of_thought|>'))
 MARK = '\ue0f0'  # a character without a meaning (private use), which no text has
 
 
@@ -26,7 +30,7 @@ class Guard:
 
   Attributes:
     tokenizer: a Hugging Face tokenizer.
-    names: its control tokens: those that it calls special, and those that end a completion.
+    names: its control tokens: see `make_guard`.
     choice: one of CHOICES.
   """
 
@@ -71,11 +75,13 @@ class Guard:
 
   def show(self, text: str) -> str:
     """Returns a text as it was before `hide`."""
+    if self.choice != 'text':
+      return text
     return re.sub(f'{MARK}(\\d+){MARK}', lambda m: self.names[int(m[1])], text)
 
   def encode(self, rendered: list[str], special_tokens: bool) -> list[list[int]]:
-    """Encodes rendered texts with what `hide` left in them: what a template wrote is a token, and
-    what a text wrote is not.
+    """Encodes rendered texts with what `hide` left in them (choice 'text'): what a template wrote
+    is a token, and what a text wrote is not.
 
     Raises:
       ValueError: the tokenizer has no such form.
@@ -86,10 +92,15 @@ class Guard:
     return [e.ids for e in inner.encode_batch(plain, add_special_tokens=special_tokens)]
 
 
-def make_guard(tokenizer: Any, stop_tokens: tuple[int, ...], choice: str) -> Guard:
-  """Makes the guard for a tokenizer."""
+def make_guard(tokenizer: Any, stop_tokens: tuple[int, ...], written: str, choice: str) -> Guard:
+  """Makes the guard for a tokenizer: against tokens that it calls special, those that end a
+  completion, and added ones that its template writes around a turn (`written`), which some
+  tokenizers do not call special."""
+  thoughts = {mark for pair in THOUGHTS for mark in pair}
   names = {t.content for i, t in tokenizer.added_tokens_decoder.items()
-           if t.special or i in stop_tokens}
+           if t.special or i in stop_tokens
+           # Some tokenizers have added tokens of nothing but spaces or line breaks.
+           or t.content.strip() and t.content in written and t.content not in thoughts}
   return Guard(tokenizer, tuple(sorted(filter(None, names), key=len, reverse=True)), choice)
 
 

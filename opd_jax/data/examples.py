@@ -20,12 +20,10 @@ from opd_jax.errors import ConfigError
 from opd_jax.types import Prompts, Rollout
 
 SHOWN = prompts_lib.SHOWN
-LONGEST = 4 * 10**6  # characters of a text: about a million tokens
+LONGEST = 4 * 10**6  # characters of an example: about a million tokens
+OPENING = 16  # tokens at the end of a prompt in which thinking may begin
 PLAIN = prompts_lib.Style()
 OVERLONG = ('raise', 'drop', 'cut')
-# What stands around the thinking of models that think before they answer.
-THINKING = (('<think>', '</think>'), ('[THINK]', '[/THINK]'), ('<thinking>', '</thinking>'),
-            ('<|begin_of_thought|>', '<|end_of_thought|>'))
 
 
 @functools.lru_cache(maxsize=4)
@@ -98,13 +96,13 @@ class Examples:
         for encoded in (self._prompts, self._completions))
 
   def _readable(self, prompts, taught, overlong):
-    """Drops or refuses rows with so long a text that a tokenizer would need minutes for it."""
-    sizes = [max(map(len, control.texts(p) + [r['completion'] if taught else '']))
+    """Drops or refuses rows with so much text that a tokenizer would need minutes for it."""
+    sizes = [sum(map(len, control.texts(p) + [r['completion'] if taught else '']))
              for p, r in zip(prompts, self.rows, strict=True)]
     long = [i for i, size in enumerate(sizes) if size > LONGEST]
     if long and overlong != 'drop':
-      raise ValueError(f'{len(long)} of {len(sizes)} examples have a text of more than {LONGEST} '
-                       f'characters, the first is example {long[0]} with {sizes[long[0]]}; '
+      raise ValueError(f'{len(long)} of {len(sizes)} examples have more than {LONGEST} characters '
+                       f'of text, the first is example {long[0]} with {sizes[long[0]]}; '
                        "allowed: shorter ones, or data.overlong='drop'")
     if long:
       self.report[f'longer_than_{LONGEST}_characters_dropped'] = len(long)
@@ -112,7 +110,7 @@ class Examples:
       self.rows, prompts = [self.rows[i] for i in kept], [prompts[i] for i in kept]
       self.report['examples'] = len(self.rows)
     if not prompts:
-      raise ValueError(f'all examples have a text of more than {LONGEST} characters; allowed: at '
+      raise ValueError(f'all examples have more than {LONGEST} characters of text; allowed: at '
                        'least one that is shorter')
     return prompts
 
@@ -227,7 +225,7 @@ def completions(rollout: Rollout, tokenizer: Any) -> list[str]:
 
 
 def _decode(ids, tokenizer, special):
-  markers = {mark for pair in THINKING for mark in pair}
+  markers = {mark for pair in control.THOUGHTS for mark in pair}
   texts, run = [''], []
   for token in [*ids.tolist(), None]:
     if token is not None and token not in special:
@@ -244,11 +242,21 @@ def _decode(ids, tokenizer, special):
 
 def answer(text: str) -> str:
   """Cuts off the thinking: what is graded is what follows it; nothing if it has not ended."""
-  for begin, end in THINKING:
+  for begin, end in control.THOUGHTS:
     text = text.rpartition(end)[2]
     if begin in text:
       return ''
   return text
+
+
+def _opened(rollout, tokenizer):
+  """The mark with which each prompt opens the thinking, as some templates do; '' where it does not.
+  """
+  begins = tuple(begin for begin, _ in control.THOUGHTS)
+  prompts = np.asarray(rollout.tokens)[:, :rollout.prompt_length]
+  valid = np.asarray(rollout.valid)[:, :rollout.prompt_length]
+  ends = tokenizer.batch_decode([t[v][-OPENING:] for t, v in zip(prompts, valid, strict=True)])
+  return [next((b for b in begins if end.rstrip().endswith(b)), '') for end in ends]
 
 
 def has_verifier(task: Any, examples: Examples) -> bool:
@@ -279,14 +287,16 @@ def grade(task: Any, rows: list[dict[str, Any]], rollout: Rollout, tokenizer: An
     ConfigError: the verifier gives no number for an answer to an example that it can grade.
   """
   texts, ended = completions(rollout, tokenizer), np.asarray(rollout.ended)
-  answers = [answer(text) if end else '' for text, end in zip(texts, ended, strict=True)]
+  answers = [answer(begun + text) if end else ''
+             for begun, text, end in zip(_opened(rollout, tokenizer), texts, ended, strict=True)]
   if hasattr(task, 'grade_all'):
     rewards = task.grade_all(rows, answers)
   else:
     rewards = [task.grade(row, text) for row, text in zip(rows, answers, strict=True)]
   for row, text, reward in zip(rows, answers, rewards, strict=True):
-    if task.grade(row, '') is not None if reward is None else not math.isfinite(reward):
-      raise ConfigError(f'task.name={_name(task)!r}: its grade of {text[:SHOWN]!r} is {reward}; '
+    number = isinstance(reward, int | float | np.number) and math.isfinite(reward)
+    if not number and (reward is not None or task.grade(row, '') is not None):
+      raise ConfigError(f'task.name={_name(task)!r}: its grade of {text[:SHOWN]!r} is {reward!r}; '
                         'allowed: a finite number, or None for every answer to an example')
   rewards = [reward if reward is None or end else 0.0
              for reward, end in zip(rewards, ended, strict=True)]

@@ -279,7 +279,7 @@ def render_answers(tokenizer: Any, style: Style, prompts: list[Any], answers: li
           'with which the whole conversation begins with the prompt'))
     # Its words, since templates trim and break lines; they may begin within the prompt's '<think>'.
     words, before, after = (''.join(text.split()) for text in (answer, start, whole))
-    if after.count(words) == before.count(words):
+    if words and style.chat and after.count(words) == before.count(words):
       raise ValueError(where + guard.show(
           f'the chat template leaves out some of the completion {answer[:SHOWN]!r} and writes '
           f'{whole[len(start):][:SHOWN]!r}; allowed: completions that it writes whole'))
@@ -312,12 +312,14 @@ def difference(mine: Any, theirs: Any) -> str:
 
 def count_control_tokens(tokenizer: Any, style: Style, prompts: list[Any]) -> int:
   """Counts the control tokens that stand in texts or conversations."""
-  return control.make_guard(tokenizer, style.stop_tokens, style.control_tokens).count(prompts)
+  return _guarded(tokenizer, style)[0].count(prompts)
 
 
 def _guarded(tokenizer, style):
   """(guard, style with a system message in which there are no control tokens either)."""
-  guard = control.make_guard(tokenizer, style.stop_tokens, style.control_tokens)
+  turn = [[{'role': 'user', 'content': PROBE}]]
+  written = '' if style.chat is None else _render(dataclasses.replace(style, system=''), turn)[0]
+  guard = control.make_guard(tokenizer, style.stop_tokens, written, style.control_tokens)
   system, = guard.hide([style.system], 'system messages (prompt.system)')
   return guard, dataclasses.replace(style, system=system)
 
@@ -333,7 +335,7 @@ def _encode(guard, style, texts):
     if whole[len(whole) - len(bare):] != bare:
       raise ValueError('prompt.special_tokens=True: the tokenizer adds tokens after the text, and '
                        f'{bare} becomes {whole}; allowed: False')
-  if not any(control.MARK in t for t in texts):
+  if guard.choice != 'text' or not any(control.MARK in t for t in texts):
     return encode(tokenizer, texts, style.special_tokens)
   return guard.encode(texts, style.special_tokens)
 

@@ -66,7 +66,7 @@ def memory_estimate(run: Run, parts: Parts) -> dict[str, float]:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes)) / shards
 
   # Never at the same time: the run's rows, and those of an evaluation.
-  out['cache'] = max(cache(parts.student.model, run.eval.problems * run.eval.samples_per_problem),
+  out['cache'] = max(cache(parts.student.model, len(parts.held_out) * run.eval.samples_per_problem),
                      (cache(author.model, rows) if run.data.source != 'dataset' else 0.0)
                      + (cache(parts.teacher.model, rows) if run.sample.teacher_mix else 0.0))
   width = 4 * parts.student.model.config.vocab_size / parts.mesh.shape['tensor']

@@ -72,7 +72,8 @@ def check_stop_tokens(run: Run, parts: Parts) -> Finding:
   try:
     prompts_lib.turn_end(parts.student.tokenizer, parts.style)
   except ValueError as e:  # completions would go on beyond the turn, up to their room
-    return Finding('stop_tokens', FAIL, f'{e}, or of sample.stop', 'sample.stop')
+    return Finding('stop_tokens', FAIL, f"{e}, or sample.stop='union' with a teacher that "
+                   'ends with it', 'sample.stop')
   if parts.teacher is None:
     return Finding('stop_tokens', SKIPPED, 'no teacher')
 

@@ -56,11 +56,14 @@ def of_model(folder: str | os.PathLike[str]) -> Digests:
 
 
 def of_data(path: str | os.PathLike[str]) -> Digests:
-  """Computes the digests of a data set: of a file, or of all files of a folder."""
+  """Computes the digests of a data set: of a file, or of all files of a folder but hidden ones, of
+  which no reader takes any."""
   path = pathlib.Path(path)
   if path.is_file():
     return {path.name: of_file(path)}
-  return {str(p.relative_to(path)): of_file(p) for p in sorted(path.rglob('*')) if p.is_file()}
+  files = {p.relative_to(path): p for p in sorted(path.rglob('*')) if p.is_file()}
+  return {str(name): of_file(p) for name, p in files.items()
+          if not any(part.startswith('.') for part in name.parts)}
 
 
 def changes(before: Mapping[str, Digests], now: Mapping[str, Digests]) -> list[str]:

@@ -31,11 +31,10 @@ from opd_jax.models.params import flatten
 from opd_jax.types import Model, Params, Wants
 
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
-ORIGIN = 'origin.json'  # of what is written here: which run it is from (`workdir.origin`)
-MAX_SHARD_BYTES = 5 * 2**30
+ORIGIN, MAX_SHARD_BYTES = 'origin.json', 5 * 2**30  # which run it is from (`workdir.origin`)
 OTHER_WEIGHTS = ('.bin', '.pt', '.pth', '.gguf', '.safetensors')
 # Fields of generation_config.json that an export keeps: how whoever opens it will sample.
-SAMPLING = ('do_sample', 'temperature', 'top_p', 'top_k')
+SAMPLING = dict(do_sample=(bool,), temperature=(int, float), top_p=(int, float), top_k=(int,))
 # What is fetched of a repository: no pickles, no code, no second copy of the weights.
 FETCHED = ('config.json', 'generation_config.json', 'model.safetensors*', 'model-*.safetensors',
            'tokenizer*', 'vocab*', 'merges.txt', 'added_tokens.json', 'special_tokens_map.json',
@@ -54,8 +53,8 @@ class LoadedModel:
     model: its functions and its table.
     tokenizer: a Hugging Face tokenizer.
     stop_tokens: ids that end a completion.
-    read: (dtype=float32, shardings=None) -> parameters. On the host, or with shardings on devices;
-      nothing is read before, so that everything else can be checked first.
+    read: (dtype=float32, shardings=None) -> parameters, which nothing reads before; with shardings
+      on devices, and else on the host.
     gives: what can be asked of it as a teacher; of a model in this process, everything.
     sampling: what its generation_config.json says of SAMPLING, for the one that is exported.
   """
@@ -109,7 +108,7 @@ def check_source(path: str | os.PathLike[str], revision: str) -> None:
                      + convert.how_to_convert(pathlib.Path(path)))
   elif not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(path)):
     raise ValueError(f"path='{path}' is not a directory; allowed: a Hugging Face checkpoint "
-                     "directory, or 'organization/name' of the hub with a revision")
+                     "directory, or 'organization/name' of the hub")
   elif not hub.is_commit(revision):
     raise ValueError(f"revision={revision!r} of path='{path}', which is not a directory here; "
                      'allowed: the 40 hex digits of a commit of that repository, or for path a '
@@ -160,11 +159,14 @@ def read_sampling(path: str | os.PathLike[str]) -> dict[str, Any]:
   """Reads the fields SAMPLING of generation_config.json, those that it has; {} without the file.
 
   Raises:
-    ValueError: it is no JSON object.
+    ValueError: it is no JSON object, or one of them is of another type.
   """
   file = pathlib.Path(path) / 'generation_config.json'
   found = read_json(file) if file.exists() else {}
-  return {name: found[name] for name in SAMPLING if found.get(name) is not None}
+  out = {n: found[n] for n in SAMPLING if found.get(n) is not None}
+  if wrong := [f'{n}={v!r}' for n, v in out.items() if type(v) not in SAMPLING[n]]:
+    raise ValueError(f'{file}: {", ".join(wrong)}; allowed: values of the types {SAMPLING}')
+  return out
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
@@ -178,12 +180,11 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     raise FileNotFoundError(f'{file.parent} is not a Hugging Face checkpoint: {file} is missing; '
                             'allowed: a directory with it')
   try:
-    content = json.loads(disk.read_bytes(file).decode())
+    if isinstance(content := json.loads(disk.read_bytes(file).decode()), dict):
+      return content
+    raise ValueError(f'it holds a {type(content).__name__}')
   except (OSError, ValueError, RecursionError) as e:
-    raise ValueError(f'{file} is no JSON: {e}; allowed: a JSON object') from e
-  if not isinstance(content, dict):
-    raise ValueError(f'{file} holds a {type(content).__name__}; allowed: a JSON object')
-  return content
+    raise ValueError(f'{file} is no JSON object: {e}; allowed: one') from e
 
 
 # --- which tensors there are ---

@@ -39,7 +39,7 @@ _ALLOWED = {  # init_lora_weights: others change the base too
 
 def write_adapter(path: str | os.PathLike[str], model: Model, adapters: Params,
                   settings: lora.Settings, tokenizer: Any, base_name: str,
-                  origin: Mapping[str, Any] | None = None) -> None:
+                  base_revision: str = '', origin: Mapping[str, Any] | None = None) -> None:
   """Writes adapters as a PEFT directory, with the tokenizer.
 
   Args:
@@ -49,6 +49,7 @@ def write_adapter(path: str | os.PathLike[str], model: Model, adapters: Params,
     settings: theirs.
     tokenizer: a Hugging Face tokenizer.
     base_name: where the base is from, for adapter_config.json; '' for nowhere.
+    base_revision: its commit, if that is on the hub.
     origin: the content of `huggingface.ORIGIN`, with what the base contains; None for no such file.
 
   Raises:
@@ -59,6 +60,7 @@ def write_adapter(path: str | os.PathLike[str], model: Model, adapters: Params,
   whole = settings.alpha == int(settings.alpha)
   config = {
       'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': base_name or None,
+      'revision': base_revision or None,
       'r': settings.rank, 'lora_alpha': int(settings.alpha) if whole else settings.alpha,
       'lora_dropout': 0.0, 'bias': 'none', 'fan_in_fan_out': False, 'use_rslora': False,
       'use_dora': False, 'inference_mode': True, 'init_lora_weights': True,

@@ -31,17 +31,18 @@ RESULT_TYPES = {'name': str, 'seed': int, 'steps': int, 'flops': dict, 'before':
 def lock(workdir: pathlib.Path) -> TextIO:
   """Takes a directory for this process, until what is returned is closed or the process ends.
 
-  The lock is the kernel's: that of a process which is dead, however it died, is nobody's.
+  The lock is the kernel's: that of a process which is dead, however it died, is nobody's. It is one
+  of what was opened and not of the process: within one process, too, the second is refused.
 
   Raises:
-    ConfigError: another process has it.
+    ConfigError: another run has it.
     StorageError: the file cannot be written.
   """
   file = workdir / LOCK
   with disk.naming(file):
     held = file.open('a+')
   try:
-    fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except (BlockingIOError, PermissionError) as e:
     held.seek(0)
     owner = held.read().strip() or 'another process'

@@ -90,11 +90,12 @@ FIELDS = (
     Rule('seed', lambda r: not 0 <= r.seed < 2**32, '', f'0 to {2**32 - 1}'),
     *least('data.prompts_per_step data.samples_per_prompt data.max_prompt_tokens '
            'data.max_new_tokens compute.chunk_tokens compute.layer_unroll '
-           'optimizer.updates_per_batch eval.problems eval.samples_per_problem '
+           'optimizer.updates_per_batch eval.samples_per_problem '
            'checkpoint.every_steps checkpoint.keep_latest log.every_steps log.plain_every_steps '
            'doctor.rollouts doctor.max_new_tokens diagnose.prompts', 1),
     *least('data.limit data.warm_steps compute.microbatch_rows optimizer.warmup_steps '
-           'eval.every_steps eval.overlap_top_k log.transcripts sample.top_k eval.top_k', 0),
+           'eval.every_steps eval.problems eval.overlap_top_k log.transcripts sample.top_k '
+           'eval.top_k', 0),
     Rule('checkpoint.keep_best', lambda r: r.checkpoint.keep_best < -1, '',
          'at least 0, or -1 for 1 where the task grades'),
     *least('diagnose.batches', 8), *least('diagnose.top_k', 2),

@@ -24,7 +24,8 @@ def new_history(settings: dict[str, Any]) -> dict[str, Any]:
   """Makes the history of a run that has not begun: what a checkpoint holds beside the train state.
 
   'step', 'flops' so far by who spent them, 'evals', and the config; later 'teacher', its
-  evaluation, 'stopped_at', where a goal ended the run early, and 'watch' (`texts.Watch`).
+  evaluation, 'stopped_at', where a goal ended the run early, 'watch' (`texts.Watch`) and the
+  'alarms' that it gave.
   """
   return {'step': 0, 'flops': {'student': 0.0, 'sampling': 0.0, 'teacher': 0.0}, 'evals': [],
           'config': settings}
@@ -125,6 +126,7 @@ class Book:
       row['text'] = texts.text_metrics(*written, self._run.data.samples_per_prompt)
       for alarm in self._watch.look(row):
         self.say(f'{self._run.name} step {step}: ALARM {alarm}')
+        self.history.setdefault('alarms', []).append({'step': step, 'alarm': alarm})
     if step % self._run.log.every_steps == 0:
       self._writer.write('train', step, row)
     self._display.progress(step, row)
@@ -172,7 +174,7 @@ class Book:
     h = self.history
     return {'name': self._run.name, 'seed': self._run.seed, 'steps': h['step'],
             'flops': h['flops'], 'before': h['evals'][0], 'after': h['evals'][-1],
-            'evals': h['evals'], 'teacher': h.get('teacher')}
+            'evals': h['evals'], 'teacher': h.get('teacher'), 'alarms': h.get('alarms', [])}
 
 
 def check_finite(row: dict[str, float], step: int, max_gap: float) -> None:

@@ -20,11 +20,12 @@ SPEAKERS = {'human': 'user', 'gpt': 'assistant', 'chatgpt': 'assistant', 'bot': 
             'model': 'assistant'}
 
 
-def guess(table: Table, part: Part) -> tuple[Part, list[str]]:
+def guess(table: Table, part: Part, graded: bool) -> tuple[Part, list[str]]:
   """Puts the names of columns in the place of 'auto'; returns what to say about it too.
 
   Raises:
-    ValueError: no column, or more than one, can be that of prompts; more than one that of answers.
+    ValueError: no column, or more than one, can be that of prompts; more than one that of answers,
+      or none though they are to be `graded`.
   """
   told = []
   if part.prompt_column == AUTO:
@@ -32,17 +33,19 @@ def guess(table: Table, part: Part) -> tuple[Part, list[str]]:
     kinds = {name: _kind(table, name) for name in named or table.names}
     found = [name for name, kind in kinds.items() if kind]
     if len(found) != 1:
-      raise ValueError(f'{part.field("prompt_column")}: it could be any of {found} of '
-                       f"{part.source!r}; allowed: one of them, or '' and a messages_column")
+      why = f'it could be any of {found}' if found else 'no column has texts or conversations'
+      raise ValueError(f'{part.field("prompt_column")}: {why} of {part.source!r}; allowed: one of '
+                       f"{found or table.names}, or '' and a messages_column")
     name = kinds[found[0]]
     part = dataclasses.replace(part, **{'prompt_column': '', name: found[0]})
     told.append(f'{part.prefix}{name} is {found[0]!r} (guessed)')
   if part.answer_column == AUTO:
     taken = (part.prompt_column, part.messages_column, part.completion_column)
     found = [name for name in ANSWERS if name not in taken and _is_there(table, name)]
-    if len(found) > 1:
-      raise ValueError(f'{part.field("answer_column")}: it could be any of {found} of '
-                       f"{part.source!r}; allowed: one of them, or '' with grader='none'")
+    if len(found) > 1 or graded and not found:
+      why = f'it could be any of {found}' if found else f'no column is called any of {ANSWERS}'
+      raise ValueError(f'{part.field("answer_column")}: {why} of {part.source!r}; allowed: one of '
+                       f"{found or table.names}, or '' with grader='none'")
     part = dataclasses.replace(part, answer_column=found[0] if found else '')
     told.append(f'{part.prefix}answer_column is {found[0]!r} (guessed)' if found
                 else 'no answers, nothing is graded')
@@ -77,7 +80,7 @@ def texts(table: Table, part: Part, name: str) -> list[str]:
   Raises:
     ValueError: a row has something else.
   """
-  values = table.column(getattr(part, name))
+  values = table.column(getattr(part, name), part.field(name))
   for i, value in enumerate(values):
     if not isinstance(value, str):
       hint = ', or messages_column for a conversation' if isinstance(value, list) else ''
@@ -93,7 +96,8 @@ def answers(table: Table, part: Part) -> list[str] | list[list[str]]:
     ValueError: a row has no answer, or something else.
   """
   out = []
-  for i, value in enumerate(table.column(part.answer_column)):
+  for i, value in enumerate(
+      table.column(part.answer_column, part.field('answer_column'))):
     several = value if isinstance(value, list) else [value]
     for v in several or [None]:
       number = isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
@@ -114,7 +118,7 @@ def conversations(table: Table, part: Part, suffix: str
     ValueError: a row that is no conversation, or only some with an answer.
   """
   name, prompts, spoken = 'messages_column', [], []
-  for i, value in enumerate(table.column(part.messages_column)):
+  for i, value in enumerate(table.column(part.messages_column, part.field(name))):
     turns = [_turn(table, part, i, m) for m in _listed(table, part, i, value)]
     roles = [t['role'] for t in turns]
     if turns and roles[-1] == 'assistant':
@@ -145,7 +149,9 @@ def _listed(table, part, i, value):
 def _turn(table, part, i, message):
   """{'role', 'content'} of a message, which may also be of {'from', 'value'}, or have its content
   in parts of text."""
-  given = {k: v for k, v in message.items() if v} if isinstance(message, dict) else {}
+  # What is there only because other messages have it (a truth value or a 0 says something).
+  given = ({k: v for k, v in message.items() if v not in (None, '', [], {})}
+           if isinstance(message, dict) else {})
   names = ('from', 'value') if 'from' in given and 'role' not in given else ('role', 'content')
   role, content = (given.pop(name, '') for name in names)
   if names[0] == 'from' and isinstance(role, str):

@@ -59,7 +59,7 @@ def apply(table: _tables.Table, part: _tables.Part) -> _tables.Table:
     where = f'task.options.{part.prefix}filters has {text!r}'
     if not table.has(column):
       raise ValueError(f'{where}; allowed: a column of {part.source!r}, {table.names}')
-    values = table.column(column)
+    values = table.column(column, where)
     wanted = {_kind(x) for x in (literal if symbol == 'in' else [literal])}
     if table.only_texts and wanted != {'str'}:
       values = [_cell(v) for v in values]

@@ -22,6 +22,8 @@ import datasets
 from opd_jax.files import disk
 
 READERS = ('.csv', '.json', '.jsonl', '.parquet')
+KINDS = (f'a file of {list(READERS)}, a folder of such files or one that `save_to_disk` wrote, or '
+         'the name of a data set on the hub')
 csv.field_size_limit(1 << 30)  # of characters in a cell; the default refuses a long text
 
 
@@ -83,19 +85,20 @@ class Table:
     """Tells whether there is such a column; 'a.b' is also the field b in the column a."""
     return column in self.names or column.split('.')[0] in self.names
 
-  def column(self, column: str) -> list[Any]:
-    """Reads a column.
+  def column(self, column: str, asked: str = '') -> list[Any]:
+    """Reads a column; `asked` is the field, with its value, that names it.
 
     Raises:
       ValueError: a row has no such field; names it.
     """
+    asked = asked or f'column {column!r}'
     name, *path = [column] if column in self.names else column.split('.')
     values = self.read(name)
     values = [values[row] for row in self.rows]
     for field in path:
       for place, value in enumerate(values):
         if not isinstance(value, dict) or field not in value:
-          raise ValueError(f'column {column!r}: {self.where(place)} has {shown(value)} without '
+          raise ValueError(f'{asked}: {self.where(place)} has {shown(value)} without '
                            f'{field!r}; allowed: a row with it')
       values = [value[field] for value in values]
     return values
@@ -118,16 +121,17 @@ def read(part: Part) -> Table:
   try:
     splits = _splits(part, path)
   except UnicodeDecodeError as e:
+    wide = e.object.startswith((b'\xff\xfe', b'\xfe\xff'))  # the mark of UTF-16
     line = e.object.count(b'\n', 0, e.start) + 1
     raise ValueError(
         f'{part.field("source")} cannot be read: line {line} of {e.reason!r} is not UTF-8 (byte '
         f"0x{e.object[e.start]:02x}, in {e.object[max(e.start - 20, 0):e.start + 20]!r}); allowed: "
-        'UTF-8, such as `iconv -f latin1 -t utf-8` makes of it') from e
+        f"UTF-8, such as `iconv -f {'utf-16' if wide else 'latin1'} -t utf-8` makes of it") from e
   except (ValueError, OSError, StopIteration, csv.Error, RecursionError,
           datasets.exceptions.DatasetsError) as e:
     why = str(e.__cause__ or e) or 'it is empty'  # what an empty file raises has no text
     raise ValueError(f'{part.field("source")}, subset={part.subset!r} cannot be read: {why}; '
-                     'allowed: what `datasets` can read') from e
+                     f'allowed: {KINDS}') from e
   name = part.split or (next(iter(splits)) if len(splits) == 1 else '')
   if name not in splits:
     key = 'eval_split' if part.prefix else 'train_split'
@@ -149,11 +153,10 @@ def _check(part, path):
     if pipes := disk.find_pipes(path):  # to read one would wait for ever
       raise ValueError(f'{part.field("source")} has {pipes}, no regular files; allowed: files')
   elif not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', part.source) or path.suffix in READERS:
-    raise ValueError(f'{part.field("source")} does not exist; allowed: a file, a folder, or the '
-                     "name of a data set on the hub ('OWNER/NAME')")
+    raise ValueError(f'{part.field("source")} does not exist; allowed: {KINDS}')
   elif not re.fullmatch('[0-9a-f]{40}', part.revision):
     raise ValueError(f'{part.field("revision")} with the data set {part.source!r} of the hub '
-                     '(there is no such file or folder); allowed: the 40 hex digits of a commit')
+                     '(there is no such file or folder); allowed: a commit, branch or tag of it')
 
 
 def _splits(part, path):
@@ -217,6 +220,9 @@ def _texts(names):
 def _csv(text):
   lines = csv.reader(io.StringIO(text, newline=''), strict=True)
   names = next(lines)
+  if len(names) == 1 and (other := next((c for c in ';\t' if c in names[0]), '')):
+    raise ValueError(f'its first line is {shown(names[0])}: cells are divided by commas, not by '
+                     f'{other!r}')
   if len(set(names)) < len(names):
     raise ValueError(f'its first line has a name twice, {names}')
   rows = []

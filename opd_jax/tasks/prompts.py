@@ -27,7 +27,8 @@ import numpy as np
 from opd_jax.tasks import _columns, _filters, _graders, _math, _tables
 from opd_jax.tasks._columns import AUTO
 
-GRADERS = ('none', *_graders.FIND)
+GRADERS = ('none', AUTO, *_graders.FIND)
+MOST_HELD_OUT = 64  # with holdout_examples=-1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,18 +48,19 @@ class Options:
       {'from', 'value'}); if it ends with the assistant's turn, that is the completion.
     suffix: appended to the prompt, or to the last turn of the user.
     answer_column: what the grader compares with, a text or a number, or a list of accepted ones;
-      '' for none; 'auto' for the only column that can be meant, and without one nothing is graded.
+      '' for none; 'auto' for the only column that can be meant.
     completion_column: what supervised learning learns, '' for none.
     filters: rows to keep, as 'COLUMN OPERATOR LITERAL', for all of which a row has to be right.
     holdout_examples: how many random training rows become the evaluation set, where nothing else is
-      (eval_split or eval_source).
+      (eval_split or eval_source); -1 for a fifth of them, at most 64.
     holdout_seed: which ones. The run's own seed only shuffles.
     eval_split: split with the evaluation rows.
     eval_source, eval_subset, eval_revision: of the evaluation rows, if not those of training.
     eval_prompt_column, eval_messages_column, eval_answer_column: '' for those of training.
     eval_filters: like `filters`, which are for training rows only.
     grader: 'none'; 'exact', the whole text; 'boxed', what is in the last \\boxed{}; 'last_number'.
-      The last two compare as mathematics.
+      The last two compare as mathematics. 'auto' is 'last_number' where there is a column of
+      answers, and 'none' without.
   """
 
   source: str = ''
@@ -120,10 +122,10 @@ def _check(o):
     raise ValueError(f"task.options.grader={o.grader!r} needs math-verify, which is not installed; "
                      "allowed: `pip install 'math-verify>=0.9'`, or 'exact'")
   separate = bool(o.eval_split or o.eval_source)
-  if separate == bool(o.holdout_examples) or o.holdout_examples < 0:
+  if separate == bool(o.holdout_examples) or o.holdout_examples < -1:
     raise ValueError(
         f'task.options.holdout_examples={o.holdout_examples} with eval_split={o.eval_split!r}, '
-        f'eval_source={o.eval_source!r}; allowed: at least 1, or 0 and one of the others: '
+        f'eval_source={o.eval_source!r}; allowed: at least 1, -1, or 0 and one of the others: '
         'evaluation rows come from one place')
   if o.holdout_seed < 0 or o.holdout_seed and separate:
     raise ValueError(f'task.options.holdout_seed={o.holdout_seed}; allowed: at least 0, and 0 '
@@ -143,7 +145,7 @@ def _check(o):
           f'task.options.{part.prefix}prompt_column={part.prompt_column!r}, '
           f'{part.prefix}messages_column={part.messages_column!r}; allowed: one of them')
   answers = _eval_part(o).answer_column
-  if (o.grader != 'none') != bool(answers):
+  if o.grader != AUTO and (o.grader != 'none') != bool(answers):
     raise ValueError(f'task.options.grader={o.grader!r} with answer_column={o.answer_column!r}, '
                      f"eval_answer_column={o.eval_answer_column!r}; allowed: 'none' without a "
                      'column of answers, another grader with one')
@@ -178,15 +180,17 @@ def load(split: str, options: Options) -> datasets.Dataset:
       return _told(held_out, told)
   rows, told = _rows(_train_part(o), o)
   if held_out is None:
-    if o.holdout_examples >= len(rows):
+    count = min(max(len(rows) // 5, 1), MOST_HELD_OUT)
+    count = count if o.holdout_examples < 0 else o.holdout_examples
+    if count >= len(rows):
       raise ValueError(f'task.options.holdout_examples={o.holdout_examples}; allowed: below the '
                        f'{len(rows)} training rows')
     order = np.random.default_rng(o.holdout_seed).permutation(len(rows))
-    held_out = rows.select(order[:o.holdout_examples])
-    told += [f'{o.holdout_examples} held out']
+    held_out = rows.select(order[:count])
+    told += [f'{count} held out']
     if split == 'eval':
       return _told(held_out, told)
-    rows = rows.select(np.sort(order[o.holdout_examples:]))
+    rows = rows.select(np.sort(order[count:]))
   known = set(map(_key, held_out['prompt'][:]))
   fresh = [i for i, p in enumerate(rows['prompt'][:]) if _key(p) not in known]
   if not fresh:
@@ -214,7 +218,9 @@ def _rows(part, o):
   """(rows with the columns of this task, what to say about them)."""
   table = _tables.read(part)
   told = [f'{len(table)} rows read']
-  part, guessed = _columns.guess(table, part)
+  # Training rows may have no answers where evaluation rows, of another place, have some.
+  evaluated = bool(part.prefix or o.holdout_examples)
+  part, guessed = _columns.guess(table, part, graded=evaluated and o.grader != AUTO)
   for name in ('prompt_column', 'messages_column', 'answer_column', 'completion_column'):
     column = getattr(part, name)
     if column and not table.has(column):
@@ -237,7 +243,8 @@ def _rows(part, o):
     columns['completion'] = _columns.texts(table, part, 'completion_column')
   if part.answer_column:
     columns['answer'] = _columns.answers(table, part)
-  columns['grader'] = [o.grader if part.answer_column else 'none'] * len(table)
+  grader = 'last_number' if o.grader == AUTO else o.grader
+  columns['grader'] = [grader if part.answer_column else 'none'] * len(table)
   return datasets.Dataset.from_dict(columns), told
 
 

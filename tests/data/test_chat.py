@@ -173,7 +173,8 @@ def test_prompts_that_nobody_grades(tmp_path, capsys):
 def one_flag(tmp_path, rows, **fields):
   """The config of experiments/checkpoints.py for tiny models, and nothing but the file said."""
   c = make(checkpoint__every_steps=1, steps=2, **fields)
-  c.task = runpy.run_path(str(tiny.ROOT / 'experiments' / 'checkpoints.py'))['get_config']().task
+  whole = runpy.run_path(str(tiny.ROOT / 'experiments' / 'checkpoints.py'))['get_config']()
+  c.task, c.eval.problems = whole.task, whole.eval.problems
   c.task.options.source = str(tiny.write_jsonl(tmp_path / 'rows.jsonl', rows))
   return c
 
@@ -184,8 +185,8 @@ def test_prompts_without_answers_need_one_flag(tmp_path, capsys):
   result = train.train(c, tmp_path / 'run')
   assert not [name for name in result['after'] if 'accuracy' in name]
   out = capsys.readouterr().out
-  assert ("chat train data: examples 16, task 80 rows read, prompt_column is 'question' (guessed), "
-          'no answers, nothing is graded, 64 held out') in out
+  assert ("chat train data: examples 64, task 80 rows read, prompt_column is 'question' (guessed), "
+          'no answers, nothing is graded, 16 held out') in out
   # Of the checkpoints only the latest are left: none is the best.
   assert sorted(int(f.name) for f in (tmp_path / 'run/checkpoints').iterdir()) == [1, 2]
   assert train.train(c, tmp_path / 'run') == result
@@ -204,6 +205,22 @@ def test_prompts_with_answers_are_graded_with_the_same_flag(tmp_path):
   assert "answer_column is 'answer' (guessed)" in s.report['train']['task']
   run = config.parse(one_flag(tmp_path, rows))
   assert run.checkpoint.most_best == 1
+
+
+@pytest.mark.parametrize(('rows', 'held_out'), [(2, 1), (10, 2), (320, 64), (1000, 64)])
+def test_a_few_prompts_need_no_other_flag(rows, held_out, tmp_path):
+  c = one_flag(tmp_path, [{'question': f'{i}?'} for i in range(rows)])
+  parts = open_parts(c)
+  assert (len(parts.examples[OWN]), len(parts.held_out)) == (rows - held_out, held_out)
+
+
+def test_a_grader_of_ones_own_needs_answers(tmp_path):
+  c = one_flag(tmp_path, [{'question': f'{i}?', 'label': i} for i in range(9)])
+  c.task.options.grader = 'boxed'
+  with pytest.raises(ConfigError, match=r"task\.options\.answer_column='auto'.*'label'"):
+    open_parts(c)
+  c.task.options.answer_column = 'label'
+  assert examples_lib.has_verifier(prompts, open_parts(c).held_out)
 
 
 def test_rewards_that_nobody_gives():

@@ -55,6 +55,22 @@ class TestLock:
       tiny.train.train(tiny.config('sft'), tmp_path)
     assert not (tmp_path / 'config.json').exists()
 
+  def test_once_within_a_process_too(self, tmp_path):
+    with workdir_lib.lock(tmp_path):
+      with pytest.raises(ConfigError, match=f'is in use by process {os.getpid()} '):
+        workdir_lib.lock(tmp_path)
+    workdir_lib.lock(tmp_path).close()
+
+  def test_a_start_that_is_refused_gives_it_back(self, tmp_path, monkeypatch):
+    def refuse(run):
+      raise ConfigError('steps=0; allowed: 1')
+
+    monkeypatch.setattr(tiny.train.build, 'open_parts', refuse)
+    with pytest.raises(ConfigError, match='steps=0') as kept:  # as a notebook keeps a traceback
+      tiny.train.train(tiny.config('sft'), tmp_path)
+    workdir_lib.lock(tmp_path).close()
+    assert kept.value
+
   def test_released_at_the_end(self, tmp_path):
     with workdir_lib.lock(tmp_path):
       pass
@@ -66,7 +82,7 @@ class TestLock:
     def none(*args):
       raise OSError(37, 'No locks available')
 
-    monkeypatch.setattr(workdir_lib.fcntl, 'lockf', none)
+    monkeypatch.setattr(workdir_lib.fcntl, 'flock', none)
     workdir_lib.lock(tmp_path).close()
     assert 'No locks available' in capsys.readouterr().err
 

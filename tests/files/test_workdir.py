@@ -106,6 +106,12 @@ class TestInputs:
     shutil.copytree(tmp_path / 'student', tmp_path / 'elsewhere')
     assert digest.of_model(tmp_path / 'elsewhere') == before
 
+  def test_hidden_files_of_a_folder_of_data_are_not_read(self, tmp_path):
+    (tmp_path / '.cache').mkdir()
+    for name in ('a.jsonl', '.DS_Store', '.cache/x'):
+      (tmp_path / name).write_text('{}')
+    assert set(digest.of_data(tmp_path)) == {'a.jsonl'}
+
   @pytest.mark.parametrize('content', [None, '', '[]', '{"student.path": "ab"}'])
   def test_a_directory_that_does_not_say(self, inputs, tmp_path, content):
     begin(inputs, tmp_path / 'run')

@@ -92,6 +92,16 @@ def test_each_wreck_is_said_once_and_with_what_was_seen(name):
   assert ' -> ' in said[0][1] and 'docs/troubleshooting.md' in said[0][1]
 
 
+@pytest.mark.parametrize('name,first,now', [
+    ('repetition', dict(text=dict(distinct_4=0.05, shared_4=0.1)), {}),  # a wreck from the start
+    ('longer', dict(truncation_rate=0.3), dict(truncation_rate=1.0)),
+    ('longer', dict(length=40.0), dict(length=400.0))])
+def test_what_is_bad_whatever_it_was_at_first(name, first, now):
+  first = {**HEALTHY, **first}
+  said = watched([first] * 4 + [{**first, **now}] * 9)
+  assert [alarm.split(' (')[0] for _, alarm in said] == [name]
+
+
 def test_every_alarm_is_among_them():
   assert set(WRECKS) == set(texts.ALARMS)
 

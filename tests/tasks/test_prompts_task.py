@@ -90,7 +90,7 @@ class TestSources:
 
   def test_a_name_on_the_hub_needs_a_commit(self, monkeypatch):
     for revision in ('', 'main', 'v1.0', 'abc123'):
-      refused(f'task.options.revision={revision!r}', "'owner/sums'", '40 hex digits',
+      refused(f'task.options.revision={revision!r}', "'owner/sums'", 'commit',
               source='owner/sums', revision=revision)
     calls = []
 
@@ -276,7 +276,7 @@ class TestEvaluationRows:
     (dict(grader='none'), ("grader='none'", "answer_column='solution'")),
     (dict(answer_column=''), ("grader='last_number'", "answer_column=''")),
     (dict(holdout_examples=0), ('holdout_examples=0', "eval_split=''")),
-    (dict(holdout_examples=-1), ('holdout_examples=-1',)),
+    (dict(holdout_examples=-2), ('holdout_examples=-2',)),
     (dict(eval_split='test'), ('holdout_examples=10', "eval_split='test'")),
     (dict(eval_split='test', holdout_examples=0, holdout_seed=3), ('holdout_seed=3',)),
     (dict(eval_subset='easy'), ("eval_subset='easy' has no effect",)),

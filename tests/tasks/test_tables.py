@@ -103,6 +103,8 @@ class TestTexts:
       ('rows.csv', 'q,a\n1,2\n3\n', ('line 3 has 1 cells', 'first line 2')),
       ('rows.csv', 'q,a\n1,"2\n', ('cannot be read',)),
       ('rows.csv', 'q,q\n1,2\n', ("twice, ['q', 'q']",)),
+      ('rows.csv', 'q;a\n1;2\n', ("'q;a'", "not by ';'")),
+      ('rows.csv', 'q\ta\n1\t2\n', ("not by '\\t'",)),
       ('rows.jsonl', '{"q": "1", "a": "2"}\n{"q": \n', ('line 2 is no JSON',)),
       ('rows.jsonl', '{"q": "1", "a": "2"}\n["q"]\n', ("line 2 is ['q'], no JSON object",)),
       ('rows.json', '[{"q": "1"}, 3]', ('entry 1 is 3, no JSON object',)),
@@ -113,6 +115,18 @@ class TestTexts:
       ('rows.csv', '', ('cannot be read',)), ('rows.csv', 'q,a\n', ('it is empty',))])
   def test_damaged(self, name, content, parts, tmp_path):
     refused(text(tmp_path / name, content), *parts)
+
+  def test_utf_16(self, tmp_path):
+    refused(text(tmp_path / 'rows.csv', 'q,a\n1,2\n', 'utf-16'), 'iconv -f utf-16')
+
+  def test_a_nested_field_that_is_not_there(self, tmp_path):
+    path = tiny.write_jsonl(tmp_path / 'rows.jsonl', [{'q': {'x': '1'}, 'a': '2'}] * 3)
+    for name, column in (('prompt_column', 'q.y'), ('answer_column', 'a.b'),
+                         ('completion_column', 'q.z')):
+      refused(path, f'task.options.{name}={column!r}', "without",
+              **{'prompt_column': 'q.x', name: column})
+    refused(path, 'task.options.filters', "without 'y'", prompt_column='q.x',
+            filters=("q.y == '1'",))
 
   def test_what_is_all_right(self, tmp_path):
     emoji = '{"q": "\\ud83d\\ude00?", "a": "1"}\n\n{"q": "\u2028?", "a": "2"}\n'
@@ -179,13 +193,13 @@ class TestNested:
     assert answers(path, **fields, filters=("reward_model.style == 'rule'",)) == ['1', '2', '3']
     refused(path, "answer_column='reward.ground_truth'", "['prompt', 'reward_model']",
             **fields | {'answer_column': 'reward.ground_truth'})
-    refused(path, "column 'reward_model.truth'", 'row 0 of', "without 'truth'",
+    refused(path, "answer_column='reward_model.truth'", 'row 0 of', "without 'truth'",
             **fields | {'answer_column': 'reward_model.truth'})
 
   def test_a_row_without_the_field(self, tmp_path):
     path = tiny.write_jsonl(tmp_path / 'rows.jsonl', [*self.ROWS, {**self.ROWS[0],
                                                                    'reward_model': None}])
-    refused(path, "column 'reward_model.ground_truth'", 'row 4 of', 'has None', prompt_column='',
+    refused(path, "_column='reward_model.ground_truth'", 'row 4 of', 'has None', prompt_column='',
             messages_column='prompt', answer_column='reward_model.ground_truth')
 
 
@@ -237,7 +251,7 @@ class TestConversations:
 
 class TestGuesses:
 
-  AUTO = dict(prompt_column='auto', answer_column='auto')
+  AUTO = dict(prompt_column='auto', answer_column='auto', grader='auto')
 
   def told(self, tmp_path, *rows, **fields):
     path = tiny.write_jsonl(tmp_path / 'rows.jsonl', [
@@ -275,14 +289,19 @@ class TestGuesses:
   @pytest.mark.parametrize(('row', 'parts'), [
       ({'question': 'a', 'problem': 'b'}, ("prompt_column='auto'", "['question', 'problem']")),
       ({'one': 'a', 'two': 'b'}, ("prompt_column='auto'", "['one', 'two']")),
-      ({'one': 1, 'two': 0.5}, ("prompt_column='auto'", 'any of []')),
+      ({'one': 1, 'two': 0.5}, ("prompt_column='auto'", "['one', 'two']")),
       ({'question': 'a', 'answer': 'b', 'solution': 'c'},
        ("answer_column='auto'", "['answer', 'solution']"))])
   def test_not_one(self, row, parts, tmp_path):
-    with pytest.raises(ValueError, match='allowed: one of them') as e:
+    with pytest.raises(ValueError, match='allowed: one of') as e:
       self.told(tmp_path, row)
     for part in parts:
       assert part in str(e.value), f'{part!r} is not in {e.value}'
+
+  @pytest.mark.parametrize('grader', ['exact', 'boxed'])
+  def test_a_grader_that_was_chosen_needs_answers(self, grader, tmp_path):
+    with pytest.raises(ValueError, match=r"answer_column='auto': .*allowed: one of .*'label'"):
+      self.told(tmp_path, {'question': 'a', 'label': 'b'}, grader=grader)
 
   def test_no_answers_are_looked_for_without_a_grader(self, tmp_path):
     row = {'question': 'a', 'answer': 'b', 'solution': 'c'}

@@ -74,12 +74,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _quick_options() -> dict[str, str | bool]:
-  options = {'xla_backend_optimization_level': '0', 'xla_cpu_use_fusion_emitters': False}
-  try:
-    jax.jit(lambda x: x + 1, compiler_options=options)(1)
-  except Exception:  # an XLA that knows them no more: slower tests, nothing else
-    return {}
-  return options
+  for candidate in quick.CANDIDATES:
+    options = {name: value if isinstance(value, bool) else str(value)
+               for name, value in candidate.items()}
+    try:
+      jax.jit(lambda x: x + 1, compiler_options=options)(1)
+    except Exception:  # an XLA that does not know them all
+      continue
+    return options
+  return {}  # slower tests, nothing else
 
 
 _QUICK = _quick_options()

@@ -65,7 +65,8 @@ from opd_jax.types import Model, Params, Prompts, Rollout  # noqa: E402
 
 # Files that take minutes go first: the last process to end is then not alone for long.
 LONG = ('test_train', 'test_mesh', 'test_resume', 'test_contracts', 'test_cli', 'test_oracle',
-        'test_expectations', 'test_update', 'test_compare_estimators', 'test_pipeline')
+        'test_oracle_presets', 'test_expectations', 'test_update', 'test_compare_estimators',
+        'test_pipeline')
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -273,7 +273,7 @@ def test_microbatches_add_up_to_the_full_batch(x64, objective):
 
 def test_microbatches_that_do_not_divide_raise(x64):
   batch = steps.table_case('float64')
-  with pytest.raises(ValueError, match='microbatch_rows=4 does not divide the 6 rows'):
+  with pytest.raises(ValueError, match=r'microbatch_rows=4 .*\b6 '):
     steps.step(batch.student, SFT, microbatch_rows=4)(
         new_state(batch.params), *steps.inputs(SFT, batch))
 

@@ -64,8 +64,9 @@ from opd_jax.models import params as params_lib  # noqa: E402
 from opd_jax.types import Model, Params, Prompts, Rollout  # noqa: E402
 
 # Files that take minutes go first: the last process to end is then not alone for long.
-LONG = ('test_train', 'test_update', 'test_mesh', 'test_resume', 'test_contracts', 'test_cli',
-        'test_oracle', 'test_compare_estimators', 'test_pipeline')
+LONG = ('test_train', 'test_mesh', 'test_resume', 'test_contracts', 'test_cli', 'test_oracle',
+        'test_oracle_presets', 'test_expectations', 'test_update', 'test_compare_estimators',
+        'test_pipeline')
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -74,12 +75,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _quick_options() -> dict[str, str | bool]:
-  options = {'xla_backend_optimization_level': '0', 'xla_cpu_use_fusion_emitters': False}
-  try:
-    jax.jit(lambda x: x + 1, compiler_options=options)(1)
-  except Exception:  # an XLA that knows them no more: slower tests, nothing else
-    return {}
-  return options
+  for candidate in quick.CANDIDATES:
+    options = {name: value if isinstance(value, bool) else str(value)
+               for name, value in candidate.items()}
+    try:
+      jax.jit(lambda x: x + 1, compiler_options=options)(1)
+    except Exception:  # an XLA that does not know them all
+      continue
+    return options
+  return {}  # slower tests, nothing else
 
 
 _QUICK = _quick_options()

@@ -32,8 +32,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PURE = ROOT / 'opd_jax' / 'algorithm'
 # The sampler and what is only reported have tests of their own, which look at other things.
 LEFT_OUT = ('sample.py', 'metrics.py')
-TESTS = ('test_choices.py', 'test_oracle.py', 'test_signals.py', 'test_vocabulary.py',
-         'test_score.py', 'test_update.py', 'test_enumeration.py')
+TESTS = ('test_choices.py', 'test_oracle.py', 'test_oracle_presets.py', 'test_signals.py',
+         'test_vocabulary.py', 'test_score.py', 'test_update.py', 'test_update_properties.py',
+         'test_fixed_point.py', 'test_divergences.py', 'test_expectations.py',
+         'test_enumeration.py')
 # What changes nothing, or nothing but a message, with the reason; by (function, before, after).
 EQUIVALENT: dict[tuple[str, str, str], str] = {}
 

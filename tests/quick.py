@@ -7,15 +7,19 @@ import os
 import subprocess
 import sys
 
-_CANDIDATES = (
-    '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false',
-    '--xla_backend_optimization_level=0',  # the other is gone from jaxlib 0.12
+# The code in one piece, not in one for each of 32 threads: two processes have two cores.
+_LEAST = {'xla_backend_optimization_level': 0, 'xla_cpu_parallel_codegen_split_count': 1}
+CANDIDATES: tuple[dict[str, int | bool], ...] = (
+    _LEAST | {'xla_cpu_use_fusion_emitters': False},
+    _LEAST,  # the other is gone from jaxlib 0.12
+    {'xla_backend_optimization_level': 0},
 )
 
 
 def flags() -> str:
   """Finds those that the XLA of this environment knows: it ends a process over any other."""
-  for candidate in _CANDIDATES:
+  for options in CANDIDATES:
+    candidate = ' '.join(f'--{name}={value}'.lower() for name, value in options.items())
     known = subprocess.run(
         [sys.executable, '-c', 'import jax; jax.devices()'], capture_output=True, check=False,
         env=dict(os.environ, XLA_FLAGS=candidate, JAX_PLATFORMS='cpu'))

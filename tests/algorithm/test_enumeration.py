@@ -1,6 +1,6 @@
 """Terms of the loss in expectation over every completion of a tiny language, against the exact
 gradient of what they stand for. (Those of the plain routes, through a transformer, are in
-test_update.py.)"""
+test_expectations.py.)"""
 
 from __future__ import annotations
 

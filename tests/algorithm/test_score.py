@@ -110,7 +110,7 @@ def test_bfloat16_logits_are_accumulated_and_kept_in_float32():
 
 
 def test_a_scorer_is_asked_for_something(tiny_model, rollout):
-  with pytest.raises(ValueError, match='nothing to score for; allowed: logprobs, hidden or both'):
+  with pytest.raises(ValueError, match='allowed: .*logprobs.*hidden'):
     score.teacher_logprob_fn(tiny_model[1], rollout, model=tiny_model[0], temperature=1.0,
                              wants=Wants(), chunk_tokens=8, microbatch_rows=0)
 
@@ -136,7 +136,7 @@ def test_split_rows_and_join_rows_are_inverse(rollout):
 
 
 def test_split_rows_refuses_a_size_that_does_not_divide(rollout):
-  with pytest.raises(ValueError, match='microbatch_rows=4 does not divide the 6 rows'):
+  with pytest.raises(ValueError, match=r'microbatch_rows=4 .*\b6 '):
     score.split_rows(rollout, 4)
 
 

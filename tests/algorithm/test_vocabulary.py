@@ -196,10 +196,10 @@ def test_a_gradient_that_would_be_lost_is_refused(around):
   grad((0, 2))
   for by, place in ((1, 'constants.matrix'), (3, r'arrays\.1'), (4, 'arrays.2.states')):
     for more in ((by,), (0, by)):
-      with pytest.raises(ValueError, match=f'no gradient by {place}, .*allowed: .*stop_gradient'):
+      with pytest.raises(ValueError, match=f'{place}, .*allowed: .*stop_gradient'):
         grad(more)
     grad((0, by), of_inputs=lambda x, by=by: (*x[:by], jax.lax.stop_gradient(x[by]), *x[by + 1:]))
-  with pytest.raises(ValueError, match='no gradient of kl, .*allowed: .*stop_gradient'):
+  with pytest.raises(ValueError, match='kl, .*allowed: .*stop_gradient'):
     grad((0, 2), of=lambda value, out: value + jnp.sum(out['kl']))
   grad((0, 2), of=lambda value, out: value + jax.lax.stop_gradient(jnp.sum(out['kl'])))
 

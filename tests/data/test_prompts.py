@@ -42,14 +42,14 @@ class TestStopTokens:
   def test_those_of_config_json_where_there_is_no_other_file(self, given, tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps({'eos_token_id': given}))
     assert prompts_lib.stop_tokens(tmp_path, CHAT) == (END, OVER)
-    with pytest.raises(ValueError, match=r'/config\.json: eos_token_id=.*no token'):
+    with pytest.raises(ValueError, match=r'/config\.json: eos_token_id='):
       (tmp_path / 'config.json').write_text(json.dumps({'eos_token_id': [10**6]}))
       prompts_lib.stop_tokens(tmp_path, CHAT)
     assert self.write(tmp_path, {}) == (END,)  # transformers reads one of them
 
   @pytest.mark.parametrize('bad', [10**6, [END, -1], ['<|end|>'], True, 1.0])
   def test_an_id_that_is_no_token(self, bad, tmp_path):
-    with pytest.raises(ValueError, match='eos_token_id=.*no token.*allowed') as e:
+    with pytest.raises(ValueError, match='eos_token_id=.*allowed') as e:
       self.write(tmp_path, {'eos_token_id': bad})
     assert 'generation_config.json' in str(e.value) and str(len(CHAT)) in str(e.value)
 
@@ -81,7 +81,7 @@ class TestStopTokens:
     other = tiny.chat_tokenizer()
     other.add_tokens([f'word{i}' for i in range(36)])
     other.save_pretrained(path)
-    with pytest.raises(ValueError, match=r'the tokenizer has the id 320, and vocab_size is 320'):
+    with pytest.raises(ValueError, match=r'\b320, .*vocab_size .*320'):
       huggingface.load(path, {})
 
 
@@ -110,7 +110,7 @@ class TestLoading:
     other.backend_tokenizer.normalizer = tokenizers.normalizers.Replace(' ', '')
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, 'from_pretrained',
                         lambda *args, **how: other)
-    with pytest.raises(ValueError, match=r"'What is 123 plus 45\?' becomes .*, and by tokenizer"):
+    with pytest.raises(ValueError, match=r"'What is 123 plus 45\?' .*tokenizer"):
       prompts_lib.load(tmp_path)
 
   @pytest.mark.parametrize('content', ['[1]', '{', '[' * 10**5, b'\xff\xfe'])
@@ -118,7 +118,7 @@ class TestLoading:
     CHAT.save_pretrained(tmp_path)
     file = tmp_path / 'tokenizer_config.json'
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=r'tokenizer_config\.json is damaged .*allowed: a JSON'):
+    with pytest.raises(ValueError, match=r'tokenizer_config\.json .*allowed'):
       prompts_lib.load(tmp_path)
 
   def test_nothing_is_printed(self):
@@ -146,7 +146,7 @@ class TestPlain:
         [BEGIN, *bare], [BEGIN, *chat.encode('Or two?', add_special_tokens=False)]]
 
   def test_special_tokens_of_a_tokenizer_that_adds_none(self):
-    with pytest.raises(ValueError, match=r'prompt\.special_tokens=True has no effect.*allowed: F'):
+    with pytest.raises(ValueError, match=r'prompt\.special_tokens=True .*allowed: F'):
       prompts_lib.render(CHAT, Style(special_tokens=True), ['one'])
 
   def test_special_tokens_after_the_text(self):
@@ -158,7 +158,7 @@ class TestPlain:
       prompts_lib.render(chat, Style(special_tokens=True), ['one'])
 
   def test_a_conversation_needs_a_template(self):
-    with pytest.raises(ValueError, match=r"prompt\.template='none'.*conversation.*allowed"):
+    with pytest.raises(ValueError, match=r"prompt\.template='none'.*allowed"):
       prompts_lib.render(CHAT, Style(), [[{'role': 'user', 'content': 'one'}]])
 
   def test_a_given_completion_ends_with_eos(self):
@@ -216,8 +216,8 @@ class TestTemplate:
     chat = tiny.chat_tokenizer(tiny.CHAT.replace("'<|over|>", "' done<|over|>"))
     assert CHAT.decode(prompts_lib.turn_end(chat, style(chat))) == ' done<|over|>'
     only_eos = dataclasses.replace(style(), stop_tokens=(END,))
-    with pytest.raises(ValueError, match=r"'<\|over\|>\\n', in which there is no stop token "
-                                         r"\(\['<\|end\|>'\]\); allowed.*generation_config"):
+    with pytest.raises(ValueError, match=r"'<\|over\|>\\n', .*\['<\|end\|>'\].*"
+                                         'allowed.*generation_config'):
       prompts_lib.turn_end(CHAT, only_eos)
 
 
@@ -302,7 +302,7 @@ class TestAnswers:
 
   def test_a_prompt_that_ends_within_a_token(self):
     tokens = metaspace_tokenizer()
-    with pytest.raises(ValueError, match="example 1: the prompt has other tokens.*'e▁tw'.*allowed"):
+    with pytest.raises(ValueError, match="example 1: .*'e▁tw'.*allowed"):
       prompts_lib.render_answers(tokens, Style(), ['one:', 'one '], ['two', 'two'])
 
   def test_a_turn_that_ends_in_another_way(self):
@@ -318,13 +318,13 @@ class TestControlTokens:
 
   def test_refused_and_counted_unless_chosen(self):
     rows = ['one?', self.EVIL, [{'role': 'user<|turn|>', 'content': 'two?'}]]
-    with pytest.raises(ValueError, match=r"control_tokens='refuse': 2 of 3 prompts .* 3 in all, .*"
-                                         r"'<\|over\|>' in example 1; allowed"):
+    with pytest.raises(ValueError, match=r"control_tokens='refuse': 2 of 3 .* 3 .*"
+                                         r"'<\|over\|>' .*example 1; allowed"):
       prompts_lib.render(CHAT, style(), rows)
     assert prompts_lib.count_control_tokens(CHAT, style(), rows) == 3
     with pytest.raises(ValueError, match=r'1 of 1 completions'):
       prompts_lib.render_answers(CHAT, style(), ['one?'], ['two<|over|>'])
-    with pytest.raises(ValueError, match=r'1 of 1 system messages \(prompt\.system\)'):
+    with pytest.raises(ValueError, match=r'1 of 1 .*\(prompt\.system\)'):
       prompts_lib.render(CHAT, style(system='Be<|over|>'), ['one?'])
     # Without a template too: this is the end of a text.
     with pytest.raises(ValueError, match='1 of 1 prompts'):
@@ -362,7 +362,7 @@ class TestControlTokens:
         [TURN, *CHAT.encode('a')]]
 
   def test_the_mark_in_a_text(self):
-    with pytest.raises(ValueError, match="control_tokens='text': prompts contain the character"):
+    with pytest.raises(ValueError, match="control_tokens='text'"):
       prompts_lib.render(CHAT, style(control_tokens='text'), ['a\ue0f0b'])
 
 

@@ -191,7 +191,8 @@ BIASED = (compare_estimators.THIS, 'sampled, log', 'exact forward KL')
 @pytest.fixture(scope='module')
 def measured(tmp_path_factory):
   """(what diagnose.json says, what was printed, the parts, the probe) of a run, with some of the
-  estimators: every one is a program to compile, and what each expects is in test_update.py."""
+  estimators: every one is a program to compile, and what each expects is in
+  test_expectations.py."""
   every, take = compare_estimators.objectives, compare_estimators.take_probe
   seen = []
 

@@ -3,13 +3,14 @@
 Nearly all the time of a tiny run goes into tracing and lowering its programs, and a test of
 checkpoints, files or signals does not look at those. `reuse.train` is `train.train`, but a function
 that is, closure by closure, the same as one that an earlier run compiled is not compiled again.
-Tests that count programs call `train.train`; and where XLA optimizes as it does for users (see
-conftest.py), so does `reuse.train`.
+With `anew=True` every one is, for tests that count them, and later runs may have it. Where XLA
+optimizes as it does for users (see conftest.py), nothing is taken over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import functools
 import os
@@ -63,33 +64,42 @@ def same(x: Any) -> Any:
   raise UnknownError(type(x))
 
 
-def jit(f: Callable, **options: Any) -> Callable:
-  """`jax.jit`, or what it made of the same function before."""
+def jit(f: Callable, anew: bool = False, **options: Any) -> Callable:
+  """`jax.jit`, or, unless it is to be made anew, what it made of the same function before."""
   shardings = jax.tree.flatten(options.pop('out_shardings', None))
   try:
     key = same(f), same(shardings), same(options)
   except (UnknownError, RecursionError):
     key = object()
-  if key not in _programs:
+  if anew or key not in _programs:
     if shardings[0]:
       options['out_shardings'] = shardings[1].unflatten(shardings[0])
     _programs[key] = jax.jit(f, **options)
   return _programs[key]
 
 
-class _Jax(types.ModuleType):
+class _Jax:
   """JAX, but for its `jit`."""
 
-  jit = staticmethod(jit)
+  def __init__(self, anew: bool):
+    self.jit = functools.partial(jit, anew=anew)
 
   def __getattr__(self, name: str) -> Any:
     return getattr(jax, name)
 
 
-def train(c: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
-  """`train.train` with the programs of earlier runs."""
+@contextlib.contextmanager
+def programs_of_earlier_runs(anew: bool = False) -> Iterator[None]:
+  """Where runs within share their programs, and have those of earlier ones."""
   if not ON:
-    return train_lib.train(c, workdir)
-  with (mock.patch.object(programs, 'jax', _Jax('jax')),
-        mock.patch.object(rollouts, 'jax', _Jax('jax'))):
+    yield
+    return
+  with (mock.patch.object(programs, 'jax', _Jax(anew)),
+        mock.patch.object(rollouts, 'jax', _Jax(anew))):
+    yield
+
+
+def train(c: ConfigDict, workdir: pathlib.Path, anew: bool = False) -> dict[str, Any]:
+  """`train.train` with the programs of earlier runs."""
+  with programs_of_earlier_runs(anew):
     return train_lib.train(c, workdir)

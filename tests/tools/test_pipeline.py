@@ -37,7 +37,7 @@ def make():
 def finished(tmp_path_factory):
   """(work directory, what run() returned, time stamps when it had been interrupted)."""
   workdir = tmp_path_factory.mktemp('pipeline') / 'run'
-  calls, run_stage = [], reuse.train
+  calls, run_stage = [], train.train
 
   def interrupted(c, path):
     if len(calls) == 3:  # the first seed has finished, the second has run nothing but its base
@@ -45,7 +45,7 @@ def finished(tmp_path_factory):
     calls.append(path)
     return run_stage(c, path)
 
-  with pytest.MonkeyPatch.context() as m:
+  with pytest.MonkeyPatch.context() as m, reuse.programs_of_earlier_runs():
     m.setattr(train, 'train', interrupted)
     with pytest.raises(KeyboardInterrupt):
       pipeline.run(make(), workdir)

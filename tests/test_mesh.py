@@ -1,6 +1,7 @@
 """The same loop on a 2x2 mesh of CPU devices, and what the mesh refuses."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -166,9 +167,9 @@ def test_parameters_and_optimizer_state_are_split(meshed):
 class TestRefused:
 
   def test_two_axes_of_an_array_on_one_mesh_axis(self):
-    with pytest.raises(ValueError, match=r"\('heads', 'mlp'\) collide .*'tensor', 'tensor'"):
+    with pytest.raises(ValueError, match=r"'heads'.*'mlp'.*'tensor'"):
       sharding.partition_spec(('heads', 'mlp'))
-    with pytest.raises(ValueError, match='collide'):
+    with pytest.raises(ValueError, match="'batch'.*'embed'"):
       sharding.partition_spec(('batch', 'embed'))  # batch is over data and fsdp, embed over fsdp
 
   def test_unknown_logical_axis(self):
@@ -179,14 +180,14 @@ class TestRefused:
       (dict(data=1, fsdp=2, tensor=3, expert=1), 6),
       (dict(data=1, fsdp=-1, tensor=2, expert=1), 2)])
   def test_wrong_number_of_devices(self, sizes, needs):
-    with pytest.raises(ValueError, match=rf'compute\.mesh=.* needs {needs} .* is 1,'):
+    with pytest.raises(ValueError, match=rf'compute\.mesh=.*\b{needs}\b.*allowed.*\b1\b'):
       sharding.make_mesh(sizes)
 
   @pytest.mark.parametrize('sizes', [dict(data=-1, fsdp=-1, tensor=1, expert=1),
                                      dict(data=0, fsdp=1, tensor=1, expert=1),
                                      dict(data=1, fsdp=1, tensor=-2, expert=1)])
   def test_sizes_that_mean_nothing(self, sizes):
-    with pytest.raises(ValueError, match='allowed: sizes of at least 1, of which one may be -1'):
+    with pytest.raises(ValueError, match=rf'compute\.mesh={re.escape(str(sizes))}.*allowed'):
       sharding.make_mesh(sizes)
 
   @pytest.mark.parametrize(('shape', 'axis', 'parameter', 'size'), [
@@ -197,12 +198,12 @@ class TestRefused:
     # Divisibility is arithmetic, so a mesh that this machine does not have will do.
     mesh = jax.sharding.AbstractMesh((1, 2, 2, 1), sharding.MESH_AXES)
     model = models.build({**tiny.SHAPE, 'vocab_size': 64, **shape})
-    with pytest.raises(ValueError, match=rf'mesh\.{axis}=2 .* {parameter} .* divisor of {size}$'):
+    with pytest.raises(ValueError, match=rf'mesh\.{axis}=2\b.*{parameter}.*allowed.*\b{size}\b'):
       sharding.param_shardings(model.specs, mesh)
 
   def test_too_many_devices_asked_for_in_a_config(self, tmp_path):
     c = tiny.config('sft', compute__mesh__tensor=3)
-    with pytest.raises(config.ConfigError, match=r"compute\.mesh=.*'tensor': 3.* is 1,"):
+    with pytest.raises(config.ConfigError, match=r"compute\.mesh=.*'tensor': 3.*allowed"):
       train.train(c, tmp_path)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import reuse
 import tiny
 
 from opd_jax import train
@@ -34,7 +35,7 @@ def make():
 def straight(tmp_path_factory):
   """The work directory of a run that nothing interrupted."""
   workdir = tmp_path_factory.mktemp('straight')
-  train.train(make(), workdir)
+  reuse.train(make(), workdir)
   return workdir
 
 
@@ -58,7 +59,7 @@ def test_the_comparison_sees_a_difference(straight, tmp_path):
   # One other step from the same checkpoint on: everything after it must differ.
   c = make()
   c.seed = 1
-  train.train(c, tmp_path)
+  reuse.train(c, tmp_path)
   with pytest.raises(AssertionError):
     tiny.assert_same_bits(tiny.read_checkpoint(tmp_path, STEPS),
                           tiny.read_checkpoint(straight, STEPS))
@@ -87,7 +88,7 @@ class TestKilled:
       held.finish()
     leftovers = [p.name for p in (run / 'checkpoints').iterdir()]
     assert leftovers and not tiny.checkpoint_steps(run)  # there is a half-finished one
-    train.train(make(), run)
+    reuse.train(make(), run)
     assert_same_run(run, straight)
     names = [sorted(p.name for p in (w / 'checkpoints').iterdir()) for w in (run, straight)]
     assert names[0] == names[1]  # the leftover is gone
@@ -96,8 +97,8 @@ class TestKilled:
     with monkeypatch.context() as m:
       m.setattr(train, 'finish', None)
       with pytest.raises(TypeError):
-        train.train(make(), tmp_path)
-    train.train(make(), tmp_path)
+        reuse.train(make(), tmp_path)
+    reuse.train(make(), tmp_path)
     assert_same_run(tmp_path, straight)
 
   def test_during_the_export(self, straight, tmp_path, monkeypatch):
@@ -111,9 +112,9 @@ class TestKilled:
     with monkeypatch.context() as m:
       m.setattr(pathlib.Path, 'rename', killed)
       with pytest.raises(KeyboardInterrupt):
-        train.train(make(), tmp_path)
+        reuse.train(make(), tmp_path)
     assert (tmp_path / workdir_lib.EXPORT).exists()
-    train.train(make(), tmp_path)
+    reuse.train(make(), tmp_path)
     assert_same_run(tmp_path, straight)
 
 
@@ -132,7 +133,7 @@ class TestTerminated:
     assert f'interrupted at step {last}' in err and 'Traceback' not in err
     saved = tiny.read_checkpoint(run, last)
     assert saved["['step']"] == saved['host']['step'] == last
-    train.train(make(), run)
+    reuse.train(make(), run)
     assert_same_run(run, straight)
 
   def test_at_a_step_that_has_no_checkpoint_of_its_own(self, straight, command, tmp_path):
@@ -142,7 +143,7 @@ class TestTerminated:
       held.release()
       assert held.finish()[0] == 143
     assert tiny.checkpoint_steps(run)[-1] == tiny.rows(run)[-1]['step']
-    train.train(make(), run)
+    reuse.train(make(), run)
     assert_same_run(run, straight)
 
 
@@ -210,7 +211,7 @@ class TestDamaged:
   def test_the_newest_falls_back_loudly_to_the_one_before(
       self, damage, straight, stopped, capsys):
     damage(stopped / 'checkpoints' / str(STEPS))
-    train.train(make(), stopped)
+    reuse.train(make(), stopped)
     captured = capsys.readouterr()
     assert f'WARNING: the checkpoint of step {STEPS} is damaged' in captured.err
     assert 'resumed from the checkpoint of step 8' in captured.out
@@ -220,7 +221,7 @@ class TestDamaged:
   def test_two_of_them(self, straight, stopped, capsys):
     for step in (8, 9):
       truncate(stopped / 'checkpoints' / str(step))
-    train.train(make(), stopped)
+    reuse.train(make(), stopped)
     assert capsys.readouterr().err.count('WARNING') == 2
     assert_same_run(stopped, straight)
 
@@ -230,7 +231,7 @@ class TestDamaged:
     rows = tiny.rows(stopped)
     for _ in range(2):  # not only the first: starting anew is the user's decision
       with pytest.raises(RuntimeError, match=r'no checkpoint .* can be read'):
-        train.train(make(), stopped)
+        reuse.train(make(), stopped)
       assert tiny.rows(stopped) == rows and not (stopped / 'result.json').exists()
 
 

@@ -26,9 +26,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 import numpy as np
+import reuse
 
 from opd_jax import config as config_lib
-from opd_jax import models, train
+from opd_jax import models
 from opd_jax.algorithm.objective import Objective
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.data import streams
@@ -116,7 +117,7 @@ def folder() -> pathlib.Path:
 def _trained(name: str, steps: int) -> pathlib.Path:
   workdir = folder() / name
   with contextlib.redirect_stdout(io.StringIO()):
-    train.train(config('sft', name=name, steps=steps, checkpoint__every_steps=steps), workdir)
+    reuse.train(config('sft', name=name, steps=steps, checkpoint__every_steps=steps), workdir)
   return workdir / workdir_lib.EXPORT
 
 

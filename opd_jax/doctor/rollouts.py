@@ -64,13 +64,14 @@ def take_probe(run: Run, parts: Parts, student: Params, teacher: Params | None) 
   sample = build.make_sampler(run, parts.student.model, parts.stop_tokens, parts.pad_token,
                               max_new_tokens=room)
 
+  how = dict(model=parts.student.model, teacher=parts.teacher and parts.teacher.model,
+             temperature=run.sample.temperature,
+             teacher_temperature=run.objective.teacher_temperature,
+             chunk_tokens=run.compute.chunk_tokens)
+
   def look(student, teacher, prompts, key):
     rollout = sample(student, prompts, key)
-    return rollout, evaluate.compare(
-        student, teacher, rollout, model=parts.student.model,
-        teacher=parts.teacher and parts.teacher.model, temperature=run.sample.temperature,
-        teacher_temperature=run.objective.teacher_temperature,
-        chunk_tokens=run.compute.chunk_tokens)
+    return rollout, evaluate.compare(student, teacher, rollout, **how)
 
   prompts = _prompts(run, parts.examples[OWN], parts.mesh)
   with jax.set_mesh(parts.mesh):
@@ -116,13 +117,14 @@ def measure_export(run: Run, student: LoadedModel, stop_tokens: tuple[int, ...],
       run, student.model, stop_tokens, prompts_lib.pad_id(student.tokenizer),
       max_new_tokens=min(run.data.max_new_tokens, run.doctor.max_new_tokens))
 
+  how = dict(model=wide, teacher=wide, temperature=run.sample.temperature,
+             teacher_temperature=run.sample.temperature, chunk_tokens=run.compute.chunk_tokens)
+
   def look(params, prompts, key):
     rollout = sample(params, prompts, key)
     with jax.default_matmul_precision('float32'):
       return rollout.mask, {dtype: evaluate.compare(
-          params, lora.written_as(params, dtype), rollout, model=wide, teacher=wide,
-          temperature=run.sample.temperature, teacher_temperature=run.sample.temperature,
-          chunk_tokens=run.compute.chunk_tokens)['kl'] for dtype in dtypes}
+          params, lora.written_as(params, dtype), rollout, **how)['kl'] for dtype in dtypes}
 
   with jax.set_mesh(mesh):
     program = jax.jit(look, out_shardings=sharding.by_rows(mesh))

@@ -1,7 +1,7 @@
 """Checkpoints in and out: what is read and written, how much memory it takes, what is refused.
 
-That every family's table fits its checkpoints is in test_contracts.py; here one family stands for
-all. Comparisons with transformers and PEFT run where torch is installed (extra: parity).
+That every family's table fits its checkpoints is in test_every_family.py; here one family stands
+for all. Comparisons with transformers and PEFT run where torch is installed (extra: parity).
 """
 
 from __future__ import annotations

@@ -1,0 +1,132 @@
+"""The numbers of a pipeline's report, from results that are written down here."""
+
+import json
+
+import pytest
+from spreads import assert_spread
+
+from opd_jax import experiment
+from opd_jax.tools import report
+
+
+def evaluation(step, accuracy, flops=None):
+  flops = 10.0 * step if flops is None else flops
+  return {'step': step, 'sampled_accuracy': accuracy, 'greedy_accuracy': accuracy,
+          'flops': {'student': flops / 2, 'sampling': flops / 4, 'teacher': flops / 4}}
+
+
+def result(*accuracies, every=10, teacher=None):
+  evals = [evaluation(i * every, a) for i, a in enumerate(accuracies)]
+  return {'steps': evals[-1]['step'], 'flops': evals[-1]['flops'], 'before': evals[0],
+          'after': evals[-1], 'evals': evals,
+          'teacher': teacher and {'sampled_accuracy': teacher, 'greedy_accuracy': teacher}}
+
+
+def settings(*methods, teacher='', levels=(0.5,)):
+  return experiment.Pipeline(report=experiment.Report(
+      teacher=teacher, methods=methods, labels=methods, levels=levels))
+
+
+class TestReach:
+
+  def test_interpolated_from_the_evaluation_before(self):
+    evals = [evaluation(0, 0.0), evaluation(10, 0.2), evaluation(30, 0.6), evaluation(40, 0.1)]
+    assert report.reach(evals, 0.3) == pytest.approx((15, 150))
+    assert report.reach(evals, 0.2) == pytest.approx((10, 100))
+
+  def test_the_first_time_counts(self):
+    evals = [evaluation(0, 0.0), evaluation(10, 0.6), evaluation(20, 0.1), evaluation(30, 0.9)]
+    assert report.reach(evals, 0.6) == pytest.approx((10, 100))
+
+  def test_never(self):
+    assert report.reach([evaluation(0, 0.0), evaluation(10, 0.49)], 0.5) is None
+
+  def test_from_the_start(self):
+    assert report.reach([evaluation(0, 0.7), evaluation(10, 0.9)], 0.5) == (0, 0.0)
+
+  def test_flops_are_those_of_all_parts(self):
+    evals = [evaluation(0, 0.0, 0.0), evaluation(10, 1.0, 800.0)]
+    assert report.reach(evals, 0.5) == pytest.approx((5, 400))
+
+
+class TestSpread:
+
+  def test_t_interval(self):
+    assert_spread(report.spread([1.0, 2.0, 6.0]), [1.0, 2.0, 6.0])
+
+  def test_shown_where_the_quantity_can_be(self):
+    c = settings('a')
+    text = str(report.tables(report.summarize(c, {
+        s: {'a': result(0.0, accuracy, teacher=1.0)} for s, accuracy in ((0, 0.5), (1, 0.9))})))
+    assert '0.700 [0.000, 1.000]' in text
+
+  def test_one_value_has_no_interval(self):
+    assert report.spread([2.5]) == {'mean': 2.5, 'values': [2.5]}
+
+  @pytest.mark.parametrize('values', [[], [None], [1.0, None]])
+  def test_not_without_all_seeds(self, values):
+    assert report.spread(values) is None
+
+
+class TestSummarize:
+
+  def test_one_seed_has_the_interval_over_problems(self):
+    run = result(0.1, 0.8, teacher=0.9)
+    run['after'] |= {'sampled_accuracy_low': 0.7, 'sampled_accuracy_high': 0.85}
+    row = report.summarize(settings('a'), {0: {'a': run}})['rows']['a']
+    assert row['sampled_accuracy'] == {'mean': 0.8, 'values': [0.8], 'low': 0.7, 'high': 0.85}
+
+  def test_a_level_that_one_seed_never_reached(self):
+    results = {0: {'a': result(0.0, 0.9, teacher=1.0)}, 1: {'a': result(0.0, 0.3, teacher=1.0)}}
+    got = report.summarize(settings('a'), results)['rows']['a']['reach']['0.5']
+    assert got == {'seeds_reached': 1, 'steps': None, 'flops': None}
+    text = str(report.tables(report.summarize(settings('a', 'b', teacher='stage:b'), {
+        s: {'a': r['a'], 'b': result(0.0, 1.0)} for s, r in results.items()})))
+    assert '1 of 2 seeds' in text
+
+  def test_every_seed_has_its_own_goal(self):
+    results = {0: {'a': result(0.0, 1.0, teacher=1.0)}, 1: {'a': result(0.0, 1.0, teacher=0.5)}}
+    got = report.summarize(settings('a'), results)['rows']['a']['reach']['0.5']
+    assert got['steps']['values'] == pytest.approx([5.0, 2.5])
+
+  def test_ratios_are_paired_by_seed(self):
+    results = {0: {'rl': result(0.0, 0.5, every=100), 'opd': result(0.0, 0.5, teacher=1.0)},
+               1: {'rl': result(0.0, 0.5, every=40), 'opd': result(0.0, 1.0, teacher=1.0)}}
+    got = report.summarize(settings('rl', 'opd', teacher='stage:rl'), results)
+    assert got['ratios']['opd']['0.5']['steps']['values'] == pytest.approx([10.0, 8.0])
+    assert 'rl' not in got['ratios']
+
+  def test_a_method_that_starts_at_the_level(self):
+    # Nothing to divide by: it needed no step at all.
+    results = {s: {'rl': result(0.0, 0.9), 'opd': result(0.8, 0.9, teacher=1.0)} for s in (0, 1)}
+    got = report.summarize(settings('rl', 'opd', teacher='stage:rl'), results)
+    assert got['rows']['opd']['reach']['0.5']['steps']['mean'] == 0
+    json.dumps(got, allow_nan=False)
+    report.tables(got)
+
+  def test_a_teacher_that_gets_nothing_right(self):
+    results = {0: {'rl': result(0.0, 0.0), 'opd': result(0.0, 0.0, teacher=0.0)}}
+    results[0]['opd']['teacher'] = {'sampled_accuracy': 0.0, 'greedy_accuracy': 0.0}
+    got = report.summarize(settings('rl', 'opd', teacher='stage:rl'), results)
+    json.dumps(got, allow_nan=False)
+    report.tables(got)
+
+  def test_no_method_with_a_teacher(self):
+    got = report.summarize(settings('a', 'b', teacher='stage:a'),
+                           {0: {'a': result(0.0, 0.5), 'b': result(0.0, 0.7)}})
+    assert list(got['rows']) == ['base', 'a', 'b']
+    report.tables(got)
+
+  @pytest.mark.parametrize('ungraded', [('a', 'b'), ('b',)])
+  def test_a_task_that_does_not_grade(self, ungraded, tmp_path):
+    c = settings('a', 'b', teacher='stage:a')
+    runs = {m: result(0.1, 0.5, teacher=0.9) for m in 'ab'}
+    for m in ungraded:
+      for e in (*runs[m]['evals'], runs[m]['teacher']):
+        e['reverse_kl'] = e.pop('sampled_accuracy')
+        del e['greedy_accuracy']
+    got = report.write(c, {0: runs}, tmp_path)
+    assert got['rows']['b']['sampled_accuracy'] is None
+    assert got['rows']['b']['reverse_kl']['mean'] == 0.5
+    assert not got['rows']['b']['reach'] and not got['ratios']
+    assert (tmp_path / 'curves.png').stat().st_size > 10_000

@@ -86,8 +86,9 @@ class Examples:
       self.report[f'control_tokens_as_{style.control_tokens}'] = written
     empty = [i for i, ids in enumerate(self._prompts) if not ids]
     if empty:
-      raise ValueError(f'{len(empty)} of {len(prompts)} prompts encode to no tokens, the first is '
-                       f'{prompts[empty[0]]!r} of example {empty[0]}; allowed: at least one token')
+      raise ValueError(f'task.name={_name(task)!r}: {len(empty)} of {len(prompts)} prompts encode '
+                       f'to no tokens, the first is {prompts[empty[0]]!r} of example {empty[0]}; '
+                       'allowed: at least one token')
     self._ended = np.ones(len(self.rows), bool)
     self._fit('data.max_prompt_tokens', overlong)
     if self._completions is not None:

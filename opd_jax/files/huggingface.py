@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 import re
@@ -178,12 +177,9 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     raise FileNotFoundError(f'{file.parent} is not a Hugging Face checkpoint: {file} is missing; '
                             'allowed: a directory with it')
   try:
-    content = json.loads(disk.read_bytes(file).decode())
-  except (OSError, ValueError, RecursionError) as e:
-    raise ValueError(f'{file} is no JSON: {e}; allowed: a JSON object') from e
-  if not isinstance(content, dict):
-    raise ValueError(f'{file} holds a {type(content).__name__}; allowed: a JSON object')
-  return content
+    return disk.read_json(file)
+  except (OSError, ValueError) as e:
+    raise ValueError(f'{file} is no JSON object: {e}; allowed: one') from e
 
 
 # --- which tensors there are ---

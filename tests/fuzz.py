@@ -36,6 +36,7 @@ import tempfile
 import time
 import traceback
 from typing import Any
+import warnings
 
 import conftest  # noqa: F401, the environment comes first
 import fuzz_inputs
@@ -130,6 +131,7 @@ def command(args: list[str]) -> tuple[int | None, str, str]:
   # What absl does around it, logging, can be done only once in a process.
   run, app.run = app.run, lambda f, flags_parser: f(flags_parser(sys.argv))
   flags, argv, sys.argv = flagsaver.save_flag_values(), sys.argv, ['opd', *args]
+  form = warnings.formatwarning
   status = None
   with captured() as written:
     try:
@@ -140,7 +142,7 @@ def command(args: list[str]) -> tuple[int | None, str, str]:
     except BaseException:
       traceback.print_exc()
     finally:
-      app.run, sys.argv = run, argv
+      app.run, sys.argv, warnings.formatwarning = run, argv, form
       flagsaver.restore_flag_values(flags)
   out, err = (text.decode(errors='backslashreplace') for text in written)
   return status, out, err

@@ -14,6 +14,7 @@ import re
 import sys
 import textwrap
 from typing import Any
+import warnings
 
 # glibc hands XLA's per-step buffers back to the kernel and faults them in again; these settings
 # keep them. They only work when set before the process starts.
@@ -195,6 +196,8 @@ def parse_flags(command: str, argv: list[str]) -> list[str]:
   """Parses the command line; a mistake in it, or in the config file, is one line, not a traceback.
   """
   from absl import flags
+
+  from opd_jax.errors import one_line
   logging.getLogger('absl').setLevel(logging.CRITICAL)  # it warns of what is an error below
   file = config_file(argv)
   try:
@@ -215,7 +218,7 @@ def parse_flags(command: str, argv: list[str]) -> list[str]:
       _ = flags.FLAGS.config.name  # a file that cannot be read is noticed only here
     return rest
   except Exception as e:  # the code of a config file may raise anything
-    print(f'error: {" ".join(explain(command, argv, e).split())}', file=sys.stderr)
+    print(f'error: {one_line(" ".join(explain(command, argv, e).split()))}', file=sys.stderr)
   sys.exit(2)
 
 
@@ -288,11 +291,14 @@ def unknown_field(argv: list[str]) -> str | None:
 def set_up_jax() -> None:
   """Sets up the compilation cache: a second start of the same programs compiles nothing."""
   import jax
+
+  from opd_jax.errors import one_line
   if not jax.config.jax_compilation_cache_dir:
     root = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
     jax.config.update('jax_compilation_cache_dir', str(pathlib.Path(root) / 'opd_jax' / 'xla'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+  warnings.formatwarning = lambda message, *where: f'WARNING: {one_line(str(message))}\n'
   # Libraries narrate every file and every missing backend.
   logging.getLogger().setLevel(logging.WARNING)
   # With a traceback for every thread of a save that failed; what it logs as an error, it raises.
@@ -317,17 +323,17 @@ def dispatch(command: str, argv: list[str]) -> int:
       print(f'error: --{name}=\'\'; allowed: {FLAGS[name][0]}', file=sys.stderr)
       return 2
   set_up_jax()
-  from opd_jax.errors import ConfigError
+  from opd_jax.errors import ConfigError, one_line
   from opd_jax.files.checkpoint import DamagedError
   from opd_jax.run.interrupts import PreemptedError
   try:
     return run_command(command, flags.FLAGS)
   except (ConfigError, FloatingPointError, DamagedError) as e:
-    print(f'error: {e}', file=sys.stderr)
+    print(f'error: {one_line(str(e))}', file=sys.stderr)
     return 2
   except OSError as e:  # a disk that is full, a directory that was removed or cannot be written
     plain = f'{e.filename}: {e.strerror}' if e.filename is not None else str(e)
-    print(f'error: {" ".join(plain.split())}', file=sys.stderr)
+    print(f'error: {one_line(" ".join(plain.split()))}', file=sys.stderr)
     return 2
   except PreemptedError as e:
     print(e, file=sys.stderr)

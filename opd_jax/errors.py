@@ -5,9 +5,20 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+LONGEST = 2000  # characters of a line on the console
+
 
 class ConfigError(ValueError):
   """A config that cannot run: names the field, the value and what is allowed."""
+
+
+def one_line(text: str) -> str:
+  """Makes one line of what a library says in several. Of a long one, which quotes a long value, the
+  middle is left out: the end says what is allowed."""
+  line = ' '.join(text.splitlines())
+  if len(line) <= LONGEST:
+    return line
+  return f'{line[:LONGEST - 600]} ... {line[-600:]}'
 
 
 def refusal(settings: Any, fields: str, why: str, allowed: Any, group: str = '') -> str:

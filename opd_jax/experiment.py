@@ -42,7 +42,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
     if not isinstance(default, str):
       try:
         value = ast.literal_eval(text)
-      except (ValueError, SyntaxError):
+      except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
         value = text
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
       value = float(value)

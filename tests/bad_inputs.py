@@ -110,6 +110,8 @@ MODELS: list[tuple[str, Callable[[pathlib.Path], Any]]] = [
         b'\x08' + b'\0' * 7 + b'notjson!')),
     ('only pickled weights', lambda d: (d / 'model.safetensors').rename(d / 'pytorch_model.bin')),
     ('a GGUF file', lambda d: (d / 'model.safetensors').rename(d / 'model-Q4.gguf')),
+    ('a config.json that is nested without end', lambda d: (
+        d / 'config.json').write_text('[' * 100_000)),
     ('a pipe in place of a file', lambda d: ((d / 'tokenizer.json').unlink(),
                                              os.mkfifo(d / 'tokenizer.json'))),
 ]
@@ -127,6 +129,11 @@ ROWS: list[tuple[str, bytes, str, dict[str, Any]]] = [
     ('a prompt that is a number', b'{"q": 7, "a": "2"}\n', 'rows.jsonl',
      dict(prompt_column='q', answer_column='a')),
     ('a file in Latin-1', 'q,a\ncaf\xe9,2\n'.encode('latin-1'), 'rows.csv',
+     dict(prompt_column='q', answer_column='a')),
+    ('a prompt of five million characters', json.dumps({'q': 'x' * 5 * 10**6, 'a': '2'}).encode()
+     + b'\n' + b'{"q": "1+1", "a": "2"}\n' * 3, 'rows.jsonl',
+     dict(prompt_column='q', answer_column='a')),
+    ('a prompt without a token', b'{"q": "", "a": "2"}\n{"q": "1+1", "a": "2"}\n', 'rows.jsonl',
      dict(prompt_column='q', answer_column='a')),
     ('an empty file', b'', 'rows.jsonl', dict(prompt_column='q', answer_column='a')),
     ('a file of another kind', b'x', 'rows.xlsx', dict(prompt_column='q', answer_column='a')),

@@ -84,8 +84,9 @@ class Examples:
       self.report[f'control_tokens_as_{style.control_tokens}'] = written
     empty = [i for i, ids in enumerate(self._prompts) if not ids]
     if empty:
-      raise ValueError(f'{len(empty)} of {len(prompts)} prompts encode to no tokens, the first is '
-                       f'{prompts[empty[0]]!r} of example {empty[0]}; allowed: at least one token')
+      raise ValueError(f'task.name={_name(task)!r}: {len(empty)} of {len(prompts)} prompts encode '
+                       f'to no tokens, the first is {prompts[empty[0]]!r} of example {empty[0]}; '
+                       'allowed: at least one token')
     self._ended = np.ones(len(self.rows), bool)
     self._fit('data.max_prompt_tokens', overlong)
     if self._completions is not None:
@@ -101,8 +102,8 @@ class Examples:
              for p, r in zip(prompts, self.rows, strict=True)]
     long = [i for i, size in enumerate(sizes) if size > LONGEST]
     if long and overlong != 'drop':
-      raise ValueError(f'{len(long)} of {len(sizes)} examples have more than {LONGEST} characters '
-                       f'of text, the first is example {long[0]} with {sizes[long[0]]}; '
+      raise ValueError(f'data.overlong={overlong!r}: {len(long)} of {len(sizes)} examples have more '
+                       f'than {LONGEST} characters of text, the first is example {long[0]} with {sizes[long[0]]}; '
                        "allowed: shorter ones, or data.overlong='drop'")
     if long:
       self.report[f'longer_than_{LONGEST}_characters_dropped'] = len(long)

@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from opd_jax.data import control, render_probe
+from opd_jax.data import control, templates
 
 TEMPLATES = ('none', 'student', 'teacher')
 THINKING = ('default', 'on', 'off')
@@ -21,8 +21,6 @@ SAMPLES = ('What is 123 plus 45?', ' two  spaces', 'a\n\n b\t1,234.5e-9', 'ünï
            "It's 50% of x_1=y")
 SHOWN = 200  # characters of a text that an error quotes
 PROBE = 'opd-probe'  # stands for any text, where only what is around it matters
-# Ends with an expression, after which Jinja leaves line breaks alone.
-FIXED_DATE = '{%- macro strftime_now(format) %}{{ opd_date }}{% endmacro %}{{ "" }}'
 PAD, EOS = '<pad>', '<eos>'
 # 64 symbols with PAD and EOS, a round number so that every mesh divides the vocabulary.
 ALPHABET = '0123456789abcdefghijklmnopqrstuvwxyz' + '+-*/=;#:?!.,<>()[]_|\'"@&%' + ' '
@@ -168,16 +166,16 @@ def check_style(style: Style) -> None:
   if not style.chat.chat_template:
     raise ValueError(f"{whose} has no chat template; allowed: 'none', or a tokenizer with a chat "
                      'template')
-  probe = _render(style, [_conversation(style, PROBE)])[0]
+  probe = templates.render(style, [_conversation(style, PROBE)])[0]
   if PROBE not in probe:
     raise ValueError(f'{whose} has a chat template that leaves out what the user says ({probe!r}); '
                      'allowed: another template')
   if style.thinking != 'default':
     other = dataclasses.replace(style, thinking='off' if style.thinking == 'on' else 'on')
-    if _render(other, [_conversation(style, PROBE)])[0] == probe:
+    if templates.render(other, [_conversation(style, PROBE)])[0] == probe:
       raise ValueError(f'prompt.thinking={style.thinking!r} has no effect: {whose} has a chat '
                        "template without such a switch; allowed: 'default'")
-  dated = {_render(dataclasses.replace(style, date=day), [_conversation(style, PROBE)])[0]
+  dated = {templates.render(dataclasses.replace(style, date=day), [_conversation(style, PROBE)])[0]
            for day in ('one day', 'another day')}
   if bool(style.date) != (len(dated) > 1):
     raise ValueError(f'prompt.date={style.date!r}: ' + (
@@ -185,7 +183,7 @@ def check_style(style: Style) -> None:
         if style.date else
         f"{whose} has a chat template that writes today's date, and tomorrow's prompts would be "
         "others; allowed: the text of the date to write"))
-  if style.system and _render(style, [[{'role': 'user', 'content': PROBE}]])[0] == probe:
+  if style.system and templates.render(style, [[{'role': 'user', 'content': PROBE}]])[0] == probe:
     raise ValueError(f'prompt.system={style.system!r} has no effect: {whose} has a chat template '
                      "that leaves system messages out; allowed: ''")
 
@@ -200,24 +198,6 @@ def _conversation(style, prompt):
   return [{'role': 'system', 'content': style.system}, *messages]
 
 
-def _render(style, conversations, add_generation_prompt=True):
-  switch = {} if style.thinking == 'default' else {'enable_thinking': style.thinking == 'on'}
-  try:
-    template = style.chat.get_chat_template()
-    render_probe.check(template, json.dumps(style.chat.special_tokens_map, default=str))
-    if style.date:  # in the place of the clock that transformers offers to templates
-      switch['opd_date'] = style.date
-      template = FIXED_DATE + template
-    return style.chat.apply_chat_template(
-        conversations, chat_template=template, tokenize=False,
-        add_generation_prompt=add_generation_prompt, **switch)
-  except Exception as e:  # a template may refuse a role, divide by zero, call itself without end
-    raise ValueError(
-        f'prompt.template={style.template!r}: the chat template in {style.chat.name_or_path!r} '
-        f'refuses a conversation with prompt.system={style.system!r}: {type(e).__name__}: {e}; '
-        'allowed: what the template supports') from e
-
-
 def render_text(style: Style, prompts: list[Any]) -> list[str]:
   """Writes the text that is encoded, for prompts that are strings or conversations (lists of
   {'role': ..., 'content': ...} that end with the user's turn).
@@ -226,7 +206,8 @@ def render_text(style: Style, prompts: list[Any]) -> list[str]:
     ValueError: a conversation without a template, or one that the template refuses.
   """
   if style.chat is not None:
-    return _render(style, [_conversation(style, p) for p in prompts]) if prompts else []
+    turns = [_conversation(style, p) for p in prompts]
+    return templates.render(style, turns, unknown=True) if prompts else []
   for p in prompts:
     if not isinstance(p, str):
       raise ValueError(f"prompt.template='none' with a prompt that is a conversation: {p!r}; "
@@ -267,7 +248,7 @@ def render_answers(tokenizer: Any, style: Style, prompts: list[Any], answers: li
   else:
     turns = [[*_conversation(style, p), {'role': 'assistant', 'content': a}]
              for p, a in zip(prompts, answers, strict=True)]
-    wholes = _render(style, turns, add_generation_prompt=False)
+    wholes = templates.render(style, turns, add_generation_prompt=False, unknown=True)
     end, first = _turn_end(tokenizer, style)
     end = end[first:]
   for i, (start, whole, answer) in enumerate(zip(starts, wholes, answers, strict=True)):
@@ -357,7 +338,7 @@ def turn_end(tokenizer: Any, style: Style) -> list[int]:
 def _turn_end(tokenizer, style):
   """(all ids that a template writes after a turn, the place of the first stop token)."""
   turns = [{'role': 'user', 'content': PROBE}, {'role': 'assistant', 'content': PROBE}]
-  tail = _render(style, [turns], add_generation_prompt=False)[0].rpartition(PROBE)[2]
+  tail = templates.render(style, [turns], add_generation_prompt=False)[0].rpartition(PROBE)[2]
   ids, = encode(tokenizer, [tail])
   ends = [i for i, token in enumerate(ids) if token in style.stop_tokens]
   if not ends:

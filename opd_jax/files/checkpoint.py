@@ -213,6 +213,7 @@ class Checkpoints:
     Raises:
       ValueError: other bits than were saved; tensorstore and orbax raise errors of their own.
     """
+    _refuse_pipes(self._path / str(step))
     restored = self._manager.restore(step, args=ocp.args.Composite(
         state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore()))
     state, host = jax.block_until_ready(restored['state']), restored['host']
@@ -247,12 +248,10 @@ def _unopenable(folder: pathlib.Path) -> Exception | None:
   """What is wrong with the files that orbax reads of every checkpoint; None where nothing is, and
   of metrics that cannot be compared, which reading the checkpoint will show."""
   def read(*names: str) -> dict[str, Any]:
-    content = json.loads(folder.joinpath(*names).read_bytes())
-    if not isinstance(content, dict):
-      raise ValueError(f'{names[-1]} holds {content!r}')
-    return content
+    return disk.read_json(folder.joinpath(*names))
 
   try:
+    _refuse_pipes(folder)
     found = read('metrics', 'metrics')
   except (OSError, ValueError) as e:
     return e
@@ -264,6 +263,13 @@ def _unopenable(folder: pathlib.Path) -> Exception | None:
   except ValueError as e:
     return e
   return None if found == saved else ValueError('the metrics are not those it was saved with')
+
+
+def _refuse_pipes(folder: pathlib.Path) -> None:
+  """Raises ValueError for what is no file somewhere in a checkpoint: orbax would wait for it."""
+  for path in [folder, *folder.rglob('*')]:
+    if path.is_dir():
+      disk.refuse_pipes(path, path.name)
 
 
 def _first_line(error: Exception) -> str:

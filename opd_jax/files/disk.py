@@ -90,3 +90,19 @@ def read_bytes(path: pathlib.Path) -> bytes:
   if find_pipes(path):
     raise OSError(errno.EINVAL, 'no regular file', str(path))
   return path.read_bytes()
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON object.
+
+  Raises:
+    OSError: see `read_bytes`.
+    ValueError: it holds something else.
+  """
+  try:
+    content = json.loads(read_bytes(path).decode())
+  except RecursionError as e:
+    raise ValueError('it is nested too deeply') from e
+  if not isinstance(content, dict):
+    raise ValueError(f'it holds a {type(content).__name__}')
+  return content

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 import re
@@ -31,7 +30,8 @@ from opd_jax.models.params import flatten
 from opd_jax.types import Model, Params, Wants
 
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
-ORIGIN, MAX_SHARD_BYTES = 'origin.json', 5 * 2**30  # which run it is from (`workdir.origin`)
+ORIGIN = 'origin.json'  # of what is written here: which run it is from (`workdir.origin`)
+MAX_SHARD_BYTES = 5 * 2**30
 OTHER_WEIGHTS = ('.bin', '.pt', '.pth', '.gguf', '.safetensors')
 # Fields of generation_config.json that an export keeps: how whoever opens it will sample.
 SAMPLING = dict(do_sample=(bool,), temperature=(int, float), top_p=(int, float), top_k=(int,))
@@ -180,10 +180,8 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     raise FileNotFoundError(f'{file.parent} is not a Hugging Face checkpoint: {file} is missing; '
                             'allowed: a directory with it')
   try:
-    if isinstance(content := json.loads(disk.read_bytes(file).decode()), dict):
-      return content
-    raise ValueError(f'it holds a {type(content).__name__}')
-  except (OSError, ValueError, RecursionError) as e:
+    return disk.read_json(file)
+  except (OSError, ValueError) as e:
     raise ValueError(f'{file} is no JSON object: {e}; allowed: one') from e
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import functools
-import math
 import os
 import pathlib
 import re
@@ -137,8 +136,15 @@ def _check_plain(config: dict[str, Any], file: pathlib.Path) -> None:
   for name in ('r', 'lora_alpha'):
     value = config.get(name)
     kinds = (int,) if name == 'r' else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
-      raise ValueError(f'{file}: {name}={value!r}; allowed: a number above 0')
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 2**24:
+      raise ValueError(f'{file}: {name}={str(value)[:80]}; allowed: a number above 0 (and below '
+                       '2^24)')
+  base, named = config.get('base_model_name_or_path'), config.get('target_modules')
+  if not isinstance(base, str | None):
+    raise ValueError(f'{file}: base_model_name_or_path={base!r}; allowed: a text, or null')
+  if not isinstance(named, str | None) and not (
+      isinstance(named, list) and all(isinstance(n, str) for n in named)):
+    raise ValueError(f'{file}: target_modules={named!r}; allowed: a text, a list of texts, or null')
 
 
 def _targets(found: dict[str, Stored], model: Model, rank: int) -> str:

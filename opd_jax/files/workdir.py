@@ -69,9 +69,9 @@ def result(workdir: pathlib.Path, run: Run) -> dict[str, Any] | None:
   if not os.path.lexists(file):
     return None
   try:
-    found = json.loads(disk.read_bytes(file))
+    found = disk.read_json(file)
     _check_result(found)
-  except (OSError, ValueError, RecursionError) as e:
+  except (OSError, ValueError) as e:
     raise ConfigError(
         f'{file} is damaged ({e}); allowed: remove it, and `opd train` with this config and work '
         'directory writes it again from the newest checkpoint') from e
@@ -85,9 +85,7 @@ def result(workdir: pathlib.Path, run: Run) -> dict[str, Any] | None:
   return found
 
 
-def _check_result(found: Any) -> None:
-  if not isinstance(found, dict):
-    raise ValueError(f'it holds a {type(found).__name__}')
+def _check_result(found: dict[str, Any]) -> None:
   for name, kind in RESULT_TYPES.items():
     if type(found.get(name)) is not kind:
       raise ValueError(f'{name} is no {kind.__name__}')
@@ -113,7 +111,10 @@ def read_revisions(file: pathlib.Path) -> dict[str, str]:
     ConfigError: the file is damaged.
   """
   try:
-    return json.loads(file.read_text()) if file.exists() else {}
+    commits = disk.read_json(file) if os.path.lexists(file) else {}
+    if not all(isinstance(commit, str) for commit in commits.values()):
+      raise ValueError('a commit is no text')
+    return commits
   except (OSError, ValueError) as e:
     raise ConfigError(f'{file} cannot be read ({e}); allowed: what a run wrote there, or commits '
                       'in the config and no such file') from e
@@ -155,12 +156,15 @@ def origin(settings: dict[str, Any], inputs: dict[str, Digests], step: int, chec
 
 def read_origin(folder: pathlib.Path) -> dict[str, Any]:
   """Reads where a directory is from; {} if it does not say."""
-  file = folder / ORIGIN
   try:
-    content = json.loads(file.read_text()) if file.exists() else {}
+    content = disk.read_json(folder / ORIGIN)
   except (OSError, ValueError):
     return {}
-  return content if isinstance(content, dict) else {}
+  return content if _are_digests(content.get('inputs')) else {}
+
+
+def _are_digests(inputs: Any) -> bool:
+  return isinstance(inputs, dict) and all(isinstance(files, dict) for files in inputs.values())
 
 
 def delivered(folder: pathlib.Path, origin: dict[str, Any]) -> bool:
@@ -215,11 +219,8 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
     ConfigError: it is not there, or no config.
   """
   try:
-    found = json.loads(disk.read_bytes(workdir / CONFIG))
-    if not isinstance(found, dict):
-      raise ValueError(f'it holds a {type(found).__name__}')
-    return found
-  except (OSError, ValueError, RecursionError) as e:
+    return disk.read_json(workdir / CONFIG)
+  except (OSError, ValueError) as e:
     raise ConfigError(
         f'workdir={str(workdir)!r} holds no run ({CONFIG}: {e}); allowed: the work directory of '
         'one run, in a pipeline WORKDIR/seed_S/STAGE') from e
@@ -247,8 +248,8 @@ def read_inputs(workdir: pathlib.Path) -> dict[str, Digests]:
     ConfigError: the directory does not say.
   """
   try:
-    content = json.loads((workdir / INPUTS).read_text())
-    if not isinstance(content, dict) or not all(isinstance(x, dict) for x in content.values()):
+    content = disk.read_json(workdir / INPUTS)
+    if not _are_digests(content):
       raise ValueError('no object of objects')
     return content
   except (OSError, ValueError) as e:

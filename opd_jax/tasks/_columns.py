@@ -139,7 +139,7 @@ def _listed(table, part, i, value):
   if isinstance(value, str) and value.lstrip().startswith('['):
     try:
       value = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
       pass
   if not isinstance(value, list):
     _refuse(table, part, 'messages_column', i, value, "['list'] of messages")

@@ -24,7 +24,7 @@ def parse(name: str, text: str) -> tuple[str, str, Any]:
   match = re.fullmatch(r'\s*(\S+?)\s*(==|!=|<=|>=|<|>|\sin\s)\s*(.+?)\s*', text)
   try:
     literal = ast.literal_eval(match[3]) if match else None
-  except (ValueError, SyntaxError):
+  except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
     match = None
   if match is None or match[2].strip() == 'in' and not isinstance(literal, list | tuple | set):
     raise ValueError(

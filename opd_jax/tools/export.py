@@ -156,7 +156,7 @@ def read_config(workdir: pathlib.Path) -> Run:
   values = workdir_lib.read_config(workdir)
   try:
     return config_lib.parse(config_lib.from_dict(values))
-  except (AttributeError, KeyError, TypeError, ValueError) as e:
+  except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
     raise ConfigError(
         f'workdir={str(workdir)!r} holds no run of this version ({workdir_lib.CONFIG}: {e}); '
         'allowed: the work directory of one run, in a pipeline WORKDIR/seed_S/STAGE') from e

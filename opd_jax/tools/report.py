@@ -208,7 +208,9 @@ def draw(p: Pipeline, results: dict[int, dict[str, dict[str, Any]]], path: pathl
   figure.suptitle(f'{p.name}, seed{"s" if len(seeds) > 1 else ""} '
                   + ', '.join(map(str, seeds)), fontsize=11)
   figure.tight_layout()
-  figure.savefig(path, dpi=120)
+  partial = path.with_name(f'.{path.name}.partial')  # what stands there may be a pipe
+  figure.savefig(partial, dpi=120, format='png')
+  partial.rename(path)
   plt.close(figure)
 
 
@@ -253,16 +255,28 @@ def _as_made(p: Pipeline, method: str, seed: int, folder: pathlib.Path, config: 
 
 
 def check_numbers(result: dict[str, Any]) -> None:
-  """Checks that what a report reads of a result.json are numbers, and accuracies lie in 0..1.
+  """Checks that what a report reads of a result.json are numbers, that accuracies lie in 0..1, and
+  that all evaluations of the student have the same.
 
   Raises:
     ConfigError: names the evaluation and the field.
   """
   evals = [*result['evals'], result['before'], result['after'], *filter(None, [result['teacher']])]
   names = [f'{name}{end}' for name in (*ACCURACIES, 'reverse_kl') for end in ('', '_low', '_high')]
-  for e in evals:
+  if not result['evals']:
+    raise ConfigError(f'{workdir_lib.RESULT}: evals=[]; allowed: at least one evaluation')
+  for i, e in enumerate(evals):
+    # A teacher has no KL to itself; elsewhere, what one has all have.
+    of_teacher = i == len(result['evals']) + 2
+    lacks = [n for n in names if n in result['after'] and n not in e
+             and not (of_teacher and n.startswith('reverse_kl'))]
+    if lacks:
+      raise ConfigError(f"{workdir_lib.RESULT}: the evaluation at step {e.get('step')} has no "
+                        f'{lacks[0]}; allowed: one that has, as the last one')
     read = [(name, e[name]) for name in names if name in e]
+    lonely = [n for n in names if n in e and n.removesuffix('_low').removesuffix('_high') not in e]
     read += [(f'flops.{name}', v) for name, v in e.get('flops', {}).items()]
+    read += [(f'{n} without its mean', e[n]) for n in lonely]
     for name, value in read:
       share = name.startswith(ACCURACIES)
       if type(value) not in (int, float) or not math.isfinite(value) or (

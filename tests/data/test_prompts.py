@@ -434,6 +434,19 @@ class TestRefused:
     self.refused(style(tiny.chat_tokenizer(template)), 'prompt.template', why)
     assert time.monotonic() - start < render_probe.WALL_S
 
+  @pytest.mark.parametrize(('what', 'why'), [
+      ('{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}',
+       'does not end within 2 seconds'),
+      ("{{ 'a' * (99999 * messages | length) * 99999 }}", 'without end')])
+  def test_a_template_that_fails_on_an_unusual_conversation(self, what, why):
+    chat = tiny.chat_tokenizer(
+        "{%- if 'Q' in messages[0].content %}" + what + '{%- endif %}' + tiny.CHAT)
+    prompts_lib.check_style(style(chat))  # nothing is known of it yet
+    usual = [f'number {i}' for i in range(20)]
+    assert len(prompts_lib.render_text(style(chat), usual)) == 20
+    with pytest.raises(ValueError, match=f'prompt.template=.*{why}.*a Q'):
+      prompts_lib.render_text(style(chat), [*usual, 'a Q', *usual])
+
   def test_a_template_with_all_that_transformers_offers(self):
     chat = tiny.chat_tokenizer(tiny.CHAT.replace(
         '{%- endfor %}', "{% generation %}{{ bos_token | tojson }}{% endgeneration %}"

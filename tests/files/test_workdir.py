@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import shutil
 
@@ -145,6 +146,32 @@ class TestInputs:
     (tmp_path / 'data' / 'train' / '1.jsonl').write_text('{}')
     assert digest.changes(before, {'source': digest.of_data(tmp_path / 'data')}) == [
         'source: train/1.jsonl is new']
+
+
+class TestOddFiles:
+  """What stands in the place of a file of ours is refused or passed over, and not waited for."""
+
+  @pytest.mark.parametrize('content', ['[]', '{"a": 3}', '{', '[' * 100_000, '\udcff', None])
+  @pytest.mark.parametrize('name', [workdir_lib.INPUTS, workdir_lib.REVISIONS])
+  def test_are_refused(self, name, content, tmp_path):
+    self.put(tmp_path / name, content)
+    read = {workdir_lib.INPUTS: lambda: workdir_lib.read_inputs(tmp_path),
+            workdir_lib.REVISIONS: lambda: workdir_lib.read_revisions(tmp_path / name)}[name]
+    with pytest.raises(ConfigError, match=name):
+      read()
+
+  @pytest.mark.parametrize('content', ['[]', '{"inputs": 3}', '{"inputs": {"a": 3}}', '{',
+                                       '[' * 100_000, None])
+  def test_an_origin_that_says_nothing(self, content, tmp_path):
+    self.put(tmp_path / huggingface.ORIGIN, content)
+    assert workdir_lib.read_origin(tmp_path) == {}
+
+  @staticmethod
+  def put(path, content):
+    if content is None:
+      os.mkfifo(path)
+    else:
+      path.write_bytes(content.encode('utf-8', 'surrogateescape'))
 
 
 class TestLeftovers:

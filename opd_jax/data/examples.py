@@ -102,9 +102,9 @@ class Examples:
              for p, r in zip(prompts, self.rows, strict=True)]
     long = [i for i, size in enumerate(sizes) if size > LONGEST]
     if long and overlong != 'drop':
-      raise ValueError(f'data.overlong={overlong!r}: {len(long)} of {len(sizes)} examples have more '
-                       f'than {LONGEST} characters of text, the first is example {long[0]} with {sizes[long[0]]}; '
-                       "allowed: shorter ones, or data.overlong='drop'")
+      raise ValueError(f'data.overlong={overlong!r}: {len(long)} of {len(sizes)} examples have '
+                       f'more than {LONGEST} characters of text, the first is example {long[0]} '
+                       f"with {sizes[long[0]]}; allowed: shorter ones, or data.overlong='drop'")
     if long:
       self.report[f'longer_than_{LONGEST}_characters_dropped'] = len(long)
       kept = [i for i, size in enumerate(sizes) if size <= LONGEST]

@@ -281,11 +281,10 @@ class Held:
   As a context manager it kills the process at the end, whatever happened.
   """
 
-  def __init__(self, where: str, *args: Any, cwd: pathlib.Path, prefix: tuple[str, ...] = ()):
-    """`prefix` is a command that runs the command."""
+  def __init__(self, where: str, *args: Any, cwd: pathlib.Path):
     self._marker = cwd / 'held'
     self.process = subprocess.Popen(
-        [*prefix, sys.executable, str(ROOT / 'tests' / 'tiny.py'), where, str(self._marker),
+        [sys.executable, str(ROOT / 'tests' / 'tiny.py'), where, str(self._marker),
          *map(str, args)],
         cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
 

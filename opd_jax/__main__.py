@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import atexit
 import dataclasses
 import errno
 import functools
@@ -13,7 +14,7 @@ import platform
 import re
 import sys
 import textwrap
-from typing import Any
+from typing import Any, NoReturn
 import warnings
 
 # glibc hands XLA's per-step buffers back to the kernel and faults them in again; these settings
@@ -81,14 +82,33 @@ FLAGS = {
 }
 
 
+def entry() -> NoReturn:
+  """Runs the console command and ends the process, without taking the interpreter down: a thread of
+  tensorstore that comes to Python in its last moments aborts the process (seen on a busy machine,
+  after 'done:'), and a run that has finished would look like one that failed."""
+  try:
+    main()
+    status = 0
+  except SystemExit as e:
+    status = e.code
+  if not isinstance(status, int | None):  # of a config file
+    print(status, file=sys.stderr)
+  atexit._run_exitfuncs()
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status if isinstance(status, int) else int(status is not None))
+
+
 def main() -> None:
   """Runs the console command."""
   if hasattr(sys.stdout, 'reconfigure'):  # not every console knows every character
     sys.stdout.reconfigure(errors='backslashreplace')
+  from opd_jax.run import console, interrupts
+  out = console.make_lasting()
   command, rest = (sys.argv[1:] or [''])[0], sys.argv[2:]
   if command in ('-h', '--help'):
     print(overview())
-    sys.exit(0)
+    sys.exit(check_output('', out, 0))
   if command not in COMMANDS:
     if command:
       print(f'error: command {command!r}; allowed: {list(COMMANDS)}', file=sys.stderr)
@@ -96,24 +116,24 @@ def main() -> None:
     sys.exit(2)
   if {'-h', '--help'} & set(rest):
     print(help_of(command))
-    sys.exit(0)
+    sys.exit(check_output('', out, 0))
+  # In the loop, Ctrl-C is a checkpoint, see run/interrupts.py.
+  text = 'interrupted; the same command ' + (
+      'goes on from the newest checkpoint' if command == 'train' else 'begins again')
+  interrupts.end_at_once(text)  # until `run_command` has imported all that it needs
   keep_allocations()
   # Before anything imports them: they ask for torch, which is not needed, draw a bar for every file
   # and say twice what an error will say.
   for name, value in (('TRANSFORMERS_VERBOSITY', 'error'), ('DATASETS_VERBOSITY', 'critical'),
                       ('HF_DATASETS_DISABLE_PROGRESS_BARS', '1')):
     os.environ.setdefault(name, value)
-  from opd_jax.run import console
-  out = console.make_lasting()
   try:
     from absl import app
     del sys.argv[1]
     app.run(lambda argv: sys.exit(check_output(command, out, dispatch(command, argv))),
             flags_parser=functools.partial(parse_flags, command))
-  except KeyboardInterrupt:  # in the loop it is a checkpoint, see run/interrupts.py
-    print('interrupted; the same command ' + (
-        'goes on from the newest checkpoint' if command == 'train' else 'begins again'),
-          file=sys.stderr)
+  except KeyboardInterrupt:
+    print(text, file=sys.stderr)
     sys.exit(130)
 
 
@@ -343,7 +363,9 @@ def dispatch(command: str, argv: list[str]) -> int:
 def run_command(command: str, flags: Any) -> int:
   """Runs a command with its flags; returns the exit status."""
   from opd_jax import config, experiment, train
+  from opd_jax.run import interrupts
   from opd_jax.tools import evaluate_model, export, pipeline
+  interrupts.raise_again()
   c, given = flags.config, flags.workdir
   workdir = pathlib.Path(given or experiment.default_workdir(c))
   if command != 'train' and c is not None:  # which keeps them
@@ -370,4 +392,4 @@ def run_command(command: str, flags: Any) -> int:
 
 
 if __name__ == '__main__':
-  main()
+  entry()

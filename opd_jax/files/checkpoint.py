@@ -32,6 +32,9 @@ from opd_jax.types import TrainState
 # Where orbax moves a checkpoint that is to be deleted, in one step. A process that is killed while
 # it deletes leaves no half of one under its name.
 DELETED = 'deleted'
+# What a file system refuses with, whoever says so in whatever exception.
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+            errno.EIO, errno.ESTALE, errno.ENOENT)
 
 
 class DamagedError(RuntimeError):
@@ -90,6 +93,7 @@ class Checkpoints:
         # What a killed process left half-written is swept away at the next start.
         cleanup_tmp_directories=not read_only, create=not read_only, read_only=read_only)
     self._open()
+    self._own = self._path.stat()
 
   def _open(self):
     if not self._read_only:
@@ -133,7 +137,7 @@ class Checkpoints:
         **host, 'metrics': metrics, 'checksums': np.asarray(self._checksums(state)).tolist()}))
     host['digest'] = digest(step, host)
     self.wait()
-    if not self._path.is_dir():  # orbax would make it again, with this checkpoint alone
+    if self._is_removed():
       raise disk.StorageError(f'{self._path} was removed while the run was going on')
     with self._saving():
       self._manager.save(step, metrics=metrics, args=ocp.args.Composite(
@@ -159,13 +163,19 @@ class Checkpoints:
     try:
       yield
     except Exception as e:  # tensorstore raises a ValueError for a full disk
-      codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ENOENT)
-      said = [os.strerror(n) for n in codes if os.strerror(n) in str(e)]
+      if self._is_removed():
+        raise disk.StorageError(f'{self._path} was removed while the run was going on') from e
+      said = [os.strerror(n) for n in REFUSALS if os.strerror(n) in str(e)]
       if not said and not isinstance(e, OSError):
         raise
       reason = said[0] if said else getattr(e, 'strerror', None) or _first_line(e)
       raise disk.StorageError(f'{self._path} cannot be written: {reason}; the checkpoints in it '
                               'are as they were') from e
+
+  def _is_removed(self) -> bool:
+    """Whether the directory is gone, or one that orbax made again, with its last checkpoint alone.
+    """
+    return not self._path.is_dir() or not os.path.samestat(self._path.stat(), self._own)
 
   def _delete(self) -> None:
     shutil.rmtree(self._path / DELETED, ignore_errors=True)

@@ -45,7 +45,7 @@ def sync(path: pathlib.Path) -> None:
     os.close(descriptor)
 
 
-def write_text(file: pathlib.Path, text: str) -> None:
+def write_bytes(file: pathlib.Path, content: bytes) -> None:
   """Writes a file that appears whole or not at all, and then stays.
 
   Raises:
@@ -53,14 +53,19 @@ def write_text(file: pathlib.Path, text: str) -> None:
   """
   partial = file.with_name(f'.{file.name}.partial')
   with naming(file):
-    partial.write_text(text, encoding='utf-8')
+    partial.write_bytes(content)
     sync(partial)  # a name can reach the disk before the content does
     partial.rename(file)
     sync(file.parent)
 
 
+def write_text(file: pathlib.Path, text: str) -> None:
+  """Writes a file as `write_bytes` does."""
+  write_bytes(file, text.encode())
+
+
 def write_json(file: pathlib.Path, content: Any, **options: Any) -> None:
-  """Writes a JSON file as `write_text` does."""
+  """Writes a JSON file as `write_bytes` does."""
   write_text(file, json.dumps(content, indent=2, **options) + '\n')
 
 

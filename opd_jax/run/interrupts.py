@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import os
 import signal
 from typing import Any
 
@@ -12,6 +13,24 @@ class PreemptedError(Exception):
 
   def __init__(self, what: str):
     super().__init__(f'{what}; the same command goes on from there')
+
+
+def end_at_once(text: str) -> None:
+  """Lets Ctrl-C end the process with a line and the exit status 130, until `raise_again`: during
+  imports there is nothing to clean up, and an exception in the middle of one may come out as any
+  other."""
+  def end(number: int, frame: Any) -> None:
+    os.write(2, f'{text}\n'.encode())  # sys.stderr may be in the middle of something
+    os._exit(130)
+
+  if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, end)
+
+
+def raise_again() -> None:
+  """Lets Ctrl-C raise KeyboardInterrupt again, unless it is ignored."""
+  if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Interrupts:

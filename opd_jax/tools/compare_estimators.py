@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 import time
@@ -37,6 +36,7 @@ from opd_jax.build import Parts
 from opd_jax.data.streams import OWN, Stream
 from opd_jax.doctor import examine as doctor
 from opd_jax.errors import refuse
+from opd_jax.files import disk
 from opd_jax.models import lora
 from opd_jax.parallel import sharding
 from opd_jax.programs import Graders, Programs, compile_programs, term_of
@@ -119,8 +119,9 @@ def command(c: ConfigDict, workdir: pathlib.Path | None, console: Console) -> di
   out = plain({'config': config_lib.to_dict(c), 'tokens': sum(probe.tokens), 'estimators': rows,
                'rates': rates, 'support': seen})
   if workdir is not None:
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / RESULT).write_text(json.dumps(out, indent=2) + '\n')
+    with disk.naming(workdir):
+      workdir.mkdir(parents=True, exist_ok=True)
+    disk.write_json(workdir / RESULT, out)
     console.print(f'written: {workdir / RESULT}', soft_wrap=True)
   return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import pathlib
 from typing import Any
@@ -170,7 +171,7 @@ def markdown(title: str, columns: list[str], rows: list[list[str]]) -> str:
   return '\n'.join(lines + ['| ' + ' | '.join(row) + ' |' for row in rows]) + '\n'
 
 
-def draw(p: Pipeline, results: dict[int, dict[str, dict[str, Any]]], path: pathlib.Path) -> None:
+def draw(p: Pipeline, results: dict[int, dict[str, dict[str, Any]]]) -> bytes:
   """Draws sampled accuracy (where no stage has one, the reverse KL) against gradient steps and
   against FLOPs, one line a seed, and the mean; stages without either are left out."""
   import matplotlib
@@ -208,10 +209,10 @@ def draw(p: Pipeline, results: dict[int, dict[str, dict[str, Any]]], path: pathl
   figure.suptitle(f'{p.name}, seed{"s" if len(seeds) > 1 else ""} '
                   + ', '.join(map(str, seeds)), fontsize=11)
   figure.tight_layout()
-  partial = path.with_name(f'.{path.name}.partial')  # what stands there may be a pipe
-  figure.savefig(partial, dpi=120, format='png')
-  partial.rename(path)
+  png = io.BytesIO()
+  figure.savefig(png, dpi=120)
   plt.close(figure)
+  return png.getvalue()
 
 
 def read_results(p: Pipeline, workdir: pathlib.Path) -> dict[int, dict[str, dict[str, Any]]]:
@@ -298,7 +299,6 @@ def write(p: Pipeline, results: dict[int, dict[str, dict[str, Any]]], workdir: p
     metrics.print_table(*part)
   disk.write_text(workdir / 'report.md', '\n'.join(markdown(*part) for part in parts))
   disk.write_json(workdir / 'report.json', summary)
-  with disk.naming(workdir / 'curves.png'):
-    draw(p, results, workdir / 'curves.png')
+  disk.write_bytes(workdir / 'curves.png', draw(p, results))
   print(f'picture: {workdir / "curves.png"}')
   return summary

@@ -299,7 +299,7 @@ def count_control_tokens(tokenizer: Any, style: Style, prompts: list[Any]) -> in
 def _guarded(tokenizer, style):
   """(guard, style with a system message in which there are no control tokens either)."""
   turn = [[{'role': 'user', 'content': PROBE}]]
-  written = '' if style.chat is None else _render(dataclasses.replace(style, system=''), turn)[0]
+  written = '' if style.chat is None else templates.render(style, turn)[0]
   guard = control.make_guard(tokenizer, style.stop_tokens, written, style.control_tokens)
   system, = guard.hide([style.system], 'system messages (prompt.system)')
   return guard, dataclasses.replace(style, system=system)

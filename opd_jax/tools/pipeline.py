@@ -107,8 +107,8 @@ def write_report(c: ConfigDict, workdir: str | pathlib.Path) -> None:
     ConfigError: a single run's config; a stage that has not finished, or that is another config's.
   """
   if not experiment.is_pipeline(c):
-    raise ConfigError(f'--config: {c.name!r} is a single run; allowed: a pipeline, which is what '
-                      'has a report')
+    raise ConfigError('--config is of a single run; allowed: that of a pipeline, which is what has '
+                      'a report')
   p, workdir = experiment.parse_pipeline(c), pathlib.Path(workdir).resolve()
   report.write(p, report.read_results(p, workdir), workdir)
 

@@ -1,5 +1,6 @@
 """Faults around a run, end to end: on real file systems, and in processes of their own."""
 
+import os
 import pathlib
 import shutil
 import signal
@@ -28,6 +29,13 @@ def straight(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('straight')
   train.train(make(), workdir)
   return workdir
+
+
+@pytest.fixture
+def command(tmp_path):
+  """The arguments of `opd` for that run in `tmp_path / disk / run`."""
+  file = tiny.write_config(tmp_path / 'experiment.py', make())
+  return 'train', '--config', file, '--workdir', tmp_path / 'disk' / 'run'
 
 
 @pytest.fixture
@@ -68,6 +76,11 @@ def removed(folder):
   shutil.rmtree(folder / 'run')
 
 
+def assert_goes_on(run, straight):
+  train.train(make(), run)
+  assert kills.differences(run, straight) == []
+
+
 # Where the fault comes: (owner, name) of the function that is about to be called the nth time.
 POINTS = {'between checkpoints': ((train, 'take_step'), 4),
           'at a checkpoint': ((checkpoint.ocp.CheckpointManager, 'save'), 1),
@@ -102,13 +115,58 @@ def test_a_disk_that_is_full_and_a_directory_that_is_removed(
     (folder / 'ballast').unlink()
   else:  # the last checkpoint may be there again, which the next start takes for another run's
     shutil.rmtree(folder / 'run', ignore_errors=True)
-  train.train(make(), folder / 'run')
-  assert kills.differences(folder / 'run', straight) == []
+  assert_goes_on(folder / 'run', straight)
 
 
 def assert_one_line(status, err, path):
   assert status == 2, err
   assert err.startswith('error: ') and err.count('\n') == 1 and str(path) in err, err
+
+
+def test_a_full_disk_is_a_line_and_an_exit_status(straight, command, mounted, tmp_path):
+  folder = mounted(tmp_path / 'disk', '24m')
+  with tiny.Held('row:3', *command, cwd=tmp_path) as held:
+    fill(folder)
+    held.release()
+    status, _, err = held.finish()
+  assert_one_line(status, err.partition('WARNING')[0], folder / 'run')
+  assert 'Traceback' not in err
+  (folder / 'ballast').unlink()
+  assert_goes_on(folder / 'run', straight)
+
+
+def test_a_directory_that_becomes_read_only(straight, command, tmp_path):
+  run, prefix = tmp_path / 'disk' / 'run', ()
+  if not os.getuid():  # root heeds no permissions, but for this
+    if not shutil.which('setpriv'):
+      pytest.skip('root can write everywhere')
+    prefix = ('setpriv', '--bounding-set', '-dac_override')
+  with tiny.Held('row:3', *command, cwd=tmp_path, prefix=prefix) as held:
+    tiny.wait_until(lambda: 2 in tiny.checkpoint_steps(run))
+    folders = [run, *(p for p in run.rglob('*') if p.is_dir())]
+    for folder in folders:
+      folder.chmod(0o555)
+    held.release()
+    status, _, err = held.finish()
+  assert_one_line(status, err, run)
+  assert 'Permission denied' in err and tiny.checkpoint_steps(run) == [2]
+  for folder in folders:
+    folder.chmod(0o755)
+  assert_goes_on(run, straight)
+
+
+def test_no_room_for_tensorboard(straight, command, mounted, tmp_path):
+  run = tmp_path / 'disk' / 'run'
+  fill(mounted(run / 'tensorboard', '64k'))
+  with tiny.Held('row:3', *command, cwd=tmp_path) as held:
+    held.process.send_signal(signal.SIGTERM)
+    held.release()
+    status, _, err = held.finish()  # it obeys
+  assert status == 143, err
+  assert err.count('the run goes on without TensorBoard') == 1, err
+  done = tiny.opd(*command, cwd=tmp_path)  # and it comes to its end
+  assert done.returncode == 0 and 'without TensorBoard' in done.stderr
+  assert kills.differences(run, straight) == []
 
 
 class TestConsole:
@@ -123,13 +181,20 @@ class TestConsole:
                           env=tiny.environment())
     assert (done.returncode, done.stderr) == (0, '')
 
+  def test_a_reader_who_has_seen_enough(self, straight, command, tmp_path):
+    line = f'{" ".join(map(str, OPD + command))} | head -1; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(['bash', '-c', line], cwd=tmp_path, capture_output=True, text=True,
+                          env=tiny.environment(), timeout=tiny.PATIENCE_S)
+    assert (done.returncode, done.stderr, done.stdout.count('\n')) == (0, '', 1)
+    assert kills.differences(tmp_path / 'disk' / 'run', straight) == []
+
 
 class TestTheEnds:
   """How the process of a command begins and ends."""
 
-  def test_interrupted_while_it_imports(self, tmp_path):
+  def test_interrupted_while_it_imports(self, command, tmp_path):
     process = subprocess.Popen(
-        [*OPD, 'train', '--config', 'none.py'], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+        [*OPD, *map(str, command)], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env=tiny.environment(),
         # As in a terminal: in the background of a script, it would be ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))

@@ -120,10 +120,12 @@ class TestKilled:
 
 class TestTerminated:
 
-  def test_saves_the_step_it_is_in_and_goes_on_from_there(self, straight, command, tmp_path):
+  @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
+  def test_saves_the_step_it_is_in_and_goes_on_from_there(
+      self, number, straight, command, tmp_path):
     run = tmp_path / 'run'
     with tiny.Held('row:5', *command, cwd=tmp_path) as held:
-      held.process.send_signal(signal.SIGTERM)
+      held.process.send_signal(number)
       held.release()
       status, _, err = held.finish()
     assert status == 143, err

@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -282,10 +283,11 @@ class Held:
   As a context manager it kills the process at the end, whatever happened.
   """
 
-  def __init__(self, where: str, *args: Any, cwd: pathlib.Path):
+  def __init__(self, where: str, *args: Any, cwd: pathlib.Path, prefix: tuple[str, ...] = ()):
+    """`prefix` is a command that runs the command."""
     self._marker = cwd / 'held'
     self.process = subprocess.Popen(
-        [sys.executable, str(ROOT / 'tests' / 'tiny.py'), where, str(self._marker),
+        [*prefix, sys.executable, str(ROOT / 'tests' / 'tiny.py'), where, str(self._marker),
          *map(str, args)],
         cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
 
@@ -315,6 +317,7 @@ def _held_command() -> None:
   """`python tiny.py WHERE MARKER COMMAND...`: runs COMMAND, but on reaching WHERE creates MARKER
   and waits until it is gone. WHERE is 'row:N' (the metrics of step N have just been written) or
   'commit:N' (the checkpoint of step N is complete but for its final name)."""
+  signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal: nohup has it ignored
   what, step = sys.argv[1].split(':')
   marker = pathlib.Path(sys.argv[2])
   del sys.argv[1:3]
@@ -344,7 +347,7 @@ def _held_command() -> None:
 
     os.rename = held_rename
   from opd_jax import __main__
-  __main__.main()
+  __main__.entry()
 
 
 if __name__ == '__main__':

@@ -189,8 +189,8 @@ def check_support(run: Run, parts: Parts, p: Probe) -> Finding:
   if far and run.objective.needs_teacher and run.data.on_policy_fraction == 1 and (
       not run.data.warm_steps):
     detail += ("; from so far the student is likely to end in a few tokens that it repeats, with a "
-               "falling loss: begin with the teacher's text (presets 'warm_start', or data."
-               "warm_steps with data.off_policy_source='teacher')")
+               "falling loss: begin with the teacher's text and the forward KL (preset "
+               "'warm_start': data.warm_steps with data.off_policy_source='teacher')")
   return Finding('support', WARN if odd or far else OK, detail)
 
 

@@ -92,8 +92,8 @@ def _shrinks(first, now):
   return now['length'] < first['length'] / 4.0
 
 
-START = ("begin with the teacher's text (presets 'warm_start', 'seq_kd'), mix it in ('gkd', "
-         "'distillm'), or take fewer steps")
+START = ("begin with the teacher's text and the forward KL (presets 'warm_start', 'seq_kd'), mix "
+         "that text in ('gkd', 'distillm'), or take fewer steps")
 # name: (condition of the first and the present values, what they are, likely cause and change)
 ALARMS = {
     'repetition': (_repeats, ('distinct_4',), 'completions repeat themselves: a loop that the '
@@ -102,8 +102,8 @@ ALARMS = {
     'alike': (_alike, ('shared_4',), 'completions of different prompts have become alike: the '
               f'student writes one text whatever it is asked; {START}'),
     'entropy': (_collapsed, ('entropy_student', 'reverse_kl'), 'the entropy has collapsed far from '
-                f'the teacher: the reverse KL seeks modes; {START}, a forward KL or '
-                "jensen_shannon(0.5), or terms where the teacher is uncertain ('eopd')"),
+                f'the teacher: the reverse KL seeks modes; {START}, or terms '
+                "where the teacher is uncertain ('eopd')"),
     'longer': (_grows, ('truncation_rate', 'length'), 'completions no longer end: end tokens that '
                'student and teacher do not share (doctor stop_tokens), or repetition; '
                "'stable_opd', a window of the first tokens, or a shorter data.max_new_tokens"),

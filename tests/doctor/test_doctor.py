@@ -115,7 +115,7 @@ def test_a_teacher_that_finds_the_students_text_unlikely(tmp_path):
 def test_a_student_that_is_far_is_told_how_to_begin(tmp_path, healthy):
   path = _teacher(tmp_path, lambda name, x: -x if name == 'head' else x)
   far = dict(teacher__path=path, doctor__max_reverse_kl=1000.0)  # does not bring it nearer
-  asked = "presets 'warm_start'"
+  asked = "preset 'warm_start'"
   warm = dict(steps=4, data__warm_steps=2, data__off_policy_source='teacher')
   found = _examine(_pair(**far))['support']
   assert found.status == WARN and asked in found.detail

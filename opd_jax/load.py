@@ -194,7 +194,7 @@ def open_flax(run: Run, part: str, path: str | None = None) -> LoadedModel:
   with naming(where):
     directory = str(huggingface.fetch(path, revision)) if path else ''
     loaded = factory.load(group.factory, directory, jnp.dtype(run.compute.dtype),
-                          fold_in(jax.random.key(seed), INIT, 0))
+                          fold_in(jax.random.key(run.seed), INIT, 0))
 
   def read(dtype=jnp.float32, shardings=None):
     with naming(where):

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+from oracle_choices import Known
+from oracle_divergences import log_softmax
 import pytest
 import tabular
 
@@ -67,7 +69,7 @@ def ragged_rollout():
   truncated, so that what it reports is larger than its own log-probability."""
   rollout = make_rollout(PROMPTS, ROWS, prompt_width=5, room=5, dtype=jnp.float64)
   rng, mask = np.random.RandomState(0), np.asarray(rollout.mask)
-  rows = oracle.log_softmax(tabular.logits(new_cast().params, rollout))
+  rows = log_softmax(tabular.logits(new_cast().params, rollout))
   chosen = np.take_along_axis(rows, np.asarray(rollout.tokens)[:, 1:, None], axis=-1)[..., 0]
   mass = -0.5 * rng.rand(*mask.shape) * mask
   older = (chosen + 0.25 * rng.standard_normal(mask.shape)) * mask
@@ -86,10 +88,10 @@ def new_cast():
 def known_of(o, cast, rollout, key):
   """What the oracle is told."""
   def rows(params, temperature):
-    return oracle.log_softmax(tabular.logits(params, rollout) / temperature)
+    return log_softmax(tabular.logits(params, rollout) / temperature)
 
   r = jax.tree.map(np.asarray, rollout)
-  return oracle.Known(
+  return Known(
       targets=r.tokens[:, 1:], mask=r.mask, sampler_logprobs=r.sampler_logprobs,
       policy_offset=r.policy_offset, student=rows(cast.before, o.temperature),
       teacher=rows(cast.teacher_params, o.teacher_temperature),
@@ -119,7 +121,7 @@ def assert_is_the_oracle(o, metrics=False):
   loss, grads = run(o, cast, rollout, metrics)
   known = known_of(o, cast, rollout, jax.random.key(8))
   logits = tabular.logits(cast.params, rollout)
-  want = oracle.losses(o, known, oracle.log_softmax(logits / o.temperature)).sum()
+  want = oracle.losses(o, known, log_softmax(logits / o.temperature)).sum()
   error = 1e-7 if o.anneal != 'none' else EXACT  # the schedule computes in float32
   assert float(loss) == pytest.approx(want, rel=error, abs=error)
   by_params = tabular.by_params(oracle.gradient(o, known, logits), cast.params, rollout)

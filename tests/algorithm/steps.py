@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
+from oracle_divergences import log_softmax
 import tabular
 
 from opd_jax import models
@@ -154,7 +154,7 @@ def numpy_log_rows(model: Model, params: Params, rollout: Rollout,
                    temperature: float) -> np.ndarray:
   """log p(. | prefix) of every prediction, [B, T-1, V]; in NumPy."""
   if model.family == 'table':
-    return oracle.log_softmax(tabular.logits(params, rollout) / temperature)
+    return log_softmax(tabular.logits(params, rollout) / temperature)
   return numpy_rows(model, params, rollout, temperature)
 
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import oracle_divergences
+from oracle_divergences import log_softmax
 import pytest
 import steps
 from steps import ALPHA, DIVERGENCES, ORACLE, SAMPLED, relative_error, scorer
@@ -124,7 +126,8 @@ class Enumeration:
     for v in range(VOCAB):  # by complex steps; log-probs are logits that log_softmax leaves alone
       moved = np.asarray(own, complex)
       moved[..., v] += 1j * oracle.STEP
-      value = oracle.divergence(o, oracle.log_softmax(moved), np.asarray(self.teacher_rows))
+      value = oracle_divergences.divergence(
+          o, log_softmax(moved), np.asarray(self.teacher_rows))
       slopes[..., v] = value.imag / oracle.STEP
     slopes = jnp.asarray(slopes) * (probability * self.rollout.mask)[..., None]
     return self.pull_back(slopes)

@@ -15,6 +15,8 @@ from jaxtyping import Array, Float
 import numpy as np
 import optax
 import oracle
+import oracle_choices
+from oracle_divergences import generator, log_softmax, terms
 import pytest
 import sides
 from sides import DIRECT, GRID, REWARDS, ROWS, STEP
@@ -73,9 +75,10 @@ CHOICES = [(field, text) for field, kind in EVERY_FIELD.items() for text in tabu
 @pytest.mark.parametrize(('field', 'text'), CHOICES)
 def test_choice_by_itself_is_the_oracle(x64, field, text):
   name = text.partition('(')[0]
+  where = 'choices' if field in oracle_choices.DEFINITIONS else 'divergences'
   assert name in oracle.DEFINITIONS[field], (
-      f'objective.{field} has a new choice {name!r}: tests/oracle.py needs a definition of it that '
-      'shares nothing with the package')
+      f'objective.{field} has a new choice {name!r}: tests/oracle_{where}.py needs a definition of '
+      'it that shares nothing with the package')
   o = alone(field, text)
   if o is None:
     # Of a support's tails and divergences only some pairs mean something; no name is refused.
@@ -92,9 +95,9 @@ def test_a_new_shaping_runs_as_its_one_function(x64, monkeypatch):
   squash.__module__ = shapings.__name__
   monkeypatch.setattr(shapings, 'squash', squash, raising=False)
   assert 'squash(width=0.3)' in tabular.examples(KINDS['shaping'])  # the grid has it
-  with pytest.raises(AssertionError, match='tests/oracle.py needs a definition'):
+  with pytest.raises(AssertionError, match='tests/oracle_choices.py needs a definition'):
     test_choice_by_itself_is_the_oracle(None, 'shaping', 'squash(width=0.3)')
-  monkeypatch.setitem(oracle.SHAPINGS, 'squash',
+  monkeypatch.setitem(oracle_choices.SHAPINGS, 'squash',
                       lambda x, own, theirs, width: np.sign(x) / (1 / np.abs(x) + 1 / width))
   sides.assert_is_the_oracle(alone('shaping', 'squash(width=0.3)'))
 
@@ -145,15 +148,15 @@ def test_a_step_adds_the_gradient_of_given_rows(x64):
   losses, slopes = [], {'table': 0.0, 'head': 0.0}
   for objective, rows in ((o, rollout), (beside, written)):
     known, logits = sides.known_of(objective, cast, rows, key), tabular.logits(cast.params, rows)
-    losses.append(oracle.losses(objective, known, oracle.log_softmax(logits)).sum())
+    losses.append(oracle.losses(objective, known, log_softmax(logits)).sum())
     more = tabular.by_params(oracle.gradient(objective, known, logits), cast.params, rows)
     slopes = {name: slopes[name] + more[name] for name in slopes}
   for name, slope in slopes.items():  # 1e-7: the schedule computes in float32
     np.testing.assert_allclose(cast.params[name] - after.params[name], slope, atol=1e-7)
 
   known = sides.known_of(o, cast, rollout, key)
-  mask, counts = known.mask > 0, oracle.counted(o, known)
-  untrusted = oracle.local_gate(o, known, None)
+  mask, counts = known.mask > 0, oracle_choices.counted(o, known)
+  untrusted = oracle_choices.local_gate(o, known, None)
   signal = known.chosen(known.teacher - known.student)
   want = {'loss': sum(losses), 'given_loss': losses[1], 'distill_coef': 0.4,
           'counted_rate': counts.sum() / mask.sum(), 'local_rate': untrusted[counts].mean(),
@@ -201,15 +204,15 @@ def test_terms_that_may_be_dropped_are_never_negative(student, teacher):
     with jax.enable_x64(True):
       got = float(Objective(divergence=divergence).term(jnp.float64(student), jnp.float64(teacher)))
     assert got >= -1e-13 * (s + t), divergence  # rounding
-    assert got == pytest.approx(oracle.terms(divergence, s, t), rel=1e-6, abs=1e-12), divergence
+    assert got == pytest.approx(terms(divergence, s, t), rel=1e-6, abs=1e-12), divergence
 
 
 def test_formulas_of_the_oracle_are_divergences():
   # Its derivatives by complex steps of its functions, and f(1) = 0 and f convex.
   u = np.exp(np.linspace(-3, 3, 41))
   for divergence in _divergences():
-    f, slope = oracle.generator(divergence, u)
-    stepped = oracle.generator(divergence, u + 1j * oracle.STEP)[0].imag / oracle.STEP
+    f, slope = generator(divergence, u)
+    stepped = generator(divergence, u + 1j * oracle.STEP)[0].imag / oracle.STEP
     np.testing.assert_allclose(slope, stepped, rtol=1e-11, atol=1e-11, err_msg=divergence)
-    assert abs(oracle.generator(divergence, np.ones(1))[0][0]) < 1e-15
+    assert abs(generator(divergence, np.ones(1))[0][0]) < 1e-15
     assert np.all(np.diff(slope) >= -1e-11), divergence

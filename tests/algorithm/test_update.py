@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+from oracle_choices import Known
 import pytest
 import steps
 from steps import (
@@ -49,7 +50,7 @@ def _oracle_loss(o: Objective, case: steps.Case, params) -> float:
   """Of the oracle."""
   r = jax.tree.map(np.asarray, case.rollout)
   own = _fixed_rows(case, False, o.temperature)
-  known = oracle.Known(
+  known = Known(
       targets=r.tokens[:, 1:], mask=r.mask, sampler_logprobs=r.sampler_logprobs,
       policy_offset=r.policy_offset, student=own,
       teacher=_fixed_rows(case, True, o.teacher_temperature), reference=own, rewards=REWARDS,

@@ -18,6 +18,7 @@ from opd_jax.doctor import examine as doctor
 from opd_jax.doctor import static
 from opd_jax.errors import ConfigError
 from opd_jax.run import metrics
+from opd_jax.tasks import prompts
 from opd_jax.tools import evaluate_model, pipeline
 
 ROWS = [{'question': f'{i} plus one?', 'answer': f'{i + 1}'} for i in range(24)]

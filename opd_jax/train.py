@@ -205,7 +205,7 @@ def finish(run: Run, programs: Programs, state: TrainState, base: lora.Frozen | 
     book.say(rollouts.describe_export(run.name, 'float32', result['export_kl']))
   if parts.adapter is not None and not workdir_lib.delivered(adapter, origin):
     peft.write_adapter(adapter, parts.student.model, state.params, parts.adapter.settings,
-                       tokenizer, run.student.path, run.student.revision, origin)
+                       tokenizer, run.student.path, origin, run.student.revision)
   if run.checkpoint.export == 'full' and not workdir_lib.delivered(export, origin):
     huggingface.write_checkpoint(export, parts.student.model, student, tokenizer,
                                  stop_tokens=parts.stop_tokens, dtype='float32',

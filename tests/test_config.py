@@ -184,7 +184,7 @@ class TestFields:
       ('steps', 0), ('data__prompts_per_step', 0), ('data__samples_per_prompt', 0),
       ('data__max_prompt_tokens', 0), ('data__max_new_tokens', 0), ('data__limit', -1),
       ('compute__microbatch_rows', -1), ('compute__chunk_tokens', 0), ('compute__layer_unroll', 0),
-      ('optimizer__updates_per_batch', 0), ('optimizer__warmup_steps', -1), ('eval__problems', 0),
+      ('optimizer__updates_per_batch', 0), ('optimizer__warmup_steps', -1), ('eval__problems', -1),
       ('eval__every_steps', -1), ('eval__samples_per_problem', 0), ('checkpoint__every_steps', 0),
       ('checkpoint__keep_latest', 0), ('checkpoint__keep_best', -2), ('log__every_steps', 0),
       ('log__plain_every_steps', 0), ('log__transcripts', -1), ('eval__pass_k', 0),

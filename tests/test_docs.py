@@ -23,6 +23,7 @@ from opd_jax import __main__ as console
 from opd_jax import config, models, presets, programs, train
 from opd_jax.algorithm import objective as objective_lib
 from opd_jax.algorithm import update
+from opd_jax.data import control, examples
 from opd_jax.data import streams as streams_lib
 from opd_jax.models.params import abstract_params
 from opd_jax.types import Batch, Heads, Scores, TrainState
@@ -231,7 +232,11 @@ def test_everything_about_the_data_is_listed_and_nothing_besides(rows):
   splits = {name: value for name, value in row.items() if name not in ('kind', 'step')}
   assert splits.keys() == {'train', 'eval', 'given'}
   seen = set().union(*splits.values()) | {'task'}  # where a task has something to say
-  assert _listed('data') == seen | {re.sub('_dropped$', '_cut', name) for name in seen}
+  seen |= {re.sub('_dropped$', '_cut', name) for name in seen}
+  # What only other data have.
+  seen |= {f'longer_than_{examples.LONGEST}_characters_dropped',
+           *(f'control_tokens_as_{choice}' for choice in control.CHOICES if choice != 'refuse')}
+  assert _listed('data') == seen
 
 
 

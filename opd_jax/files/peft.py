@@ -38,7 +38,7 @@ _ALLOWED = {  # init_lora_weights: others change the base too
 
 def write_adapter(path: str | os.PathLike[str], model: Model, adapters: Params,
                   settings: lora.Settings, tokenizer: Any, base_name: str,
-                  base_revision: str = '', origin: Mapping[str, Any] | None = None) -> None:
+                  origin: Mapping[str, Any] | None = None, base_revision: str = '') -> None:
   """Writes adapters as a PEFT directory, with the tokenizer.
 
   Args:
@@ -48,8 +48,8 @@ def write_adapter(path: str | os.PathLike[str], model: Model, adapters: Params,
     settings: theirs.
     tokenizer: a Hugging Face tokenizer.
     base_name: where the base is from, for adapter_config.json; '' for nowhere.
-    base_revision: its commit, if that is on the hub.
     origin: the content of `huggingface.ORIGIN`, with what the base contains; None for no such file.
+    base_revision: the commit of the base, if that is on the hub.
 
   Raises:
     FileExistsError, ValueError, ExportError: see `huggingface.write_checkpoint`.
@@ -137,7 +137,7 @@ def _check_plain(config: dict[str, Any], file: pathlib.Path) -> None:
     value = config.get(name)
     kinds = (int,) if name == 'r' else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 2**24:
-      raise ValueError(f'{file}: {name}={str(value)[:80]}; allowed: a number above 0 (and below '
+      raise ValueError(f'{file}: {name}={value!r:.80}; allowed: a number above 0 (and below '
                        '2^24)')
   base, named = config.get('base_model_name_or_path'), config.get('target_modules')
   if not isinstance(base, str | None):

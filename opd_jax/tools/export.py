@@ -78,7 +78,7 @@ def export(workdir: pathlib.Path, output: pathlib.Path, form: str, step: int, dt
     origin = _origin(workdir, read, step, state)
     if form == 'adapter':
       peft.write_adapter(output, student.model, state.params, adapter.settings, tokenizer,
-                         run.student.path, run.student.revision, origin)
+                         run.student.path, origin, run.student.revision)
     else:
       stops, dtype = build.choose_stop_tokens(run.sample.stop, student, teacher), dtype or 'float32'
       params = lora.join(load.read_base(student, adapter, run.frozen_dtype, mesh), state.params)

@@ -119,6 +119,7 @@ def test_no_divergence_overflows(divergence):
   weights = support_lib.score_weight(f, ratio)
   for x in (values, slopes, weights):
     assert np.isfinite(x).all()
+  assert np.isfinite(np.square(weights)).all()  # which Adam keeps
   if divergence in ('alpha_divergence(2.0)', 'alpha_divergence(-1.0)'):
     # The tangent says in which direction to move, and its square is a number.
     ahead = ratio > 40 if divergence == 'alpha_divergence(2.0)' else ratio < -40

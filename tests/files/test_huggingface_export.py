@@ -92,6 +92,13 @@ class TestExport:
     file.unlink()
     assert huggingface.load(single, OPTIONS).sampling == {}
 
+  @pytest.mark.parametrize(('name', 'value'), [
+      ('temperature', 'hot'), ('top_k', 2.5), ('top_p', True), ('do_sample', 1)])
+  def test_how_the_input_samples_is_of_the_right_types(self, single, name, value):
+    change_json(single / 'generation_config.json', **{name: value})
+    with pytest.raises(ValueError, match=f'generation_config.json: {name}={value!r}; allowed'):
+      huggingface.load(single, OPTIONS)
+
   @pytest.mark.parametrize('kind', ['directory', 'file', 'dangling link'])
   def test_onto_something_that_exists(self, tmp_path, monkeypatch, kind):
     path = tmp_path / 'x'

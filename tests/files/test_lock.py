@@ -9,7 +9,7 @@ import sys
 import pytest
 import tiny
 
-from opd_jax import config, tasks
+from opd_jax import config, tasks, train
 from opd_jax.errors import ConfigError
 from opd_jax.files import disk, huggingface
 from opd_jax.files import workdir as workdir_lib
@@ -50,9 +50,9 @@ class TestLock:
       assert held.read().startswith(f'process {os.getpid()} ')
 
   def test_train_is_refused_before_it_opens_a_model(self, holder, tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny.train.build, 'open_parts', None)
+    monkeypatch.setattr(train.build, 'open_parts', None)
     with pytest.raises(ConfigError, match='is in use by process'):
-      tiny.train.train(tiny.config('sft'), tmp_path)
+      train.train(tiny.config('sft'), tmp_path)
     assert not (tmp_path / 'config.json').exists()
 
   def test_once_within_a_process_too(self, tmp_path):
@@ -65,9 +65,9 @@ class TestLock:
     def refuse(run):
       raise ConfigError('steps=0; allowed: 1')
 
-    monkeypatch.setattr(tiny.train.build, 'open_parts', refuse)
+    monkeypatch.setattr(train.build, 'open_parts', refuse)
     with pytest.raises(ConfigError, match='steps=0') as kept:  # as a notebook keeps a traceback
-      tiny.train.train(tiny.config('sft'), tmp_path)
+      train.train(tiny.config('sft'), tmp_path)
     workdir_lib.lock(tmp_path).close()
     assert kept.value
 

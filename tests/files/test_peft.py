@@ -53,6 +53,13 @@ class TestAdapters:
     assert prompts_lib.load(tmp_path / 'x').get_vocab() == (
         prompts_lib.character_tokenizer().get_vocab())
 
+  def test_of_a_base_on_the_hub_it_names_the_commit(self, tmp_path):
+    for folder, revision in (('a', 'c' * 40), ('b', '')):
+      peft.write_adapter(tmp_path / folder, MODEL, adapters(SETTINGS), SETTINGS,
+                         prompts_lib.character_tokenizer(), 'acme/base', base_revision=revision)
+      config = json.loads((tmp_path / folder / peft.CONFIG).read_text())
+      assert config['revision'] == (revision or None)
+
   def test_files(self, adapter):
     config = json.loads((adapter / peft.CONFIG).read_text())
     assert config['target_modules'] == ['q_proj', 'v_proj'] and config['r'] == 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 OK, WARN, FAIL, OFF, SKIPPED = 'ok', 'warn', 'FAIL', 'off', 'skipped'
-RESULT = 'doctor.json'
 
 
 @dataclasses.dataclass(frozen=True)

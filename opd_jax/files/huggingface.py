@@ -106,7 +106,7 @@ def check_source(path: str | os.PathLike[str], revision: str) -> None:
   elif pathlib.Path(path).is_file():
     raise ValueError(f"path='{path}' is a file; allowed: a Hugging Face checkpoint directory"
                      + convert.how_to_convert(pathlib.Path(path)))
-  elif not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', str(path)):
+  elif not re.fullmatch(hub.NAMES['model'], str(path)):
     raise ValueError(f"path='{path}' is not a directory; allowed: a Hugging Face checkpoint "
                      "directory, or 'organization/name' of the hub")
   elif not hub.is_commit(revision):

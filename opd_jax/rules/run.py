@@ -64,10 +64,6 @@ def _has_teacher(r):
   return r.teacher.kind != teachers.NONE
 
 
-def _has_adapter(r):
-  return r.student.lora.rank or r.student.lora.path
-
-
 def _truncated(r):
   return r.sample.top_p < 1 or r.sample.top_k > 0
 
@@ -321,7 +317,7 @@ FACTORY = (
          lambda r: r.teacher.factory and (r.teacher.kind != 'checkpoint' or not r.teacher.path), '',
          "teacher.kind='checkpoint' and a path"),
     Rule('student.lora.rank student.lora.path student.factory',
-         lambda r: r.student.factory and _has_adapter(r),
+         lambda r: r.student.factory and r.has_adapter,
          'adapters are for families in opd_jax/models/families', "0 and ''"),
     *unread('compute.remat compute.layer_unroll', lambda r: r.student.factory,
             'student.factory, a module that knows its own layers'),
@@ -339,7 +335,7 @@ ADAPTER = (
     Rule('student.lora.alpha', lambda r: not 0 < r.student.lora.alpha < math.inf, '',
          'above 0, and finite'),
     Rule('checkpoint.export student.lora.rank',
-         lambda r: r.checkpoint.export == 'adapter' and not _has_adapter(r), 'there is no adapter',
+         lambda r: r.checkpoint.export == 'adapter' and not r.has_adapter, 'there is no adapter',
          "'full'"),
 )
 
@@ -358,7 +354,7 @@ def unused_options(r: Run) -> list[str]:
       ('optimizer.b2 optimizer.eps', r.optimizer.name == 'sgd', "optimizer.name='sgd'"),
       ('checkpoint.best_metric', not r.checkpoint.keep_best, 'checkpoint.keep_best=0'),
       ('compute.frozen_dtype', teacherless and r.reference.kind == teachers.NONE
-       and not _has_adapter(r), 'there is no teacher, no reference and no adapter'),
+       and not r.has_adapter, 'there is no teacher, no reference and no adapter'),
       ('eval.overlap_top_k', teacherless, 'there is no teacher'),
       ('doctor.max_reverse_kl', r.doctor.support != 'on' or r.data.source != 'student',
        'the check support does not run')):

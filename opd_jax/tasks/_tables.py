@@ -19,7 +19,7 @@ from typing import Any
 
 import datasets
 
-from opd_jax.files import disk
+from opd_jax.files import disk, hub
 
 READERS = ('.csv', '.json', '.jsonl', '.parquet')
 KINDS = (f'a file of {list(READERS)}, a folder of such files or one that `save_to_disk` wrote, or '
@@ -152,9 +152,9 @@ def _check(part, path):
       raise ValueError(f'{part.field("source")}; allowed: files of {sorted(READERS)}')
     if pipes := disk.find_pipes(path):  # to read one would wait for ever
       raise ValueError(f'{part.field("source")} has {pipes}, no regular files; allowed: files')
-  elif not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', part.source) or path.suffix in READERS:
+  elif not re.fullmatch(hub.NAMES['dataset'], part.source) or path.suffix in READERS:
     raise ValueError(f'{part.field("source")} does not exist; allowed: {KINDS}')
-  elif not re.fullmatch('[0-9a-f]{40}', part.revision):
+  elif not hub.is_commit(part.revision):
     raise ValueError(f'{part.field("revision")} with the data set {part.source!r} of the hub '
                      '(there is no such file or folder); allowed: a commit, branch or tag of it')
 

@@ -91,6 +91,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
         if stop:
           store.wait()
           raise PreemptedError(f'{run.name}: interrupted at step {step}, which is saved')
+      store.wait()  # once result.json is there, no start looks for checkpoints half deleted
       result = finish(run, programs, state, base, book, workdir, inputs)
       if interrupted():  # during the last evaluation: do not go on to another stage
         raise PreemptedError(f'{run.name}: interrupted after its last step, and finished')

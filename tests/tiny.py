@@ -217,7 +217,10 @@ def read_checkpoint(workdir: pathlib.Path, step: int) -> dict[str, Any]:
   """Every array of a checkpoint by path, read with orbax alone, and the host item under 'host'."""
   import orbax.checkpoint as ocp
   path = workdir.resolve() / 'checkpoints' / str(step)
-  tree = ocp.StandardCheckpointer().restore(path / 'state')
+  reader, here = ocp.StandardCheckpointer(), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  tree = reader.restore(path / 'state', jax.tree.map(  # on however many devices it was written
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+      reader.metadata(path / 'state').item_metadata.tree))
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   assert len(leaves) > 10, 'a checkpoint without parameters compares equal to anything'
   out = {jax.tree_util.keystr(where): np.asarray(leaf) for where, leaf in leaves}

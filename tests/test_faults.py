@@ -125,9 +125,10 @@ def test_a_finished_run_has_no_checkpoint_that_is_half_deleted(tmp_path, monkeyp
                       (train, 'finish')):
     called = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args, _name=name, _called=called: (
-        calls.append(_name), _called(*args))[1])
+        calls.append(_name), _called(*args), calls.append(f'{_name} ended'))[1])
   train.train(make(), tmp_path)
-  assert calls[:calls.index('finish')][-2:] == ['save', 'wait']
+  last = calls[:calls.index('finish')]
+  assert last[-3:] == ['save ended', 'wait', 'wait ended']
 
 
 def assert_one_line(status, err, path):

@@ -183,7 +183,8 @@ def run(names: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
       # Without optimization programs compile several times faster, and bits are bits.
       env = dict(os.environ, JAX_PLATFORMS='cpu', HF_HUB_OFFLINE='1', PYTHONPATH=str(ROOT),
-                 XLA_FLAGS=f'--xla_force_host_platform_device_count={devices} {quick.flags()}')
+                 XLA_FLAGS=f'--xla_force_host_platform_device_count={devices} '
+                           + quick.flags(one_piece=False))
       env.setdefault('JAX_COMPILATION_CACHE_DIR', f'{folder}/cache')
       env.update(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
                  JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES='-1')

@@ -28,9 +28,10 @@ from opd_jax.errors import ConfigError, refuse
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.load import Adapter
 from opd_jax.models import lora
+from opd_jax.models import params as params_lib
 from opd_jax.parallel import sharding
 from opd_jax.run import optim
-from opd_jax.settings import Mesh, Run
+from opd_jax.settings import Compute, Run
 from opd_jax.types import Model, Params, Rollout
 
 
@@ -48,6 +49,7 @@ class Parts:
   examples: dict[str, Examples]  # by the name of the stream
   held_out: Examples
   mesh: jax.sharding.Mesh
+  chunk_tokens: int  # of all devices together
   optimizer: optax.GradientTransformation
   style: prompts_lib.Style
   stop_tokens: tuple[int, ...]
@@ -110,10 +112,12 @@ def open_parts(run: Run) -> Parts:
 
 
 def _open_parts(run):
-  streams, mesh = streams_lib.make(run), make_mesh(run.compute.mesh)
   student = load.open_student(run)
   adapter = load.make_adapter(run, student)
   teacher, reference = load.open_teacher(run, student), load.open_reference(run, student)
+  mesh = make_mesh(run.compute, [m.model for m in (student, teacher) if m and m.model])
+  shards = sharding.row_shards(mesh)
+  streams = streams_lib.make(run, shards)
   _check_models(run, streams, mesh, adapter, [m for m in (student, teacher, reference) if m])
   _check_wants(streams, teacher, reference)
   stop_tokens = choose_stop_tokens(run.sample.stop, student, teacher)
@@ -121,7 +125,6 @@ def _open_parts(run):
   examples = _open_examples(run, streams, student.tokenizer, style)
   held_out = load_examples(run, 'eval', run.eval.problems, student.tokenizer, style)
   check_verifier(run, streams, examples[OWN], held_out)
-  shards = sharding.row_shards(mesh)
   for field, rows in [('eval.problems', len(held_out))] + [
       ('given.prompts_per_step', s.rows) for s in streams if s.name == GIVEN]:
     if rows % shards:
@@ -130,27 +133,59 @@ def _open_parts(run):
   return Parts(
       student=student, adapter=adapter, teacher=teacher, reference=reference,
       frozen_dtype=jnp.dtype(run.frozen_dtype), task=tasks.get(run.task.name), streams=streams,
-      examples=examples, held_out=held_out, mesh=mesh, optimizer=make_optimizer(run), style=style,
+      examples=examples, held_out=held_out, mesh=mesh,
+      chunk_tokens=run.compute.chunk_tokens * shards, optimizer=make_optimizer(run), style=style,
       stop_tokens=stop_tokens, pad_token=prompts_lib.pad_id(student.tokenizer))
 
 
-def make_mesh(sizes: Mesh) -> jax.sharding.Mesh:
-  """Makes the mesh of a run.
+def make_mesh(compute: Compute, writers: list[Model], devices: list[Any] | None = None
+              ) -> jax.sharding.Mesh:
+  """Makes the mesh of a run on all devices (or on those given), for models that write.
 
   Raises:
-    ValueError: it does not fit the devices.
+    ValueError: it does not fit the devices, or compute.decode_split the models.
   """
-  return sharding.make_mesh(dataclasses.asdict(sizes))
+  devices = jax.devices() if devices is None else devices
+  sizes = dataclasses.asdict(compute.mesh)
+  split = compute.decode_split or max(
+      [1] + [choose_decode_split(compute, m, len(devices)) for m in writers])
+  mesh = sharding.make_mesh(sizes, devices, split)
+  for model in writers:
+    fits = sharding.decode_splits(model.specs, sizes, len(devices))
+    if compute.decode_split and split not in fits:
+      raise ValueError(f'compute.decode_split={split} does not divide the heads, the feed-forward '
+                       f'width or the experts of a {model.family} that writes; allowed: {fits}')
+  return mesh
+
+
+def choose_decode_split(compute: Compute, model: Model, devices: int) -> int:
+  """Chooses into how many parts the weights of a model are split where it decodes: the fewest that
+  leave a device at most 1 GiB of them, else the most that there are.
+
+  A device reads its weights for every token, 1 GiB in about a millisecond of today's memories,
+  and a split model adds up its activations twice a layer, some 10 microseconds each.
+  """
+  sizes = dataclasses.asdict(compute.mesh)
+  _, _, tensor, expert = sharding.resolve(sizes, devices)
+  size = params_lib.count_params(model.specs) * jnp.dtype(compute.dtype).itemsize
+  parts = tensor * (expert if 'experts' in _axes(model.specs) else 1)
+  fits = sharding.decode_splits(model.specs, sizes, devices)
+  return next((n for n in fits if size / (parts * n) <= 2**30), fits[-1])
+
+
+def _axes(specs):
+  return {axis for spec in params_lib.flatten(specs).values() for axis in spec.axes}
 
 
 def _check_models(run, streams, mesh, adapter, loaded):
   """Refuses sizes that do not fit the mesh, the models or the vocabulary."""
-  per_pass, shards = run.compute.microbatch_rows or streams[0].rows, sharding.row_shards(mesh)
-  if per_pass % shards:
-    fields = ('compute.microbatch_rows' if run.compute.microbatch_rows else
-              'data.prompts_per_step data.samples_per_prompt')
-    refuse(run, fields, f'compute.mesh splits the rows of a pass {shards} ways',
-           f'a multiple of {shards} rows in a pass')
+  rows, shards = streams[0].rows, sharding.row_shards(mesh)
+  if rows % shards:
+    refuse(run, 'data.prompts_per_step data.samples_per_prompt',
+           f'compute.mesh splits rows {shards} ways', f'a multiple of {shards} rows')
+  if rows % (streams[0].microbatch_rows or rows):
+    refuse(run, 'compute.microbatch_rows', f'compute.mesh leaves {rows // shards} rows to a shard, '
+           'which it does not divide', f'a divisor of {rows // shards}, or 0')
   for specs in [m.model.specs for m in loaded] + ([adapter.specs] if adapter else []):
     sharding.param_shardings(specs, mesh)  # raises where the mesh does not fit
   longest = min(m.model.config.max_position_embeddings for m in loaded)

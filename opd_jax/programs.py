@@ -29,12 +29,13 @@ from opd_jax.build import Parts
 from opd_jax.data import examples as examples_lib
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.data.examples import Examples
-from opd_jax.data.streams import GIVEN, Stream
+from opd_jax.data.streams import GIVEN, OWN, Stream
 from opd_jax.files import checkpoint
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.models import lora
 from opd_jax.models import params as params_lib
 from opd_jax.parallel import sharding
+from opd_jax.parallel.decoding import DecodeLayout
 from opd_jax.run import evaluate
 from opd_jax.settings import Run
 from opd_jax.teachers import Grader
@@ -51,7 +52,8 @@ class Programs:
     parts: what the run is made of.
     state: shapes, dtypes and shardings of the train state.
     init: (parameters) -> the train state before the first step.
-    writers: by the name of the stream; none for rows that a dataset gives.
+    layouts, writers: by the name of the stream; none for rows that a dataset gives. The first lays
+      the weights of who writes out for decoding.
     scorers: by (stream, 'student' | 'teacher' | 'reference').
     updates: by the names of the streams that take part in a step.
     evaluator, teacher_evaluator: of the student; of the teacher, if there is one.
@@ -62,6 +64,7 @@ class Programs:
   parts: Parts
   state: TrainState
   init: Callable[[Params], TrainState]
+  layouts: dict[str, DecodeLayout]
   writers: dict[str, Callable[..., Rollout]]
   scorers: dict[tuple[str, str], Callable[..., Scores]]
   updates: dict[tuple[str, ...], Callable[..., Any]]
@@ -103,11 +106,10 @@ class Programs:
     if stream.writer == 'dataset':
       return self.wait(sharding.put(examples.given(indices), rows))
     prompts = sharding.put(examples.prompts(indices), rows)
-    writer = self.writers[stream.name]
-    if stream.writer == 'teacher':
-      return self.wait(writer(graders['teacher'].params, prompts, key))
+    author = graders['teacher'].params if stream.writer == 'teacher' else student
     mixed = {'mix_params': graders['teacher'].params} if stream.teacher_mix else {}
-    return self.wait(writer(student, prompts, key, **mixed))
+    weights = self.layouts[stream.name](author)
+    return self.wait(self.writers[stream.name](weights, prompts, key, **mixed))
 
   def grade(self, stream: Stream, student: Params, graders: Graders, indices: np.ndarray,
             rollout: Rollout) -> Batch:
@@ -141,10 +143,14 @@ class Programs:
     """Picks the heads of the models whose hidden states the loss takes."""
     return Heads(**{part: grader.head for part, grader in graders.items()})
 
-  def compile_count(self) -> int:
-    """Counts compiled programs: one a function that is in use, or something retraces."""
+  def counts(self) -> dict[str, float]:
+    """Counts compiled programs (one a function that is in use, or something retraces), and what
+    laying the student out for decoding moves."""
     functions = {*self.writers.values(), *self.scorers.values(), *self.updates.values()}
-    return sum(f._cache_size() for f in functions)
+    moved = self.layouts[OWN].report() if OWN in self.layouts else {}
+    compiled = sum(f._cache_size() for f in functions)
+    compiled += sum(layout.compile_count() for layout in self.layouts.values())
+    return {'compiles': compiled, **moved}
 
 
 def compile_programs(run: Run, parts: Parts) -> Programs:
@@ -158,7 +164,7 @@ def compile_programs(run: Run, parts: Parts) -> Programs:
     return jax.jit(
         functools.partial(
             update.update_fn, model=parts.student.model, optimizer=parts.optimizer,
-            terms=tuple(map(term_of, streams)), chunk_tokens=run.compute.chunk_tokens),
+            terms=tuple(map(term_of, streams)), chunk_tokens=parts.chunk_tokens),
         donate_argnums=0, out_shardings=(state, scalar))
 
   def evaluator_of(student, teacher):
@@ -176,11 +182,13 @@ def compile_programs(run: Run, parts: Parts) -> Programs:
   blocking = run.compute.block == 'always' or (run.compute.block == 'auto' and crowded)
   updates = {tuple(s.name for s in streams): update_of(streams)
              for streams in ((s, *beside) for s in parts.streams if s not in beside)}
+  written = [s for s in parts.streams if s.writer != 'dataset']
   return Programs(
       parts, abstract, jax.jit(functools.partial(init_state, parts.optimizer), donate_argnums=0,
                                out_shardings=state),
-      {s.name: make_writer(run, parts, s) for s in parts.streams if s.writer != 'dataset'},
-      make_scorers(run.compute.chunk_tokens, parts, parts.streams), updates, evaluator, of_teacher,
+      {s.name: make_layout(run, parts, s, blocking) for s in written},
+      {s.name: make_writer(run, parts, s) for s in written},
+      make_scorers(parts, parts.streams), updates, evaluator, of_teacher,
       jax.jit(checkpoint.checksums), jax.block_until_ready if blocking else lambda x: x)
 
 
@@ -188,6 +196,15 @@ def term_of(stream: Stream) -> update.Term:
   """Makes a stream's part in the loss."""
   return update.Term(stream.name, stream.objective, stream.samples, stream.on_policy,
                      stream.microbatch_rows)
+
+
+def make_layout(run: Run, parts: Parts, stream: Stream, wait: bool) -> DecodeLayout:
+  """Makes what lays out the weights of who writes a stream; on one device the sampler does it."""
+  model = (parts.teacher if stream.writer == 'teacher' else parts.student).model
+  if parts.mesh.size == 1:
+    return DecodeLayout(None, 0, wait)
+  received = sharding.decode_bytes(model.specs, parts.mesh, jnp.dtype(run.compute.dtype).itemsize)
+  return DecodeLayout(jax.jit(model.for_decoding), received, wait)
 
 
 def make_writer(run: Run, parts: Parts, stream: Stream) -> Callable[..., Rollout]:
@@ -201,14 +218,14 @@ def make_writer(run: Run, parts: Parts, stream: Stream) -> Callable[..., Rollout
       out_shardings=sharding.by_rows(parts.mesh))
 
 
-def make_scorers(chunk_tokens: int, parts: Parts, streams: tuple[Stream, ...]
+def make_scorers(parts: Parts, streams: tuple[Stream, ...]
                  ) -> dict[tuple[str, str], Callable[..., Scores]]:
   """Makes the scorers of streams, by (stream, model); equal keys are one program."""
   @functools.cache
   def scorer(model: Model, temperature: float, wanted: Wants, microbatch_rows: int):
     return jax.jit(functools.partial(
         score.teacher_logprob_fn, model=model, temperature=temperature, wants=wanted,
-        chunk_tokens=chunk_tokens, microbatch_rows=microbatch_rows),
+        chunk_tokens=parts.chunk_tokens, microbatch_rows=microbatch_rows),
         out_shardings=sharding.by_rows(parts.mesh))
 
   out = {}
@@ -233,7 +250,8 @@ def make_evaluator(run: Run, student: LoadedModel, teacher: Model | None, *, tas
   """Makes the evaluation of models shaped like `student` on held-out examples."""
   draw = functools.partial(build.make_sampler, run, student.model, stop_tokens,
                            prompts_lib.pad_id(student.tokenizer))
-  rows, samples = sharding.by_rows(mesh), run.eval.samples_per_problem
+  rows, shards = sharding.by_rows(mesh), sharding.row_shards(mesh)
+  samples = run.eval.samples_per_problem
   compare = None
   if teacher is not None:
     # What training takes at a time, or its largest part that divides the rows: over all at once,
@@ -241,8 +259,8 @@ def make_evaluator(run: Run, student: LoadedModel, teacher: Model | None, *, tas
     compare = jax.jit(functools.partial(
         evaluate.row_sums, model=student.model, teacher=teacher,
         temperature=run.sample.temperature, teacher_temperature=run.objective.teacher_temperature,
-        chunk_tokens=run.compute.chunk_tokens,
-        microbatch_rows=math.gcd(run.compute.microbatch_rows, len(examples) * samples),
+        chunk_tokens=run.compute.chunk_tokens * shards,
+        microbatch_rows=math.gcd(run.compute.microbatch_rows * shards, len(examples) * samples),
         overlap_top_k=evaluate.clamp_top_k(run.eval.overlap_top_k, student.model)),
         out_shardings=sharding.replicated(mesh))
   return evaluate.Evaluator(

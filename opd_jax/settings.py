@@ -80,9 +80,15 @@ class Compute:
   frozen_dtype: str = 'auto'  # of teachers and of the base under an adapter: 'auto' is `dtype`
   remat: bool = False  # recompute each layer in the backward pass
   layer_unroll: int = 1  # layers per iteration of the scan over layers
-  microbatch_rows: int = 0  # rows per forward/backward pass, 0 for the whole batch
-  chunk_tokens: int = 4096  # tokens whose vocabulary rows exist at a time
+  # Of each part into which the mesh splits rows (data times fsdp), so that a config means the same
+  # on one device and on many: rows per forward/backward pass, 0 for all that it has; tokens whose
+  # vocabulary rows exist at a time.
+  microbatch_rows: int = 0
+  chunk_tokens: int = 4096
   mesh: Mesh = Mesh()
+  # Into how many parts, of the devices of `mesh.fsdp`, the weights are split where tokens are
+  # decoded; 1 gathers them whole, 0 chooses by their size (build.choose_decode_split).
+  decode_split: int = 0
   # Wait for each program before the next: 'auto' does on several fake CPU devices, where programs
   # with collectives in flight together can deadlock.
   block: str = 'auto'

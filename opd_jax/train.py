@@ -175,7 +175,7 @@ def restore(run: Run, programs: Programs, store: checkpoint.Checkpoints, workdir
           reference=parts.reference and parts.reference.model,
           adapter_specs=parts.adapter and parts.adapter.specs,
           updates=run.optimizer.updates_per_batch),
-      compile_count=programs.compile_count)
+      counts=programs.counts)
 
 
 def save(settings: Checkpoint, store: checkpoint.Checkpoints, book: Book, state: TrainState,

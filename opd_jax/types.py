@@ -175,6 +175,8 @@ class Model:
       -> (hidden [B,S,D], cache | None).
     head: (params) -> `Head`.
     init_cache: (batch, length) -> an empty key/value cache with `length` slots.
+    for_decoding: (params) -> the parameters that `forward` takes together with a cache: the same,
+      in the dtype and (on a mesh) in the layout in which decoding reads them.
     unstack: (params) -> the same parameters with the layers as a tuple, for unrolled decoding.
     to_hf: () -> the dict of a Hugging Face config.json.
     attention_windows: of each layer, how many keys a query sees at most, None for all; () where no
@@ -191,3 +193,4 @@ class Model:
   unstack: Callable[[Params], Params]
   to_hf: Callable[[], dict[str, Any]]
   attention_windows: tuple[int | None, ...] = ()
+  for_decoding: Callable[[Params], Params] = lambda params: params

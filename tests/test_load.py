@@ -6,9 +6,8 @@ import jax
 import pytest
 import tiny
 
-from opd_jax import config, load, models
+from opd_jax import config, layout, load, models
 from opd_jax.errors import ConfigError
-from opd_jax.parallel import sharding
 
 
 def test_a_path_that_looks_like_a_field_is_still_named(tmp_path, monkeypatch):
@@ -31,6 +30,6 @@ def test_what_is_said_already_is_not_said_again():
 
 def test_a_mesh_that_does_not_fit_is_not_blamed_on_the_weights():
   model = models.build({**tiny.SHAPE, 'vocab_size': 64})
-  mesh = jax.sharding.AbstractMesh((1, 1, 7, 1), sharding.MESH_AXES)
+  mesh = jax.sharding.AbstractMesh((1, 1, 1, 7, 1), layout.MESH_AXES)
   with pytest.raises(ValueError, match=r'^compute\.mesh\.tensor=7'):
     load.read('student.path', None, model.specs, 'float32', mesh)

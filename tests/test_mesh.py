@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from opd_jax import config, load, models, train
+from opd_jax import build, config, layout, load, models, settings, train
 from opd_jax.models import params
 from opd_jax.parallel import sharding
 
@@ -23,6 +23,7 @@ KINDS = ('opd_sampled', 'opd_exact', ADAPTERS)
 # nothing but rounding may move by a visible part of a step; that is why parameters are compared to
 # a part of the distance that training moved them, and not to their own size.
 RELATIVE = 1e-4
+FSDP = ('fsdp', 'decode')
 LINEAR = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 OF_THE_DISTANCE = 1e-2
 # What the child does: the loop, and a look at the state while it runs.
@@ -116,7 +117,7 @@ def test_final_parameters(pair):
 
 def test_each_function_is_compiled_once(pair):
   _, _, mesh = pair
-  assert {r['perf']['compiles'] for r in tiny.rows(mesh, 'train')} == {3}
+  assert {r['perf']['compiles'] for r in tiny.rows(mesh, 'train')} == {4}  # one lays out
 
 
 @pytest.fixture(scope='module')
@@ -150,12 +151,12 @@ def test_parameters_and_optimizer_state_are_split(meshed):
   layout = json.loads((meshed / 'layout.json').read_text())
   for part in ('params', 'mu'):
     for name, spec, shape in (
-        ('embed', P('tensor', 'fsdp'), (32, 16)),
-        ('head', P('fsdp', 'tensor'), (16, 32)),
-        ('layers/q', P(None, 'fsdp', 'tensor', None), (2, 16, 1, 8)),
-        ('layers/k', P(None, 'fsdp', 'tensor', None), (2, 16, 1, 8)),
-        ('layers/down', P(None, 'tensor', 'fsdp'), (2, 32, 16)),
-        ('layers/q/a', P(None, 'fsdp', None), (2, 16, 4)),
+        ('embed', P('tensor', FSDP), (32, 16)),
+        ('head', P(FSDP, 'tensor'), (16, 32)),
+        ('layers/q', P(None, FSDP, 'tensor', None), (2, 16, 1, 8)),
+        ('layers/k', P(None, FSDP, 'tensor', None), (2, 16, 1, 8)),
+        ('layers/down', P(None, 'tensor', FSDP), (2, 32, 16)),
+        ('layers/q/a', P(None, FSDP, None), (2, 16, 4)),
         ('layers/q/b', P(None, None, 'tensor', None), (2, 4, 1, 8)),
         ('layers/down/a', P(None, 'tensor', None), (2, 32, 4))):
       got, devices, piece, whole = layout[f'{part}/{name}']
@@ -168,13 +169,13 @@ class TestRefused:
 
   def test_two_axes_of_an_array_on_one_mesh_axis(self):
     with pytest.raises(ValueError, match=r"'heads'.*'mlp'.*'tensor'"):
-      sharding.partition_spec(('heads', 'mlp'))
+      layout.partition_spec(('heads', 'mlp'))
     with pytest.raises(ValueError, match="'batch'.*'embed'"):
-      sharding.partition_spec(('batch', 'embed'))  # batch is over data and fsdp, embed over fsdp
+      layout.partition_spec(('batch', 'embed'))  # batch is over data and fsdp, embed over fsdp
 
   def test_unknown_logical_axis(self):
     with pytest.raises(ValueError, match=r"\['width'\].*embed"):
-      sharding.partition_spec(('width',))
+      layout.partition_spec(('width',))
 
   @pytest.mark.parametrize(('sizes', 'needs'), [
       (dict(data=1, fsdp=2, tensor=3, expert=1), 6),
@@ -192,14 +193,23 @@ class TestRefused:
 
   @pytest.mark.parametrize(('shape', 'axis', 'parameter', 'size'), [
       (dict(num_key_value_heads=1), 'tensor', 'layers/k', 1),
+      (dict(model_type='qwen3_moe', num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8,
+            norm_topk_prob=True), 'expert', 'layers/gate', 3),
       (dict(hidden_size=33), 'fsdp', 'embed', 33),
       (dict(intermediate_size=63), 'tensor', 'layers/gate', 63)])
   def test_an_axis_that_does_not_divide(self, shape, axis, parameter, size):
     # Divisibility is arithmetic, so a mesh that this machine does not have will do.
-    mesh = jax.sharding.AbstractMesh((1, 2, 2, 1), sharding.MESH_AXES)
+    mesh = jax.sharding.AbstractMesh((1, 2, 1, 2, 2), layout.MESH_AXES)
     model = models.build({**tiny.SHAPE, 'vocab_size': 64, **shape})
     with pytest.raises(ValueError, match=rf'mesh\.{axis}=2\b.*{parameter}.*allowed.*\b{size}\b'):
       sharding.param_shardings(model.specs, mesh)
+
+  @pytest.mark.parametrize(('split', 'allowed'), [(3, 'divisor.*8'), (4, r'\[1, 2\]')])
+  def test_a_split_for_decoding_that_does_not_divide(self, split, allowed):
+    model = models.build({**tiny.SHAPE, 'vocab_size': 64})
+    compute = settings.Compute(decode_split=split)
+    with pytest.raises(ValueError, match=rf'compute\.decode_split={split}\b.*allowed.*{allowed}'):
+      build.make_mesh(compute, [model], [None] * 8)
 
   def test_too_many_devices_asked_for_in_a_config(self, tmp_path):
     c = tiny.config('sft', compute__mesh__tensor=3)
@@ -209,5 +219,21 @@ class TestRefused:
 
 def test_what_is_left_goes_to_the_axis_that_asks_for_it():
   mesh = sharding.make_mesh(dict(data=1, fsdp=-1, tensor=1, expert=1))
-  assert dict(mesh.shape) == dict(data=1, fsdp=1, tensor=1, expert=1)
+  assert dict(mesh.shape) == dict(data=1, fsdp=1, decode=1, tensor=1, expert=1)
   assert sharding.row_shards(mesh) == 1
+
+
+def test_the_split_for_decoding_is_chosen_by_size():
+  """The smallest that leaves a device 1 GiB of weights, or the largest that divides the heads."""
+  def chosen(devices=64, **changes):
+    shape = {**tiny.SHAPE, 'vocab_size': 151936, 'num_key_value_heads': 8,
+             'num_attention_heads': 32, 'head_dim': 128, **changes}
+    return build.choose_decode_split(
+        settings.Compute(dtype='bfloat16'), models.build(shape), devices)
+
+  assert chosen(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28) == 2  # 1.7 GiB
+  wide = dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36)
+  assert chosen(**wide) == 8  # 15 GiB, and 8 key heads
+  assert chosen(**wide, num_key_value_heads=4) == 4
+  assert chosen(**wide, devices=4) == 4
+  assert chosen(hidden_size=64, intermediate_size=64) == 1

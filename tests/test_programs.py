@@ -30,12 +30,13 @@ def _scorers(monkeypatch, run, own_form, **changes):
   stream = streams.make(run)[0]
   stream = dataclasses.replace(stream, objective=dataclasses.replace(stream.objective, **changes))
   parts = types.SimpleNamespace(
-      mesh=None, runs_students_programs=lambda loaded: own_form or loaded.model == 'student',
+      mesh=None, chunk_tokens=16,
+      runs_students_programs=lambda loaded: own_form or loaded.model == 'student',
       **{name: types.SimpleNamespace(model=name) for name in MODELS})
   with monkeypatch.context() as m:
     m.setattr(programs.jax, 'jit', lambda f, **_: f)
     m.setattr(programs.sharding, 'by_rows', lambda mesh: None)
-    made = programs.make_scorers(run.compute.chunk_tokens, parts, (stream,))
+    made = programs.make_scorers(parts, (stream,))
   return stream.objective, {model: tuple(
       f.keywords[name] for name in ('model', 'temperature', 'wants'))
       for (_, model), f in made.items()}

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from opd_jax import layout
 from opd_jax.models.nn import positions_of
 from opd_jax.types import Model, Params, Prompts, Rollout
 
-_BLOCK = 256  # tokens per block of the two-level draw: near sqrt(V) for the vocabularies in use
+_BLOCK = layout.BLOCK  # of the two-level draw: near sqrt(V) for the vocabularies in use
 
 
 def truncate(logits: Float[Array, 'B V'], top_k: int, top_p: float) -> Float[Array, 'B V']:
@@ -172,7 +173,9 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
   check_mixing(model, mix_params, mix_model, mix_share=mix_share, mix_temperature=mix_temperature,
                temperature=temperature, top_p=top_p, top_k=top_k)
   (batch, prompt_length), room = prompts.tokens.shape, max_new_tokens
-  writers = [(model, params)] + [(mix_model, mix_params)] * bool(mix_share)
+  prompts = layout.rows(prompts, layout.DECODE)
+  writers = [(m, m.for_decoding(p)) for m, p in
+             [(model, params)] + [(mix_model, mix_params)] * bool(mix_share)]
   heads = [m.head(p) for m, p in writers]
 
   def forward(weights, tokens, positions, valid, caches):
@@ -184,9 +187,11 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
   def choose_at(step, logits):
     step_key = jax.random.fold_in(key, step)
     if mix_share:
-      return choose_mixed(*logits, step_key, temperature=temperature, mix_share=mix_share,
-                          mix_temperature=mix_temperature)
-    return choose(*logits, step_key, temperature=temperature, top_p=top_p, top_k=top_k)
+      chosen = choose_mixed(*logits, step_key, temperature=temperature, mix_share=mix_share,
+                            mix_temperature=mix_temperature)
+    else:
+      chosen = choose(*logits, step_key, temperature=temperature, top_p=top_p, top_k=top_k)
+    return layout.rows(chosen, layout.DECODE)
 
   def is_stop(tokens):
     return jnp.isin(tokens, jnp.array(stop_tokens, jnp.int32))
@@ -210,7 +215,7 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
     logits, caches = forward(decode_weights, token[:, None], (prompt_sizes + step - 1)[:, None],
                              ~done[:, None], caches)
     token, logprob, offset = choose_at(step, logits)
-    token = jnp.where(done, pad_token, token)
+    done, token = layout.rows((done, jnp.where(done, pad_token, token)), layout.DECODE)
     new = dict(tokens=token, alive=~done, logprobs=jnp.where(done, 0, logprob),
                offset=jnp.where(done, 0, offset))
     out = {name: jax.lax.dynamic_update_slice_in_dim(out[name], new[name][:, None], step, axis=1)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from opd_jax import layout
 from opd_jax.algorithm import vocabulary
 from opd_jax.models.nn import positions_of
 from opd_jax.types import Batch, Head, Model, Params, Rollout, Scores, Wants
@@ -20,7 +21,8 @@ from opd_jax.types import Batch, Head, Model, Params, Rollout, Scores, Wants
 def log_softmax(hidden: Float[Array, 'n D'], head: Head, temperature: float
                 ) -> Float[Array, 'n V']:
   """Computes log softmax(head(hidden) / temperature), in float32 at least."""
-  return jax.nn.log_softmax(head.logits(hidden) / temperature, axis=-1)
+  logits = layout.constrain(head.logits(hidden), ('batch', 'vocab'))
+  return jax.nn.log_softmax(logits / temperature, axis=-1)
 
 
 def same_width(*logprobs: Float[Array, 'n _']) -> tuple[Float[Array, 'n _'], ...]:
@@ -47,7 +49,7 @@ def completion_hidden(model: Model, params: Params, rollout: Rollout) -> Float[A
   # The last token predicts nothing that is scored, and the prompt's predictions are not either.
   tokens, valid = rollout.tokens[:, :-1], rollout.valid[:, :-1]
   hidden, _ = model.forward(params, tokens, positions_of(valid), valid, None)
-  return hidden[:, rollout.prompt_length - 1:]
+  return layout.rows(hidden[:, rollout.prompt_length - 1:])
 
 
 def to_rows(completion: Float[Array, 'B C'], rollout: Rollout) -> Float[Array, 'B t']:
@@ -90,8 +92,9 @@ def split_rows(tree: Any, microbatch_rows: int) -> Any:
     raise ValueError(f'microbatch_rows={size} does not divide the {rows} rows of the batch')
   # Interleaved ([m, B/m] swapped), so that a batch sharded over devices by rows stays spread over
   # all of them in every microbatch.
-  return jax.tree.map(
-      lambda a: a.reshape(size, rows // size, *a.shape[1:]).swapaxes(0, 1), tree)
+  return jax.tree.map(lambda a: layout.constrain(
+      a.reshape(size, rows // size, *a.shape[1:]).swapaxes(0, 1),
+      (None, 'batch', *(None,) * (a.ndim - 1))), tree)
 
 
 def join_rows(tree: Any) -> Any:
@@ -129,7 +132,7 @@ def teacher_logprob_fn(params: Params, rollout: Rollout, *, model: Model, temper
     kept = hidden if wants.hidden else None
     if not wants.logprobs:
       return Scores(logprobs=None, entropy=None, hidden=kept)
-    head = model.head(params)
+    head = layout.whole_head(model.head(params), hidden.dtype)
 
     def chunk(hidden, targets):
       logprobs = log_softmax(hidden, head, temperature)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from opd_jax import layout
 from opd_jax.algorithm import score as score_lib
 from opd_jax.algorithm import support as support_lib
 from opd_jax.algorithm import vocabulary
@@ -149,10 +150,12 @@ def over_vocabulary(o: Objective, batch: Batch, student_head: Head | None,
   From the hidden states, in chunks.
   """
   def over(f):
+    heads = layout.whole_head((student_head, teacher_head), batch.student.hidden.dtype)
+
     def chunk(mine, theirs):
       return {'value': f(*score_lib.same_width(
-          score_lib.log_softmax(mine, student_head, o.temperature),
-          score_lib.log_softmax(theirs, teacher_head, o.teacher_temperature)))}
+          score_lib.log_softmax(mine, heads[0], o.temperature),
+          score_lib.log_softmax(theirs, heads[1], o.teacher_temperature)))}
 
     out = vocabulary.map_over_chunks(
         chunk, chunk_tokens, batch.student.hidden, batch.teacher.hidden)

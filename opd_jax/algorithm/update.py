@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 import optax
 
+from opd_jax import layout
 from opd_jax.algorithm import metrics, signals, vocabulary
 from opd_jax.algorithm import score as score_lib
 from opd_jax.algorithm import support as support_lib
@@ -65,9 +66,10 @@ def loss_fn(params: Params, rows: Weighted, coef: Array | float, heads: Heads, *
   arrays |= {name: x for name in ('teacher_hidden', 'student_hidden', 'reference_hidden')
              if (x := getattr(rows, name)) is not None}
   arrays['targets'] = rollout.completion_targets
+  hidden = score_lib.completion_hidden(model, params, rollout)
   loss, out = vocabulary.sum_over_chunks(
-      functools.partial(_chunk_loss, objective), chunk_tokens, model.head(params), (coef, heads),
-      score_lib.completion_hidden(model, params, rollout), arrays)
+      functools.partial(_chunk_loss, objective), chunk_tokens, model.head(params),
+      (coef, layout.whole_head(heads, hidden.dtype)), hidden, arrays)
   out = {name: score_lib.to_rows(x, rollout) for name, x in out.items()}
   return loss.astype(rows.weights.dtype), out
 

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
+from opd_jax import layout
+
 # (head, constants, hidden [n, ...], *arrays [n, ...]) -> (losses [n], {name: [n]})
 ChunkFn = Callable[..., tuple[Array, dict[str, Array]]]
 
@@ -36,7 +38,7 @@ def map_over_chunks(fn: Callable[..., dict[str, Array]], chunk_tokens: int, *arr
     arrays: pytrees of [B, C, ...] (None too), the first an array.
   """
   cut = _Cut(*arrays[0].shape[:2], chunk_tokens)
-  out = jax.lax.map(lambda xs: fn(*xs), jax.tree.map(cut.split, arrays))
+  out = jax.lax.map(lambda xs: fn(*layout.rows(xs)), jax.tree.map(cut.split, arrays))
   return {name: cut.join(a) for name, a in out.items()}
 
 
@@ -113,6 +115,15 @@ def _wide(tree):
   return jnp.promote_types(jnp.result_type(*jax.tree.leaves(tree)), jnp.float32)
 
 
+def _at_work(head, hidden):
+  return layout.whole_head(head, jnp.result_type(*jax.tree.leaves(hidden)))
+
+
+def _split(x):
+  """The gradient of a head lies as the head does."""
+  return layout.constrain(x, ('embed', 'vocab')) if x.ndim == 2 else x
+
+
 def _chunk(fn, head, hidden, constants, real, arrays):
   losses, out = fn(head, constants, hidden, *arrays)
   if real is not None:
@@ -122,8 +133,10 @@ def _chunk(fn, head, hidden, constants, real, arrays):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(fn, head, constants, real, hidden, arrays):
+  head = _at_work(head, hidden)
+
   def step(total, xs):
-    real, hidden, arrays = xs
+    real, hidden, arrays = layout.rows(xs)
     value, out = _chunk(fn, head, hidden, constants, real, arrays)
     return total + value, out
 
@@ -141,14 +154,17 @@ def _forward(fn, *inputs):
   head, constants, real, hidden, arrays = jax.tree.map(lambda x: x.value, inputs)
   grad_fn = jax.value_and_grad(functools.partial(_chunk, fn), argnums=(0, 1), has_aux=True)
 
+  whole = _at_work(head, hidden)
+
   def step(carry, xs):
     total, d_head = carry
-    real, hidden, arrays = xs
-    (value, out), (of_head, d_hidden) = grad_fn(head, hidden, constants, real, arrays)
-    d_head = jax.tree.map(lambda total, x: total + x.astype(total.dtype), d_head, of_head)
-    return (total + value, d_head), (out, d_hidden)
+    real, hidden, arrays = layout.rows(xs)
+    (value, out), (of_head, d_hidden) = grad_fn(whole, hidden, constants, real, arrays)
+    d_head = jax.tree.map(lambda total, x: _split(total + _split(x).astype(total.dtype)), d_head,
+                          of_head)
+    return (total + value, d_head), (out, layout.rows(d_hidden))
 
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x)), head)
+  zeros = jax.tree.map(lambda x: _split(jnp.zeros(x.shape, _wide(x))), head)
   (total, d_head), (out, d_hidden) = jax.lax.scan(
       step, (jnp.zeros((), _wide(hidden)), zeros), (real, hidden, arrays))
   return (total, out), (head, d_head, d_hidden)

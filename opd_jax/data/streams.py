@@ -35,7 +35,7 @@ class Stream:
     samples: completions of each prompt.
     steps: the part of 0..1 that a step's draw (`step_draw`) must fall into for the stream to take
       part, the upper end excluded.
-    microbatch_rows: rows per forward and backward pass, 0 for all of them.
+    microbatch_rows: rows per forward and backward pass, on all devices together; 0 for all.
     warm_steps: the first steps of a run, in which the student writes nothing.
   """
 
@@ -80,9 +80,10 @@ def of_step(streams: tuple[Stream, ...], seed: int, step: int) -> tuple[Stream, 
   return tuple(s for s in streams if s.takes_part(step, draw))
 
 
-def make(run: Run) -> tuple[Stream, ...]:
-  """Makes the streams of a run."""
-  share, microbatch = run.data.on_policy_fraction, run.compute.microbatch_rows
+def make(run: Run, shards: int = 1) -> tuple[Stream, ...]:
+  """Makes the streams of a run on a mesh that splits rows into so many shards."""
+  share, rows = run.data.on_policy_fraction, run.data.prompts_per_step * run.data.samples_per_prompt
+  microbatch = min(run.compute.microbatch_rows * shards, rows)
   own = Stream(
       OWN, run.data.source, run.sample.teacher_mix if run.data.source == 'student' else 0.0,
       objective_of(run, run.data.source), run.data.split, run.data.prompts_per_step,

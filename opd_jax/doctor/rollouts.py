@@ -67,7 +67,7 @@ def take_probe(run: Run, parts: Parts, student: Params, teacher: Params | None) 
   how = dict(model=parts.student.model, teacher=parts.teacher and parts.teacher.model,
              temperature=run.sample.temperature,
              teacher_temperature=run.objective.teacher_temperature,
-             chunk_tokens=run.compute.chunk_tokens)
+             chunk_tokens=parts.chunk_tokens)
 
   def look(student, teacher, prompts, key):
     rollout = sample(student, prompts, key)
@@ -118,7 +118,8 @@ def measure_export(run: Run, student: LoadedModel, stop_tokens: tuple[int, ...],
       max_new_tokens=min(run.data.max_new_tokens, run.doctor.max_new_tokens))
 
   how = dict(model=wide, teacher=wide, temperature=run.sample.temperature,
-             teacher_temperature=run.sample.temperature, chunk_tokens=run.compute.chunk_tokens)
+             teacher_temperature=run.sample.temperature,
+             chunk_tokens=run.compute.chunk_tokens * sharding.row_shards(mesh))
 
   def look(params, prompts, key):
     rollout = sample(params, prompts, key)

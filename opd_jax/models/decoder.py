@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from opd_jax.models import config_json, nn
+from opd_jax import layout
+from opd_jax.models import config_json, nn, placement
 from opd_jax.models.lora import LoRA
 from opd_jax.models.params import ParamSpec
 from opd_jax.types import Head, Model, Params
@@ -85,6 +86,7 @@ class Decoder:
     family, config: what it computes.
     kinds: the kinds of layers there are.
     kind_of_layer: for each layer, which of `kinds` it is.
+    table: of the parameters of the layers.
     dtype, remat, layer_unroll: how; see `models.build`.
   """
 
@@ -92,6 +94,7 @@ class Decoder:
   config: Any
   kinds: tuple[Kind, ...]
   kind_of_layer: tuple[int, ...]
+  table: dict[str, ParamSpec]
   dtype: Any
   remat: bool
   layer_unroll: int
@@ -202,16 +205,35 @@ def _masks(d: Decoder, length: int, index: Any, seen: Array) -> list[Array]:
           & seen[:, None, :] for kind in d.kinds]
 
 
+def _embed(d: Decoder, table: Array, tokens: Array, decoding: bool) -> Array:
+  """Looks tokens up. In training the table stays split along the width: every device looks its
+  columns up for the rows of its group, and columns are exchanged for rows."""
+  if not decoding:
+    tokens = layout.constrain(tokens, ('group', None))
+  x = table[tokens]
+  if not decoding:
+    x = layout.constrain(x, ('group', None, 'embed'))
+  return x.astype(d.dtype)  # in this order, or gradients add up in bf16
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+  """Without `remat` everything is kept for the backward pass but the weights that were gathered,
+  which would be the whole model on every device."""
+  return primitive.name != 'sharding_constraint'
+
+
 def forward(d: Decoder, params: Params, tokens: Int[Array, 'B S'], positions: Int[Array, 'B S'],
             valid: Bool[Array, 'B S'], cache: dict[str, Any] | None = None
             ) -> tuple[Float[Array, 'B S D'], Any]:
   """Computes the final hidden states (after the last norm) and the updated cache.
 
   `params['layers']` stacked: one `lax.scan`. As a tuple (see `unstack`): a Python loop, whose
-  cache is never copied through a scan, which is what decoding wants on CPU and GPU.
+  cache is never copied through a scan, which is what decoding wants on CPU and GPU. With a cache
+  the parameters are those that `for_decoding` laid out.
   """
   family, c, length = d.family, d.config, tokens.shape[1]
-  x = params['embed'][tokens].astype(d.dtype)  # in this order, or gradients add up in bf16
+  rules = layout.TRAIN if cache is None else layout.DECODE
+  x = layout.rows(_embed(d, params['embed'], tokens, cache is not None), rules)
   if family.embed_scale(c) != 1.0:
     x = x * jnp.asarray(family.embed_scale(c), d.dtype)
   ropes = [nn.rope_tables(positions, c.head_dim, k.theta, d.dtype, k.scaling) for k in d.kinds]
@@ -219,16 +241,20 @@ def forward(d: Decoder, params: Params, tokens: Int[Array, 'B S'], positions: In
   if cache is not None:
     index = cache['index']
     seen = jax.lax.dynamic_update_slice_in_dim(cache['valid'], valid, index, axis=1)
+    seen = layout.rows(seen, rules)
   masks = _masks(d, length, index, seen)
 
   def block(x, w, kind, old):  # picks by kind in here, so that remat does not keep what is picked
-    return family.layer(c, x, w, _of_kind(kind, ropes), _of_kind(kind, masks),
-                        None if old is None else (*old, index))
+    if cache is None:
+      w = placement.used(w, d.table, d.dtype)
+    x, new = family.layer(c, x, w, _of_kind(kind, ropes), _of_kind(kind, masks),
+                          None if old is None else (*old, index))
+    return layout.rows(x, rules), new
 
   alike = len(d.kinds) == 1
-  if d.remat:
-    block = jax.checkpoint(block, policy=jax.checkpoint_policies.nothing_saveable,
-                           static_argnums=(2,) if alike else ())
+  if d.remat or layout.mesh_of_several() is not None:
+    policy = jax.checkpoint_policies.nothing_saveable if d.remat else _all_but_gathered
+    block = jax.checkpoint(block, policy=policy, static_argnums=(2,) if alike else ())
   if isinstance(params['layers'], tuple):
     kv = []
     for i, w in enumerate(params['layers']):
@@ -280,7 +306,9 @@ def make_model(family: Family, hf_config: dict[str, Any], dtype: Any, remat: boo
   layers = range(c.num_hidden_layers)
   each = [family.kind(c, i) for i in layers]
   kinds = tuple(dict.fromkeys(each))
-  decoder = Decoder(family, c, kinds, tuple(map(kinds.index, each)), dtype, remat, layer_unroll)
+  specs = param_specs(family, c)
+  decoder = Decoder(family, c, kinds, tuple(map(kinds.index, each)), specs['layers'], dtype, remat,
+                    layer_unroll)
   name = hf_config['model_type']
   written = config_json.to_hf(c, name, family.architecture, family.written(c))
 
@@ -290,14 +318,20 @@ def make_model(family: Family, hf_config: dict[str, Any], dtype: Any, remat: boo
 
   def init_cache(batch, length):
     shape = (batch, c.num_key_value_heads, length, c.head_dim)
-    kv = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in layers)
-    return {'kv': kv, 'valid': jnp.zeros((batch, length), bool), 'index': jnp.int32(0)}
+    def empty():
+      return layout.constrain(jnp.zeros(shape, dtype), ('batch', 'kv_heads', None, None),
+                              layout.DECODE)
+
+    kv = tuple((empty(), empty()) for _ in layers)
+    valid = layout.rows(jnp.zeros((batch, length), bool), layout.DECODE)
+    return {'kv': kv, 'valid': valid, 'index': jnp.int32(0)}
 
   def unstack(params):
     pick = tuple(jax.tree.map(lambda a, i=i: a[i], params['layers']) for i in layers)
     return {**params, 'layers': pick}
 
-  return Model(family=name, config=c, vocab_in_use=c.vocab_size, specs=param_specs(family, c),
+  return Model(family=name, config=c, vocab_in_use=c.vocab_size, specs=specs,
                forward=functools.partial(forward, decoder), head=head, init_cache=init_cache,
+               for_decoding=lambda params: placement.decoding(params, specs, dtype),
                unstack=unstack, to_hf=lambda: dict(written),
                attention_windows=tuple(kind.window for kind in each))

@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from opd_jax import layout
+from opd_jax.models import placement
 from opd_jax.models.nn import positions_of
 from opd_jax.models.params import AXES, ParamSpec, flatten, unflatten
 from opd_jax.types import Head, Model, Params
@@ -181,15 +183,19 @@ def _model(config: Config, params: Params, axes: dict[str, Any], apply: Callable
       'note': 'The weights of a Flax module, named by their path in it. It takes the code that '
               'made the module to load them: see student.factory of opd_jax.'}
 
+  specs = _specs(params, axes, head)
+
   def forward(params, tokens, positions, valid, cache):
-    if cache is None:
-      return apply(params, tokens, positions, valid), None
+    if cache is None:  # what lies where within the module is the partitioner's to say
+      params, inputs = placement.gathered(params, specs), layout.rows((tokens, positions, valid))
+      return layout.rows(apply(params, *inputs)), None
     return decoding.forward(params, tokens, positions, valid, cache)
 
   return Model(family=FAMILY, config=config, vocab_in_use=config.vocab_size,
-               specs=_specs(params, axes, head), forward=forward,
+               specs=specs, forward=forward,
                head=lambda params: Head(head(params) if head else None, config.vocab_size),
-               init_cache=decoding.init_cache, unstack=lambda params: params, to_hf=written.copy)
+               init_cache=decoding.init_cache, unstack=lambda params: params, to_hf=written.copy,
+               for_decoding=lambda params: placement.decoding(params, specs, None))
 
 
 def _check_call(config, params, apply, head):

@@ -1,62 +1,85 @@
-"""The device mesh, and the map from logical axes to mesh axes."""
+"""The device mesh, and the shardings of what enters and leaves programs; layout.py has the map from
+logical axes to mesh axes.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from opd_jax import layout
 from opd_jax.models.params import ParamSpec, flatten, unflatten
 
-MESH_AXES = ('data', 'fsdp', 'tensor', 'expert')
-
-# Parameters are split over `fsdp` along the model width and over `tensor` along heads, feed-forward
-# and vocabulary; batches over `data` and `fsdp`.
-RULES: dict[str | None, str | tuple[str, ...] | None] = {
-    None: None, 'layer': None, 'embed': 'fsdp', 'vocab': 'tensor', 'heads': 'tensor',
-    'kv_heads': 'tensor', 'mlp': 'tensor', 'experts': 'expert', 'batch': ('data', 'fsdp'),
-}
+_PADDED = ('vocab', 'batch')  # what decoding splits whatever its size, or not by its weights
+SIZES = ('data', 'fsdp', 'tensor', 'expert')  # of `compute.mesh`
 
 
-def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None) -> Mesh:
-  """Makes a mesh with the axes `MESH_AXES`; one size may be -1, for all devices that are left.
+def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None, decode_split: int = 1
+              ) -> Mesh:
+  """Makes a mesh with the axes `layout.MESH_AXES`.
 
   Axes are Auto (GSPMD propagates): a user's divergence must not need sharding annotations.
+
+  Args:
+    sizes: of the axes `SIZES`; one may be -1, for all devices that are left.
+    devices: all of them by default.
+    decode_split: how many neighbours along fsdp are the axis decode.
 
   Raises:
     ValueError: sizes that do not multiply to the number of devices, with both numbers.
   """
   devices = jax.devices() if devices is None else devices
-  shape = [sizes[name] for name in MESH_AXES]
+  data, fsdp, tensor, expert = resolve(sizes, len(devices))
+  if decode_split < 1 or fsdp % decode_split:
+    raise ValueError(f'compute.decode_split={decode_split}; allowed: a divisor of '
+                     f'compute.mesh.fsdp={fsdp}, or 0, which chooses one')
+  shape = (data, fsdp // decode_split, decode_split, tensor, expert)
+  return jax.make_mesh(shape, layout.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape),
+                       devices=devices)
+
+
+def decode_splits(specs: dict[str, Any], sizes: dict[str, int], devices: int) -> list[int]:
+  """Lists the sizes of the axis decode over which every matrix of a table can be split, from 1 on.
+
+  Raises:
+    ValueError: see `make_mesh`.
+  """
+  data, fsdp, tensor, expert = resolve(sizes, devices)
+  named = [s for s in flatten(specs).values()
+           if any('decode' in layout.DECODE[axis] for axis in s.axes if axis not in _PADDED)]
+
+  def fits(split):
+    mesh = AbstractMesh((data, fsdp // split, split, tensor, expert), layout.MESH_AXES)
+    return all('decode' in _names(layout.fit(s.shape, s.axes, layout.DECODE, mesh)) for s in named)
+
+  return [1] + [n for n in range(2, fsdp + 1) if fsdp % n == 0 and named and fits(n)]
+
+
+def _names(spec):
+  return [name for part in spec if part for name in ((part,) if isinstance(part, str) else part)]
+
+
+def resolve(sizes: dict[str, int], devices: int) -> tuple[int, ...]:
+  """Puts what is left of so many devices in the place of -1.
+
+  Raises:
+    ValueError: see `make_mesh`.
+  """
+  shape = [sizes[name] for name in SIZES]
   if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
     raise ValueError(f'compute.mesh={sizes}; allowed: sizes of at least 1, of which one may be -1')
   if -1 in shape:
     known = int(np.prod([n for n in shape if n != -1]))
-    shape[shape.index(-1)] = max(len(devices) // known, 1)
-  if int(np.prod(shape)) != len(devices):
+    shape[shape.index(-1)] = max(devices // known, 1)
+  if int(np.prod(shape)) != devices:
     raise ValueError(f'compute.mesh={sizes} needs {int(np.prod(shape))} devices; allowed: sizes '
-                     f'whose product is {len(devices)}, the devices that there are, of which one '
+                     f'whose product is {devices}, the devices that there are, of which one '
                      'may be -1')
-  return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape),
-                       devices=devices)
-
-
-def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-  """Turns logical axes into a PartitionSpec.
-
-  Raises:
-    ValueError: two axes of one array on the same mesh axis, or an unknown logical axis.
-  """
-  unknown = [a for a in axes if a not in RULES]
-  if unknown:
-    raise ValueError(f'unknown logical axes {unknown}; there are {sorted(map(str, RULES))}')
-  spec = PartitionSpec(*(RULES[a] for a in axes))
-  used = jax.tree.leaves(tuple(spec))
-  if len(set(used)) != len(used):
-    raise ValueError(f'logical axes {axes} collide on one mesh axis: {spec}')
-  return spec
+  return tuple(shape)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -66,12 +89,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def by_rows(mesh: Mesh) -> NamedSharding:
   """Makes the sharding of a batch: rows over data and fsdp."""
-  return NamedSharding(mesh, partition_spec(('batch',)))
+  return NamedSharding(mesh, layout.partition_spec(('batch',)))
 
 
 def row_shards(mesh: Mesh) -> int:
   """Counts the parts into which a batch is split."""
-  return mesh.shape['data'] * mesh.shape['fsdp']
+  return _parts(mesh, layout.TRAIN['batch'])
+
+
+def _parts(mesh, names):
+  return math.prod(mesh.shape[name] for name in names)
 
 
 def param_shardings(specs: dict[str, Any], mesh: Mesh) -> Any:
@@ -81,10 +108,11 @@ def param_shardings(specs: dict[str, Any], mesh: Mesh) -> Any:
     ValueError: an axis that its mesh axis does not divide; names the field and the parameter.
   """
   def one(name: str, spec: ParamSpec) -> NamedSharding:
-    sharding = NamedSharding(mesh, partition_spec(spec.axes))
-    for size, axis in zip(spec.shape, sharding.spec, strict=True):
-      if axis is not None and size % mesh.shape[axis]:
-        raise ValueError(f'compute.mesh.{axis}={mesh.shape[axis]} does not divide the shape '
+    sharding = NamedSharding(mesh, layout.partition_spec(spec.axes))
+    for size, axis in zip(spec.shape, spec.axes, strict=True):
+      names = layout.TRAIN[axis]
+      if size % _parts(mesh, names):
+        raise ValueError(f'compute.mesh.{names[0]}={_parts(mesh, names)} does not divide the shape '
                          f'{spec.shape} of the parameter {name} along {spec.axes}; allowed: a '
                          f'divisor of {size}')
     return sharding
@@ -101,3 +129,18 @@ def put(tree: Any, shardings: Any) -> Any:
   if isinstance(shardings, NamedSharding):
     return jax.tree.map(lambda x: one(x, shardings), tree)
   return jax.tree.map(one, tree, shardings)
+
+
+def decode_bytes(specs: dict[str, Any], mesh: Mesh, itemsize: int) -> int:
+  """Counts the bytes that each device receives when the parameters of a table are laid out for
+  decoding: what it reads there, less what it holds of that already."""
+  total = 0
+  for spec in flatten(specs).values():
+    held = layout.partition_spec(spec.axes)
+    wanted = layout.fit(spec.shape, spec.axes, layout.DECODE, mesh)
+    parts = [(_parts(mesh, _names([a])), _parts(mesh, _names([b])))
+             for a, b in zip(held, wanted, strict=True)]
+    size = math.prod(spec.shape)
+    total += itemsize * (size / math.prod(b for _, b in parts)
+                         - size / math.prod(map(max, parts)))  # along one axis the finer is within
+  return int(total)

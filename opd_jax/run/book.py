@@ -40,7 +40,7 @@ class Book:
 
   def __init__(self, run: Run, workdir: pathlib.Path, history: dict[str, Any], *, restored: bool,
                operations: Callable[[int, dict[str, np.ndarray]], dict[str, float]],
-               compile_count: Callable[[], int]):
+               counts: Callable[[], dict[str, float]]):
     """Opens the records.
 
     Args:
@@ -50,10 +50,10 @@ class Book:
       restored: which of the two.
       operations: (step, lengths) -> the operations of the step that led to `step`, by who spends
         them; lengths are those metrics of the update that are arrays [B].
-      compile_count: () -> how many programs are compiled.
+      counts: () -> what is counted for `perf`: compiled programs, bytes moved.
     """
     self._run, self.history = run, history
-    self._operations, self._compile_count = operations, compile_count
+    self._operations, self._counts = operations, counts
     self._writer = metrics.Writer(workdir, history['step'] if restored else None)
     self._display = metrics.Display(run.name, run.steps, run.log.plain_every_steps)
     self._clock, self._pending = metrics.Clock(), None
@@ -121,7 +121,7 @@ class Book:
     own = lengths['lengths']
     row |= {'length': float(own.mean()), 'flops': dict(self.history['flops']),
             # What is of this process, and not of the run.
-            'perf': {**self._clock.read(1, int(own.sum())), 'compiles': self._compile_count()}}
+            'perf': {**self._clock.read(1, int(own.sum())), **self._counts()}}
     if written:
       row['text'] = texts.text_metrics(*written, self._run.data.samples_per_prompt)
       for alarm in self._watch.look(row):

@@ -11,6 +11,7 @@ from jaxtyping import Array
 import numpy as np
 import scipy.stats
 
+from opd_jax import layout
 from opd_jax.algorithm import divergences, metrics, score, vocabulary
 from opd_jax.data import examples as examples_lib
 from opd_jax.parallel import sharding
@@ -60,10 +61,10 @@ def compare(params: Params, teacher_params: Params | None, rollout: Rollout, *, 
   asked for what `metrics.overlap` says, as overlap_count_K and so on. Without a teacher only the
   first two."""
   mine, theirs = score.completion_hidden(model, params, rollout), None
-  head = model.head(params)
+  head = layout.whole_head(model.head(params), mine.dtype)
   if teacher is not None:
     theirs = score.completion_hidden(teacher, teacher_params, rollout)
-    teacher_head = teacher.head(teacher_params)
+    teacher_head = layout.whole_head(teacher.head(teacher_params), theirs.dtype)
 
   def chunk(mine, targets, theirs):
     own = score.log_softmax(mine, head, temperature)

@@ -246,7 +246,7 @@ def gradients(run: Run, parts: Parts, probe: Probe, stream: Stream
   heads, key = programs.heads(probe.graders), load.fold_in(jax.random.key(run.seed), load.GATE, 0)
   program = jax.jit(functools.partial(
       update.gradient, model=parts.student.model, term=term_of(stream),
-      chunk_tokens=run.compute.chunk_tokens),
+      chunk_tokens=parts.chunk_tokens),
       out_shardings=(scalar, sharding.param_shardings(parts.trained_specs, parts.mesh), scalar))
 
   def measure(batch):

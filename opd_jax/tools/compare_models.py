@@ -37,7 +37,7 @@ def support(run: Run, parts: Parts, probe: Any) -> dict[str, Any]:
         lambda rows: evaluate.compare(
             student, teacher, rows, model=parts.student.model, teacher=parts.teacher.model,
             temperature=o.temperature, teacher_temperature=o.teacher_temperature,
-            chunk_tokens=run.compute.chunk_tokens, overlap_top_ks=tuple(ks)),
+            chunk_tokens=parts.chunk_tokens, overlap_top_ks=tuple(ks)),
         score.split_rows(rollout, own.microbatch_rows)))
 
   program = jax.jit(look, out_shardings=sharding.by_rows(parts.mesh))

@@ -49,7 +49,7 @@ def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any
     # What such a run exported has the template it was trained in.
     style = build.prompt_style(run, student.tokenizer, (teacher or student).tokenizer, stop_tokens)
     held_out = build.load_examples(run, 'eval', run.eval.problems, student.tokenizer, style)
-    mesh = build.make_mesh(run.compute.mesh)
+    mesh = build.make_mesh(run.compute, [student.model])
   except (ValueError, FileNotFoundError) as e:
     raise ConfigError(str(e)) from e
   evaluator = programs.make_evaluator(

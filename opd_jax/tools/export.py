@@ -115,7 +115,7 @@ def _measure(run, student, teacher, stop_tokens, mesh, params, dtype):
 def _mesh(run: Run) -> jax.sharding.Mesh:
   """The run's mesh, or one for whatever devices there are on another machine."""
   try:
-    return build.make_mesh(run.compute.mesh)
+    return build.make_mesh(run.compute, [])
   except ValueError:
     return sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1, expert=1))
 

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from opd_jax import models
+from opd_jax import layout, models
 from opd_jax.algorithm import sample, score
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.files import huggingface
 from opd_jax.models import params as params_lib
-from opd_jax.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +98,8 @@ def test_init_follows_the_table(family):
     assert one[name].shape == abstract[name].shape == spec.shape
     assert one[name].dtype == abstract[name].dtype == jnp.float32
     assert np.all(np.isfinite(one[name]))
-    assert set(spec.axes) <= set(sharding.RULES), f'{name}: sharding.py has no rule for an axis'
-    sharding.partition_spec(spec.axes)  # and no two axes collide
+    assert set(spec.axes) <= set(layout.TRAIN), f'{name}: layout.py has no rule for an axis'
+    layout.partition_spec(spec.axes)  # and no two axes collide
     assert jnp.array_equal(one[name], same[name])
     if spec.matmul:  # random, of a size that keeps the scale of its input, and not drawn twice
       assert not jnp.array_equal(one[name], other[name])

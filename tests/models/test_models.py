@@ -317,7 +317,7 @@ def on_meshes(folder):
   where = {}
   model = models.build(_config('qwen3_moe'), remat=True)
   for name, sizes in MESHES.items():
-    sizes = {axis: sizes.get(axis, 1) for axis in sharding.MESH_AXES}
+    sizes = {axis: sizes.get(axis, 1) for axis in sharding.SIZES}
     devices = jax.devices()[:int(np.prod(list(sizes.values())))]
     mesh = sharding.make_mesh(sizes, devices)
     shardings = sharding.param_shardings(model.specs, mesh)

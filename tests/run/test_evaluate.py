@@ -96,7 +96,7 @@ def make_evaluator(models, problems, **fields):
   return programs.make_evaluator(
       run, models[0], models[1].model, task=tasks.get(run.task.name),
       examples=build.load_examples(run, 'eval', problems, models[0].tokenizer, prompts_lib.Style()),
-      stop_tokens=models[0].stop_tokens, mesh=build.make_mesh(run.compute.mesh))
+      stop_tokens=models[0].stop_tokens, mesh=build.make_mesh(run.compute, []))
 
 
 @pytest.fixture(scope='module')

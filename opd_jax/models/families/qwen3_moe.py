@@ -5,9 +5,8 @@ token, and their outputs are added with the router's probabilities as weights. N
 Left out, and refused by name when a config.json asks for it: what qwen3.py refuses, blocks without
 experts, and the loss that balances the router.
 
-On a mesh, every device sorts and computes the tokens of its own rows (axes data and fsdp) for the
-experts that it holds (axis expert); rows are not split over expert, so that one sum is all that is
-exchanged.
+On a mesh, every device sorts and computes the tokens of its own rows for the experts that it holds
+(layout.py); rows are not split over the axes of experts, so that one sum is all that is exchanged.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from opd_jax import layout
 from opd_jax.models import config_json, decoder, nn
 from opd_jax.models.families import qwen3
 from opd_jax.models.params import ParamSpec
@@ -108,33 +108,36 @@ def experts(x: Float[Array, 'B S D'], weights: Float[Array, 'B S k'], chosen: In
   return jnp.einsum('bskd,bsk->bsd', rows, weights)
 
 
-def mixture(c: Config, x: Float[Array, 'B S D'], w: dict[str, Any]) -> Float[Array, 'B S D']:
-  """Computes the experts' layer, spread over the mesh in context where there is one."""
+def mixture(c: Config, x: Float[Array, 'B S D'], w: dict[str, Any], rules: layout.Rules
+            ) -> Float[Array, 'B S D']:
+  """Computes the experts' layer, spread by the rules over the mesh in context if there is one."""
   weights, chosen = route(c, x, w['router'])
   mesh = jax.sharding.get_abstract_mesh()
-  # The names of `sharding.MESH_AXES`. Sorting would gather what is split over data and fsdp.
-  names = tuple(n for n in ('data', 'fsdp', 'expert') if mesh.shape.get(n, 1) > 1)
-  if not names:
+  # Sorting would gather what is split by rows.
+  by_row, by_expert = (tuple(n for n in rules[axis] if mesh.shape.get(n, 1) > 1)
+                       for axis in ('batch', 'experts'))
+  if not by_row + by_expert:
     return experts(x, weights, chosen, w['gate'], w['up'], w['down'], 0)
-  by_row = P(tuple(n for n in names if n != 'expert'))
-  by_expert = P('expert' if 'expert' in names else None)
 
   def local(x, weights, chosen, gate, up, down):
-    if 'expert' not in names:
+    if not by_expert:
       return experts(x, weights, chosen, gate, up, down, 0)
-    first = jax.lax.axis_index('expert') * gate.shape[0]
+    first = jax.lax.axis_index(by_expert) * gate.shape[0]
     # Said here that these will differ by device: jax 0.10 takes the result of a sort to be the same
     # everywhere, and would add up the gradient of x before it is put back in order.
-    x, weights, chosen = jax.lax.pcast((x, weights, chosen), 'expert', to='varying')
-    return jax.lax.psum(experts(x, weights, chosen, gate, up, down, first), 'expert')
+    x, weights, chosen = jax.lax.pcast((x, weights, chosen), by_expert, to='varying')
+    return jax.lax.psum(experts(x, weights, chosen, gate, up, down, first), by_expert)
 
-  return jax.shard_map(local, in_specs=(by_row,) * 3 + (by_expert,) * 3, out_specs=by_row,
-                       axis_names=set(names))(x, weights, chosen, w['gate'], w['up'], w['down'])
+  rows, held = P(by_row or None), P(by_expert or None)
+  return jax.shard_map(local, in_specs=(rows,) * 3 + (held,) * 3, out_specs=rows,
+                       axis_names={*by_row, *by_expert})(
+                           x, weights, chosen, w['gate'], w['up'], w['down'])
 
 
 def _layer(c, x, w, rope, allowed, cache):
   x, kv = qwen3.attention(c, x, w, rope, allowed, cache)
-  return x + mixture(c, nn.rms_norm(x, w['mlp_norm'], c.rms_norm_eps), w), kv
+  rules = layout.TRAIN if cache is None else layout.DECODE
+  return x + mixture(c, nn.rms_norm(x, w['mlp_norm'], c.rms_norm_eps), w, rules), kv
 
 
 FAMILY = decoder.Family(

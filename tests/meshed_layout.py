@@ -1,0 +1,114 @@
+"""What travels in the loop's programs, and what models compute, on meshes: for the children of
+test_layout.py.
+
+The sizes are Qwen3-0.6B's, with 4 layers: 64 rows of 128 + 128 tokens, 16 of them in a pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import collectives
+import jax
+import jax.numpy as jnp
+import optax
+
+from opd_jax import models, programs
+from opd_jax.algorithm import sample, score, update
+from opd_jax.algorithm.objective import Objective
+from opd_jax.parallel import sharding
+from opd_jax.types import Batch, Heads, Prompts, Rollout, Scores, Wants
+
+QWEN3 = dict(
+    model_type='qwen3', rms_norm_eps=1e-6, rope_theta=1e6, vocab_size=151936, head_dim=128,
+    hidden_act='silu', attention_bias=False, max_position_embeddings=40960, hidden_size=1024,
+    num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=8, intermediate_size=3072,
+    tie_word_embeddings=True)
+PROMPT, ROOM, CHUNK = 128, 128, 4096
+
+
+def make_mesh(split: int = 1, **sizes: int) -> jax.sharding.Mesh:
+  """A mesh of these sizes and of ones."""
+  return sharding.make_mesh(dict.fromkeys(sharding.SIZES, 1) | sizes, None, split)
+
+
+class Lowered:
+  """The programs of the loop for a mesh, without an array."""
+
+  def __init__(self, mesh: jax.sharding.Mesh, rows: int = 64, microbatch_rows: int = 16):
+    self.mesh, self.rows, self.micro = mesh, rows, microbatch_rows
+    self.model = models.build(QWEN3, dtype=jnp.bfloat16, remat=True)
+    self.optimizer = optax.adamw(1e-4)
+    self.state = programs.abstract_state(self.model.specs, self.optimizer, mesh)
+    self.rollout = Rollout(
+        tokens=self._rows(PROMPT + ROOM, dtype=jnp.int32),
+        valid=self._rows(PROMPT + ROOM, dtype=jnp.bool_), mask=self._per_token(),
+        sampler_logprobs=self._per_token(), policy_offset=self._per_token(),
+        ended=self._rows(dtype=jnp.bool_), prompt_length=PROMPT)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    self.key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
+
+  def _rows(self, *shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct((self.rows, *shape), dtype, sharding=sharding.by_rows(self.mesh))
+
+  def _per_token(self):
+    return self._rows(PROMPT + ROOM - 1)
+
+  def score(self):
+    return jax.jit(functools.partial(
+        score.teacher_logprob_fn, model=self.model, temperature=1.0, wants=Wants(logprobs=True),
+        chunk_tokens=CHUNK, microbatch_rows=self.micro),
+        out_shardings=sharding.by_rows(self.mesh)).lower(self.state.params, self.rollout)
+
+  def update(self):
+    scores = Scores(self._per_token(), self._per_token(), None)
+    term = update.Term('own', Objective(), microbatch_rows=self.micro)
+    where = jax.tree.map(lambda x: x.sharding, self.state)
+    return jax.jit(functools.partial(
+        update.update_fn, model=self.model, optimizer=self.optimizer, terms=(term,),
+        chunk_tokens=CHUNK), donate_argnums=0, out_shardings=(
+            where, sharding.replicated(self.mesh))).lower(
+                self.state, (Batch(self.rollout, scores, scores),), Heads(), None, self.key)
+
+  def sample(self):
+    """The sampler, which lays the weights out for decoding first."""
+    prompts = Prompts(self._rows(PROMPT, dtype=jnp.int32), self._rows(PROMPT, dtype=jnp.bool_))
+    return jax.jit(functools.partial(
+        sample.sample_fn, model=self.model, max_new_tokens=ROOM, temperature=1.0, top_p=1.0,
+        top_k=0, stop_tokens=(7,), pad_token=0), out_shardings=sharding.by_rows(self.mesh)).lower(
+            self.state.params, prompts, self.key)
+
+  def decode_layout(self):
+    return jax.jit(self.model.for_decoding).lower(self.state.params)
+
+
+# (program, rows, rows of a pass, decode_split, mesh).
+CASES = {
+    'update': ('update', 64, 16, 1, dict(fsdp=8)),
+    'update of twice the rows': ('update', 128, 32, 1, dict(fsdp=8)),
+    'score': ('score', 64, 16, 1, dict(fsdp=8)),
+    'score of twice the rows': ('score', 128, 32, 1, dict(fsdp=8)),
+    'score with tensor': ('score', 64, 16, 1, dict(fsdp=4, tensor=2)),
+    'sample gathered': ('sample', 64, 16, 1, dict(fsdp=8)),
+    'sample split': ('sample', 64, 16, 8, dict(fsdp=8)),
+    'sample half split': ('sample', 64, 16, 2, dict(fsdp=4, tensor=2)),
+    'layout gathered': ('decode_layout', 64, 16, 1, dict(fsdp=8)),
+    'layout split': ('decode_layout', 64, 16, 8, dict(fsdp=8)),
+    'layout half split': ('decode_layout', 64, 16, 2, dict(fsdp=8))}
+
+
+def traffic() -> dict[str, Any]:
+  """By case: the collectives (see `collectives.of_program`), and what is said to be received."""
+  out = {}
+  for name, (program, rows, micro, split, sizes) in CASES.items():
+    mesh = make_mesh(split, **sizes)
+    with jax.set_mesh(mesh):
+      lowered = Lowered(mesh, rows, micro)
+      text = getattr(lowered, program)().compile().as_text()
+    # The CPU's bfloat16 travels as float32.
+    out[name] = dict(found=collectives.of_program(text),
+                     said=sharding.decode_bytes(lowered.model.specs, mesh, 4))
+    print(name, file=sys.stderr, flush=True)
+  return out

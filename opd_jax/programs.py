@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from opd_jax import build, load
 from opd_jax.algorithm import score, update
@@ -33,8 +32,8 @@ from opd_jax.data.streams import GIVEN, OWN, Stream
 from opd_jax.files import checkpoint
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.models import lora
-from opd_jax.models import params as params_lib
 from opd_jax.parallel import sharding
+from opd_jax.parallel import state as state_lib
 from opd_jax.parallel.decoding import DecodeLayout
 from opd_jax.run import evaluate
 from opd_jax.settings import Run
@@ -156,7 +155,7 @@ class Programs:
 def compile_programs(run: Run, parts: Parts) -> Programs:
   """Makes the jitted functions of a run; each is compiled when it is first called."""
   scalar = sharding.replicated(parts.mesh)
-  abstract = abstract_state(parts.trained_specs, parts.optimizer, parts.mesh)
+  abstract = state_lib.abstract(parts.trained_specs, parts.optimizer, parts.mesh)
   state = jax.tree.map(lambda x: x.sharding, abstract)
   beside = tuple(s for s in parts.streams if s.name == GIVEN)
 
@@ -184,7 +183,7 @@ def compile_programs(run: Run, parts: Parts) -> Programs:
              for streams in ((s, *beside) for s in parts.streams if s not in beside)}
   written = [s for s in parts.streams if s.writer != 'dataset']
   return Programs(
-      parts, abstract, jax.jit(functools.partial(init_state, parts.optimizer), donate_argnums=0,
+      parts, abstract, jax.jit(functools.partial(state_lib.init, parts.optimizer), donate_argnums=0,
                                out_shardings=state),
       {s.name: make_layout(run, parts, s, blocking) for s in written},
       {s.name: make_writer(run, parts, s) for s in written},
@@ -269,23 +268,3 @@ def make_evaluator(run: Run, student: LoadedModel, teacher: Model | None, *, tas
       compare=compare, samples_per_problem=samples, pass_k=run.eval.pass_k, task=task,
       examples=examples, tokenizer=student.tokenizer, mesh=mesh,
       key=load.fold_in(jax.random.key(run.seed), load.EVAL, 0))
-
-
-def init_state(optimizer: optax.GradientTransformation, trained: Any) -> TrainState:
-  """Makes the train state before the first step."""
-  return TrainState(step=jnp.int32(0), params=trained, opt_state=optimizer.init(trained))
-
-
-def abstract_state(specs: dict[str, Any], optimizer: optax.GradientTransformation,
-                   mesh: jax.sharding.Mesh) -> TrainState:
-  """Describes a train state: shapes, dtypes and shardings; moments are sharded as their
-  parameters."""
-  abstract = jax.eval_shape(functools.partial(init_state, optimizer),
-                            params_lib.abstract_params(specs))
-  weights, scalar = sharding.param_shardings(specs, mesh), sharding.replicated(mesh)
-  shardings = TrainState(
-      step=scalar, params=weights, opt_state=optax.tree_utils.tree_map_params(
-          optimizer, lambda _, sharding: sharding, abstract.opt_state, weights,
-          transform_non_params=lambda _: scalar))
-  return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                      abstract, shardings)

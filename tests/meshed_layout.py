@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from opd_jax import models, programs
+from opd_jax import models
 from opd_jax.algorithm import sample, score, update
 from opd_jax.algorithm.objective import Objective
 from opd_jax.parallel import sharding
+from opd_jax.parallel import state as state_lib
 from opd_jax.types import Batch, Heads, Prompts, Rollout, Scores, Wants
 
 QWEN3 = dict(
@@ -29,24 +30,27 @@ QWEN3 = dict(
 PROMPT, ROOM, CHUNK = 128, 128, 4096
 
 
-def make_mesh(split: int = 1, **sizes: int) -> jax.sharding.Mesh:
+def make_mesh(split: int = 1, devices: list[Any] | None = None, **sizes: int
+              ) -> jax.sharding.Mesh:
   """A mesh of these sizes and of ones."""
-  return sharding.make_mesh(dict.fromkeys(sharding.SIZES, 1) | sizes, None, split)
+  return sharding.make_mesh(dict.fromkeys(sharding.SIZES, 1) | sizes, devices, split)
 
 
 class Lowered:
   """The programs of the loop for a mesh, without an array."""
 
-  def __init__(self, mesh: jax.sharding.Mesh, rows: int = 64, microbatch_rows: int = 16):
+  def __init__(self, mesh: jax.sharding.Mesh, rows: int = 64, microbatch_rows: int = 16,
+               prompt: int = PROMPT, room: int = ROOM, **shape: Any):
     self.mesh, self.rows, self.micro = mesh, rows, microbatch_rows
-    self.model = models.build(QWEN3, dtype=jnp.bfloat16, remat=True)
+    self.prompt, self.room = prompt, room
+    self.model = models.build(QWEN3 | shape, dtype=jnp.bfloat16, remat=True)
     self.optimizer = optax.adamw(1e-4)
-    self.state = programs.abstract_state(self.model.specs, self.optimizer, mesh)
+    self.state = state_lib.abstract(self.model.specs, self.optimizer, mesh)
     self.rollout = Rollout(
-        tokens=self._rows(PROMPT + ROOM, dtype=jnp.int32),
-        valid=self._rows(PROMPT + ROOM, dtype=jnp.bool_), mask=self._per_token(),
+        tokens=self._rows(prompt + room, dtype=jnp.int32),
+        valid=self._rows(prompt + room, dtype=jnp.bool_), mask=self._per_token(),
         sampler_logprobs=self._per_token(), policy_offset=self._per_token(),
-        ended=self._rows(dtype=jnp.bool_), prompt_length=PROMPT)
+        ended=self._rows(dtype=jnp.bool_), prompt_length=prompt)
     key = jax.eval_shape(lambda: jax.random.key(0))
     self.key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
 
@@ -54,13 +58,15 @@ class Lowered:
     return jax.ShapeDtypeStruct((self.rows, *shape), dtype, sharding=sharding.by_rows(self.mesh))
 
   def _per_token(self):
-    return self._rows(PROMPT + ROOM - 1)
+    return self._rows(self.prompt + self.room - 1)
 
-  def score(self):
+  def score(self, dtype: Any = jnp.float32):
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
+                          self.state.params)
     return jax.jit(functools.partial(
         score.teacher_logprob_fn, model=self.model, temperature=1.0, wants=Wants(logprobs=True),
         chunk_tokens=CHUNK, microbatch_rows=self.micro),
-        out_shardings=sharding.by_rows(self.mesh)).lower(self.state.params, self.rollout)
+        out_shardings=sharding.by_rows(self.mesh)).lower(params, self.rollout)
 
   def update(self):
     scores = Scores(self._per_token(), self._per_token(), None)
@@ -74,9 +80,10 @@ class Lowered:
 
   def sample(self):
     """The sampler, which lays the weights out for decoding first."""
-    prompts = Prompts(self._rows(PROMPT, dtype=jnp.int32), self._rows(PROMPT, dtype=jnp.bool_))
+    prompts = Prompts(self._rows(self.prompt, dtype=jnp.int32),
+                      self._rows(self.prompt, dtype=jnp.bool_))
     return jax.jit(functools.partial(
-        sample.sample_fn, model=self.model, max_new_tokens=ROOM, temperature=1.0, top_p=1.0,
+        sample.sample_fn, model=self.model, max_new_tokens=self.room, temperature=1.0, top_p=1.0,
         top_k=0, stop_tokens=(7,), pad_token=0), out_shardings=sharding.by_rows(self.mesh)).lower(
             self.state.params, prompts, self.key)
 

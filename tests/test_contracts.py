@@ -46,7 +46,7 @@ COMPILES = ('programs.py', 'doctor/rollouts.py', 'tools/compare_estimators.py',
 CONFIGS = ('config.py', 'experiment.py', 'presets.py')
 TAKES_CONFIG = ('train.py', 'doctor/examine.py')  # `train` and `command`; and all of tools/
 # What a step does, from the loop to the gradient; a choice or a gate is looked up, one at a time.
-PATH, PATH_LINES = ('types', 'algorithm', 'programs', 'train'), 2600
+PATH, PATH_LINES = ('types', 'algorithm', 'programs', 'train'), 2650
 
 
 @functools.cache

@@ -6,8 +6,9 @@ import jax
 import pytest
 import tiny
 
-from opd_jax import config, layout, load, models
+from opd_jax import config, load, models
 from opd_jax.errors import ConfigError
+from opd_jax.models import layout
 
 
 def test_a_path_that_looks_like_a_field_is_still_named(tmp_path, monkeypatch):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tiny
 
-from opd_jax import build, config, layout, load, models, settings, train
-from opd_jax.models import params
+from opd_jax import build, config, load, models, settings, train
+from opd_jax.models import layout, params
 from opd_jax.parallel import sharding
 
 ADAPTERS = 'adapters'  # exact OPD that trains adapters on every linear layer
@@ -209,7 +209,7 @@ class TestRefused:
     model = models.build({**tiny.SHAPE, 'vocab_size': 64})
     compute = settings.Compute(decode_split=split)
     with pytest.raises(ValueError, match=rf'compute\.decode_split={split}\b.*allowed.*{allowed}'):
-      build.make_mesh(compute, [model], [None] * 8)
+      build.make_mesh(compute, [model], jax.devices() * 8)
 
   def test_too_many_devices_asked_for_in_a_config(self, tmp_path):
     c = tiny.config('sft', compute__mesh__tensor=3)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from opd_jax import layout
+from opd_jax.models import layout
 from opd_jax.models.nn import positions_of
 from opd_jax.types import Model, Params, Prompts, Rollout
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from opd_jax import layout
 from opd_jax.algorithm import vocabulary
+from opd_jax.models import layout
 from opd_jax.models.nn import positions_of
 from opd_jax.types import Batch, Head, Model, Params, Rollout, Scores, Wants
 

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from opd_jax import layout
 from opd_jax.algorithm import score as score_lib
 from opd_jax.algorithm import support as support_lib
 from opd_jax.algorithm import vocabulary
 from opd_jax.algorithm.objective import Objective
+from opd_jax.models import layout
 from opd_jax.types import Batch, Head
 
 

@@ -28,12 +28,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 import optax
 
-from opd_jax import layout
 from opd_jax.algorithm import metrics, signals, vocabulary
 from opd_jax.algorithm import score as score_lib
 from opd_jax.algorithm import support as support_lib
 from opd_jax.algorithm.objective import Objective, wants
-from opd_jax.models import lora
+from opd_jax.models import layout, lora
 from opd_jax.types import (
   Batch,
   Head,

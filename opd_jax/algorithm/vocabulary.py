@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from opd_jax import layout
+from opd_jax.models import layout
 
 # (head, constants, hidden [n, ...], *arrays [n, ...]) -> (losses [n], {name: [n]})
 ChunkFn = Callable[..., tuple[Array, dict[str, Array]]]

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from opd_jax import layout
-from opd_jax.models import config_json, nn, placement
+from opd_jax.models import config_json, layout, nn, placement
 from opd_jax.models.lora import LoRA
 from opd_jax.models.params import ParamSpec
 from opd_jax.types import Head, Model, Params

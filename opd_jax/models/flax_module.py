@@ -25,8 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import layout
-from opd_jax.models import placement
+from opd_jax.models import layout, placement
 from opd_jax.models.nn import positions_of
 from opd_jax.models.params import AXES, ParamSpec, flatten, unflatten
 from opd_jax.types import Head, Model, Params

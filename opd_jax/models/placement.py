@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from opd_jax import layout
+from opd_jax.models import layout
 from opd_jax.models.lora import LoRA, split_axes
 from opd_jax.models.params import ParamSpec, flatten, unflatten
 from opd_jax.types import Params

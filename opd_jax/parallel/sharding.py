@@ -8,10 +8,11 @@ import math
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from opd_jax import layout
+from opd_jax.models import layout
 from opd_jax.models.params import ParamSpec, flatten, unflatten
 
 _PADDED = ('vocab', 'batch')  # what decoding splits whatever its size, or not by its weights
@@ -30,16 +31,25 @@ def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None, decode_sp
     decode_split: how many neighbours along fsdp are the axis decode.
 
   Raises:
-    ValueError: sizes that do not multiply to the number of devices, with both numbers.
+    ValueError: sizes that do not multiply to the number of devices, with both numbers; devices of
+      several slices; a split that does not divide.
   """
   devices = jax.devices() if devices is None else devices
   data, fsdp, tensor, expert = resolve(sizes, len(devices))
   if decode_split < 1 or fsdp % decode_split:
     raise ValueError(f'compute.decode_split={decode_split}; allowed: a divisor of '
                      f'compute.mesh.fsdp={fsdp}, or 0, which chooses one')
-  shape = (data, fsdp // decode_split, decode_split, tensor, expert)
-  return jax.make_mesh(shape, layout.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape),
-                       devices=devices)
+  slices = {getattr(device, 'slice_index', 0) for device in devices}
+  if len(slices) > 1:
+    raise ValueError(f'compute.mesh={sizes}: the devices are {len(slices)} slices; allowed: one, '
+                     'whose devices are joined by more than the data center network')
+  shape = (data, fsdp, tensor, expert)
+  try:  # along the physical axes where they fit
+    grid = mesh_utils.create_device_mesh(shape, devices)
+  except NotImplementedError:
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  grid = grid.reshape(data, fsdp // decode_split, decode_split, tensor, expert)
+  return Mesh(grid, layout.MESH_AXES, axis_types=(AxisType.Auto,) * grid.ndim)
 
 
 def decode_splits(specs: dict[str, Any], sizes: dict[str, int], devices: int) -> list[int]:

@@ -11,9 +11,9 @@ from jaxtyping import Array
 import numpy as np
 import scipy.stats
 
-from opd_jax import layout
 from opd_jax.algorithm import divergences, metrics, score, vocabulary
 from opd_jax.data import examples as examples_lib
+from opd_jax.models import layout
 from opd_jax.parallel import sharding
 from opd_jax.run import texts as texts_lib
 from opd_jax.types import Model, Params, Rollout

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from opd_jax import build, load, programs
+from opd_jax import build, load
 from opd_jax import config as config_lib
 from opd_jax.doctor import rollouts
 from opd_jax.errors import ConfigError
@@ -23,6 +23,7 @@ from opd_jax.files import checkpoint, huggingface, peft
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.models import lora
 from opd_jax.parallel import sharding
+from opd_jax.parallel import state as state_lib
 from opd_jax.settings import Checkpoint, Run
 
 FORMATS = ('full', 'adapter')
@@ -73,7 +74,7 @@ def export(workdir: pathlib.Path, output: pathlib.Path, form: str, step: int, dt
     teacher = load.open_teacher(run, student) if borrows else None
     tokenizer, mesh = build.final_tokenizer(run.prompt.template, student, teacher), _mesh(run)
     specs = adapter.specs if adapter else student.model.specs
-    shape = programs.abstract_state(specs, build.make_optimizer(run), mesh)
+    shape = state_lib.abstract(specs, build.make_optimizer(run), mesh)
     step, state = _restore(run.checkpoint, workdir, step, shape)
     origin = _origin(workdir, read, step, state)
     if form == 'adapter':

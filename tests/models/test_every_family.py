@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from opd_jax import layout, models
+from opd_jax import models
 from opd_jax.algorithm import sample, score
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.files import huggingface
+from opd_jax.models import layout
 from opd_jax.models import params as params_lib
 
 

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from opd_jax import layout
-from opd_jax.models import config_json, decoder, nn
+from opd_jax.models import config_json, decoder, layout, nn
 from opd_jax.models.families import qwen3
 from opd_jax.models.params import ParamSpec
 

@@ -13,6 +13,7 @@ import pathlib
 import platform
 import sys
 import textwrap
+import traceback
 from typing import Any, NoReturn
 import warnings
 
@@ -39,21 +40,22 @@ class Command:
   example: str
 
 
+HOSTS = ('coordinator', 'processes', 'process')
 COMMANDS = {
     'train': Command(
         'trains a run, or every stage of a pipeline, from the start or from where it stopped',
-        ('config', 'workdir'), ('config',), 'opd train --config experiments/quickstart.py'),
+        ('config', 'workdir', *HOSTS), ('config',), 'opd train --config experiments/quickstart.py'),
     'doctor': Command(
         'checks in seconds whether student, teacher and config belong together',
-        ('config', 'workdir', 'stage'), ('config',),
+        ('config', 'workdir', 'stage', *HOSTS), ('config',),
         'opd doctor --config experiments/quickstart.py --stage opd'),
     'diagnose': Command(
         'compares gradient estimators on the two models of a run, before any training',
-        ('config', 'workdir', 'stage'), ('config',),
+        ('config', 'workdir', 'stage', *HOSTS), ('config',),
         'opd diagnose --config experiments/quickstart.py --stage opd'),
     'evaluate': Command(
         "evaluates a Hugging Face directory on a run's held-out problems, as the run would",
-        ('config', 'workdir', 'stage', 'model', 'teacher'), ('config', 'model'),
+        ('config', 'workdir', 'stage', 'model', 'teacher', *HOSTS), ('config', 'model'),
         'opd evaluate --config experiments/quickstart.py --stage opd --model DIR'),
     'report': Command(
         'writes the tables and the picture of a finished pipeline again',
@@ -61,7 +63,7 @@ COMMANDS = {
         'opd report --config experiments/dense_vs_rl.py:tiny,seeds=3 --workdir DIR'),
     'export': Command(
         "writes a run's checkpoint as a directory that others open",
-        ('workdir', 'output', 'format', 'step', 'dtype', 'changed_inputs'),
+        ('workdir', 'output', 'format', 'step', 'dtype', 'changed_inputs', *HOSTS),
         ('workdir', 'output'),
         'opd export --workdir runs/quickstart/seed_0/opd --output DIR --format adapter'),
 }
@@ -78,6 +80,10 @@ FLAGS = {
     'changed_inputs': ('REASON', 'why the base may be another than the one the run began with; '
                        'refused unless given (for train: --config.doctor.changed_inputs)'),
     'dtype': ('float32 | bfloat16', 'of the weights; float32 unless given'),
+    'coordinator': ('HOST:PORT', 'of several processes that are one run: where process 0 listens; '
+                    'found on SLURM, Cloud TPU, Open MPI unless given (docs/running.md)'),
+    'processes': ('N', 'how many there are; 1 runs alone whatever the environment says'),
+    'process': ('I', 'which of them this is, from 0'),
 }
 
 
@@ -206,9 +212,11 @@ def define_flags() -> None:
   config_flags.DEFINE_config_file('config', None, FLAGS['config'][1], lock_config=True)
   for name in ('workdir', 'stage', 'model', 'output'):
     flags.DEFINE_string(name, None, FLAGS[name][1])
-  for name, default in (('teacher', ''), ('format', 'full'), ('dtype', ''), ('changed_inputs', '')):
+  for name, default in (('teacher', ''), ('format', 'full'), ('dtype', ''), ('changed_inputs', ''),
+                        ('coordinator', '')):
     flags.DEFINE_string(name, default, FLAGS[name][1])
-  flags.DEFINE_integer('step', -1, FLAGS['step'][1])
+  for name, default in (('step', -1), ('processes', 0), ('process', -1)):
+    flags.DEFINE_integer(name, default, FLAGS[name][1])
 
 
 def parse_flags(command: str, argv: list[str]) -> list[str]:
@@ -278,27 +286,55 @@ def dispatch(command: str, argv: list[str]) -> int:
       print(f'error: --{name}=\'\'; allowed: {FLAGS[name][0]}', file=sys.stderr)
       return 2
   set_up_jax()
+  from opd_jax.parallel import hosts
+  try:
+    status = run_command(command, flags.FLAGS)
+  except BaseException as e:
+    status, text = explain_end(e)
+    if status != PREEMPTED:
+      hosts.fail(e, foreseen=text is not None)
+    if text is None:
+      if hosts.count() == 1:
+        raise
+      traceback.print_exc()
+    else:
+      print(text, file=sys.stderr)
+    if hosts.count() > 1 and status != PREEMPTED:  # nobody comes to where others are waited for
+      hosts.end(status)
+  hosts.leave()
+  return status
+
+
+PREEMPTED = 143  # what a shell reports for a process that SIGTERM ended
+
+
+def explain_end(e: BaseException) -> tuple[int, str | None]:
+  """Says with what status a command ends that raised this, and in which line; None of what is no
+  mistake of the user's and has a traceback."""
   from opd_jax.errors import ConfigError, one_line
   from opd_jax.files.checkpoint import DamagedError
+  from opd_jax.parallel.hosts import HostError
   from opd_jax.run.interrupts import PreemptedError
-  try:
-    return run_command(command, flags.FLAGS)
-  except (ConfigError, FloatingPointError, DamagedError) as e:
-    print(f'error: {one_line(str(e))}', file=sys.stderr)
-    return 2
-  except OSError as e:  # a disk that is full, a directory that was removed or cannot be written
+  if isinstance(e, ConfigError | FloatingPointError | DamagedError | HostError):
+    return 2, f'error: {one_line(str(e))}'
+  if isinstance(e, OSError):  # a disk that is full, a directory that was removed or is read-only
     plain = f'{e.filename}: {e.strerror}' if e.filename is not None else str(e)
-    print(f'error: {one_line(" ".join(plain.split()))}', file=sys.stderr)
-    return 2
-  except PreemptedError as e:
-    print(e, file=sys.stderr)
-    return 143  # what a shell reports for a process that SIGTERM ended
+    return 2, f'error: {one_line(" ".join(plain.split()))}'
+  if isinstance(e, PreemptedError):
+    return PREEMPTED, str(e)
+  return 1, None
 
 
 def run_command(command: str, flags: Any) -> int:
   """Runs a command with its flags; returns the exit status."""
-  from opd_jax import config, experiment, train
+  from opd_jax.parallel import hosts, join
   from opd_jax.run import interrupts
+  if set(HOSTS) <= set(COMMANDS[command].flags):
+    if start := join.find(flags.coordinator, flags.processes, flags.process):
+      join.join(start)
+      if not hosts.is_primary():
+        sys.stdout = open(os.devnull, 'w')  # one of them speaks to the console
+  from opd_jax import config, experiment, train
   from opd_jax.tools import evaluate_model, export, pipeline
   interrupts.raise_again()
   c, given = flags.config, flags.workdir

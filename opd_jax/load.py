@@ -25,7 +25,7 @@ from opd_jax.files.digest import Digests
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.models import flax_module, lora
 from opd_jax.models import params as params_lib
-from opd_jax.parallel import sharding
+from opd_jax.parallel import hosts, sharding
 from opd_jax.settings import Compute, Lora, Run
 from opd_jax.types import Params
 
@@ -171,7 +171,7 @@ def _fresh_reader(seed: int, specs: dict[str, Any]) -> Callable[..., Params]:
   """(dtype, shardings) -> fresh parameters from a run's seed, in the form of a `read`."""
   def read(dtype: Any = jnp.float32, shardings: Any = None) -> Params:
     fresh = params_lib.init_params(specs, fold_in(jax.random.key(seed), INIT, 0), dtype)
-    return jax.device_get(fresh) if shardings is None else sharding.put(fresh, shardings)
+    return hosts.fetch(fresh) if shardings is None else sharding.put(fresh, shardings)
 
   return read
 

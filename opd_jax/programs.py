@@ -181,7 +181,8 @@ def compile_programs(run: Run, parts: Parts) -> Programs:
                                out_shardings=state),
       {s.name: make_writer(run, parts, s) for s in parts.streams if s.writer != 'dataset'},
       make_scorers(run.compute.chunk_tokens, parts, parts.streams), updates, evaluator, of_teacher,
-      jax.jit(checkpoint.checksums), jax.block_until_ready if blocking else lambda x: x)
+      jax.jit(checkpoint.checksums, out_shardings=scalar),
+      jax.block_until_ready if blocking else lambda x: x)
 
 
 def term_of(stream: Stream) -> update.Term:

@@ -28,6 +28,7 @@ from opd_jax.files import checkpoint, disk, huggingface, peft
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.files.digest import Digests
 from opd_jax.models import lora
+from opd_jax.parallel import hosts
 from opd_jax.programs import Graders, Programs, compile_programs
 from opd_jax.run import flops
 from opd_jax.run.book import Book, new_history
@@ -196,7 +197,7 @@ def finish(run: Run, programs: Programs, state: TrainState, base: lora.Frozen | 
   """
   parts, history = programs.parts, book.history
   origin = workdir_lib.origin(history['config'], inputs, history['step'],
-                              jax.device_get(programs.checksums(state)).tolist())
+                              hosts.fetch(programs.checksums(state)).tolist())
   tokenizer = build.final_tokenizer(run.prompt.template, parts.student, parts.teacher)
   export, adapter = workdir / workdir_lib.EXPORT, workdir / workdir_lib.ADAPTER
   result, student = book.result(), lora.join(base, state.params)

@@ -22,11 +22,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from opd_jax.files import disk
+from opd_jax.parallel import hosts
 from opd_jax.types import TrainState
 
 # Where orbax moves a checkpoint that is to be deleted, in one step. A process that is killed while
@@ -134,7 +134,7 @@ class Checkpoints:
     # A deep copy: orbax writes in the background while the caller goes on counting.
     metrics = metrics or {}
     host = json.loads(json.dumps({
-        **host, 'metrics': metrics, 'checksums': np.asarray(self._checksums(state)).tolist()}))
+        **host, 'metrics': metrics, 'checksums': hosts.fetch(self._checksums(state)).tolist()}))
     host['digest'] = digest(step, host)
     self.wait()
     if self._is_removed():
@@ -230,7 +230,7 @@ class Checkpoints:
     if not isinstance(host, dict) or host.pop('digest', None) != digest(step, host):
       raise ValueError('the history does not have the digest it was saved with')
     del host['metrics']
-    if np.asarray(self._checksums(state)).tolist() != host.pop('checksums'):
+    if hosts.fetch(self._checksums(state)).tolist() != host.pop('checksums'):
       raise ValueError('the state does not have the checksums it was saved with')
     return state, host
 

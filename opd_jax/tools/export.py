@@ -13,7 +13,6 @@ import sys
 from typing import Any
 
 import jax
-import numpy as np
 
 from opd_jax import build, load, programs
 from opd_jax import config as config_lib
@@ -22,7 +21,7 @@ from opd_jax.errors import ConfigError
 from opd_jax.files import checkpoint, huggingface, peft
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.models import lora
-from opd_jax.parallel import sharding
+from opd_jax.parallel import hosts, sharding
 from opd_jax.settings import Checkpoint, Run
 
 FORMATS = ('full', 'adapter')
@@ -95,7 +94,7 @@ def _origin(workdir, read, step, state):
   """As the run itself says it, but for what was `read` now."""
   settings = workdir_lib.read_config(workdir)
   return workdir_lib.origin(settings, workdir_lib.read_inputs(workdir) | read, step,
-                            np.asarray(checkpoint.checksums(state)).tolist())
+                            hosts.fetch(checkpoint.checksums(state)).tolist())
 
 
 def _measure(run, student, teacher, stop_tokens, mesh, params, dtype):

@@ -7,6 +7,7 @@ import atexit
 import dataclasses
 import errno
 import functools
+import json
 import logging
 import os
 import pathlib
@@ -334,6 +335,9 @@ def run_command(command: str, flags: Any) -> int:
       join.join(start)
       if not hosts.is_primary():
         sys.stdout = open(os.devnull, 'w')  # one of them speaks to the console
+      given = {n: flags[n].value for n in COMMANDS[command].flags if n not in ('config', 'process')}
+      hosts.require_same({'command': command, **hosts.versions(), **given, 'config': (
+          None if flags.config is None else json.loads(flags.config.to_json()))})
   from opd_jax import config, experiment, train
   from opd_jax.tools import evaluate_model, export, pipeline
   interrupts.raise_again()

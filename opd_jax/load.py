@@ -263,9 +263,10 @@ def read_base(student: LoadedModel, adapter: Adapter | None, dtype: Any, mesh: j
 
 def check_directory(run: Run, settings: dict[str, Any], workdir: pathlib.Path
                     ) -> dict[str, Digests]:
-  """Checks that a work directory is for this config, and for the inputs as they are; returns what
-  they contain, whatever they are called."""
+  """Checks that a work directory is for this config, and for the inputs as they are, on all hosts;
+  returns what they contain, whatever they are called."""
   workdir_lib.check(workdir, settings)
   found = inputs(run)
+  hosts.require_same(found)
   workdir_lib.check_inputs(workdir, found, run.doctor.changed_inputs)
   return found

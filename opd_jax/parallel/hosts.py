@@ -10,12 +10,15 @@ One process is the case of `count() == 1`, in which nothing here does anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import importlib.metadata
 import itertools
 import json
 import os
 import pathlib
 import pickle
+import platform
 import subprocess
 import sys
 import threading
@@ -27,6 +30,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
+from opd_jax.errors import ConfigError
 from opd_jax.parallel import watch
 
 T = TypeVar('T')
@@ -51,6 +55,7 @@ class _State:
     self.calls = itertools.count()
     self.posted: list[str] = []  # keys in jax's store that others may still want to read
     self.told = threading.Event()
+    self.deciding = False
 
 
 _STATE = _State()
@@ -105,6 +110,7 @@ def exchange(value: Any) -> list[Any]:
   """Gives every process the values of all, in their order; all have to call it."""
   if count() == 1:
     return [value]
+  assert not _STATE.deciding, 'the others do not take part in a decision'
   data, call = pickle.dumps(value), next(_STATE.calls)
   small = len(data) <= SMALL_BYTES
   _put(f'{call}/{index()}', data if small else b'')
@@ -131,7 +137,7 @@ def decide(choose: Callable[[], T]) -> T:
   Raises:
     HostError: on the others, what the first one raises.
   """
-  if count() == 1:
+  if count() == 1 or _STATE.deciding:  # a decision that is a part of another
     return choose()
   call = next(_STATE.calls)
   if not is_primary():
@@ -140,10 +146,13 @@ def decide(choose: Callable[[], T]) -> T:
       raise HostError(f'{name(0)}: {error}')
     return value
   try:
+    _STATE.deciding = True
     value = choose()
   except Exception as e:
     _put(f'{call}/0', pickle.dumps((str(e), None)))
     raise
+  finally:
+    _STATE.deciding = False
   _put(f'{call}/0', pickle.dumps((None, value)))
   return value
 
@@ -193,21 +202,54 @@ def _get(key: str) -> bytes:
 # --- the same run everywhere ---
 
 
-def differing(facts: dict[str, Any]) -> list[str]:
-  """Lists in what the processes differ: 'fact: value on process 0 (...), value on process 1 (...)'.
+def require_same(facts: dict[str, Any]) -> None:
+  """Refuses processes that are not about to do the same.
 
   Args:
-    facts: by name, of this process; a value of JSON, compared as a whole.
+    facts: by name, of this process: JSON; a dict is compared entry by entry.
+
+  Raises:
+    ConfigError: names what differs, with the values and the processes.
   """
-  found, out = exchange(facts), []
-  for fact in sorted({fact for f in found for fact in f}):
+  found, out = exchange(dict(_leaves(facts, ''))), []
+  for fact in sorted({fact for leaves in found for fact in leaves}):
     values: dict[str, list[int]] = {}
-    for i, f in enumerate(found):
-      values.setdefault(json.dumps(f.get(fact), sort_keys=True), []).append(i)
+    for i, leaves in enumerate(found):
+      values.setdefault(leaves.get(fact, 'nothing'), []).append(i)
     if len(values) > 1:
-      out.append(f'{fact}: ' + ', '.join(
-          f'{value[:80]} on {", ".join(map(name, who))}' for value, who in values.items()))
-  return out
+      out.append(f'{fact}=' + ' and '.join(
+          f'{value[:80]} on {", ".join(map(name, who[:4]))}{" ..." if who[4:] else ""}'
+          for value, who in values.items()))
+  if out:
+    raise ConfigError(f'the processes of this run differ: {"; ".join(out[:8])}'
+                      f'{f"; and {len(out) - 8} more" if out[8:] else ""}; allowed: on all hosts '
+                      'the same command, config, code, versions and inputs')
+
+
+def _leaves(tree: Any, path: str) -> Iterator[tuple[str, str]]:
+  if not isinstance(tree, dict):
+    yield path, json.dumps(tree)
+    return
+  for key, value in tree.items():
+    yield from _leaves(value, f'{path}.{key}' if path else key)
+
+
+def versions() -> dict[str, str]:
+  """Computes what must be the same of the code: this package by a digest, and what it stands on."""
+  package, out = pathlib.Path(__file__).parent.parent, hashlib.sha256()
+  for file in sorted(package.rglob('*.py')):
+    out.update(f'{file.relative_to(package)}\0'.encode() + file.read_bytes() + b'\0')
+  names = ('opd_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'tokenizers',
+           'transformers')
+  with_version = {name: _version(name) for name in names}
+  return {'code': out.hexdigest()[:16], 'python': platform.python_version(), **with_version}
+
+
+def _version(name: str) -> str:
+  try:
+    return importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:  # on PYTHONPATH, and not installed
+    return ''
 
 
 # --- the end ---
@@ -306,11 +348,3 @@ def end(status: int) -> NoReturn:
     stream.flush()
   os._exit(status)
 
-
-def source_digest(package: pathlib.Path) -> str:
-  """Computes the digest of the Python files of a package: of what is run."""
-  import hashlib
-  out = hashlib.sha256()
-  for file in sorted(package.rglob('*.py')):
-    out.update(f'{file.relative_to(package)}\0'.encode() + file.read_bytes() + b'\0')
-  return out.hexdigest()[:16]

@@ -128,9 +128,7 @@ def _restore(settings: Checkpoint, workdir: pathlib.Path, step: int, shape: Any
   """
   folder, steps = workdir / workdir_lib.CHECKPOINTS, []
   if folder.is_dir():
-    store = checkpoint.Checkpoints(
-        folder, keep_latest=settings.keep_latest, keep_best=settings.most_best,
-        best_metric=settings.best_metric, read_only=True)
+    store = checkpoint.of_run(settings, workdir, read_only=True)
     steps = store.steps()
   if not steps or step not in (-1, *steps):
     raise ValueError(f'step={step}: workdir={str(workdir)!r} has no such checkpoint; allowed: -1 '

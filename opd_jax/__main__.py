@@ -7,13 +7,14 @@ import atexit
 import dataclasses
 import errno
 import functools
+import json
 import logging
 import os
 import pathlib
 import platform
-import re
 import sys
 import textwrap
+import traceback
 from typing import Any, NoReturn
 import warnings
 
@@ -40,21 +41,22 @@ class Command:
   example: str
 
 
+HOSTS = ('coordinator', 'processes', 'process')
 COMMANDS = {
     'train': Command(
         'trains a run, or every stage of a pipeline, from the start or from where it stopped',
-        ('config', 'workdir'), ('config',), 'opd train --config experiments/quickstart.py'),
+        ('config', 'workdir', *HOSTS), ('config',), 'opd train --config experiments/quickstart.py'),
     'doctor': Command(
         'checks in seconds whether student, teacher and config belong together',
-        ('config', 'workdir', 'stage'), ('config',),
+        ('config', 'workdir', 'stage', *HOSTS), ('config',),
         'opd doctor --config experiments/quickstart.py --stage opd'),
     'diagnose': Command(
         'compares gradient estimators on the two models of a run, before any training',
-        ('config', 'workdir', 'stage'), ('config',),
+        ('config', 'workdir', 'stage', *HOSTS), ('config',),
         'opd diagnose --config experiments/quickstart.py --stage opd'),
     'evaluate': Command(
         "evaluates a Hugging Face directory on a run's held-out problems, as the run would",
-        ('config', 'workdir', 'stage', 'model', 'teacher'), ('config', 'model'),
+        ('config', 'workdir', 'stage', 'model', 'teacher', *HOSTS), ('config', 'model'),
         'opd evaluate --config experiments/quickstart.py --stage opd --model DIR'),
     'report': Command(
         'writes the tables and the picture of a finished pipeline again',
@@ -62,7 +64,7 @@ COMMANDS = {
         'opd report --config experiments/dense_vs_rl.py:tiny,seeds=3 --workdir DIR'),
     'export': Command(
         "writes a run's checkpoint as a directory that others open",
-        ('workdir', 'output', 'format', 'step', 'dtype', 'changed_inputs'),
+        ('workdir', 'output', 'format', 'step', 'dtype', 'changed_inputs', *HOSTS),
         ('workdir', 'output'),
         'opd export --workdir runs/quickstart/seed_0/opd --output DIR --format adapter'),
 }
@@ -79,6 +81,10 @@ FLAGS = {
     'changed_inputs': ('REASON', 'why the base may be another than the one the run began with; '
                        'refused unless given (for train: --config.doctor.changed_inputs)'),
     'dtype': ('float32 | bfloat16', 'of the weights; float32 unless given'),
+    'coordinator': ('HOST:PORT', 'of several processes that are one run: where process 0 listens; '
+                    'found on SLURM, Cloud TPU, Open MPI unless given (docs/running.md)'),
+    'processes': ('N', 'how many there are; 1 runs alone whatever the environment says'),
+    'process': ('I', 'which of them this is, from 0'),
 }
 
 
@@ -207,9 +213,11 @@ def define_flags() -> None:
   config_flags.DEFINE_config_file('config', None, FLAGS['config'][1], lock_config=True)
   for name in ('workdir', 'stage', 'model', 'output'):
     flags.DEFINE_string(name, None, FLAGS[name][1])
-  for name, default in (('teacher', ''), ('format', 'full'), ('dtype', ''), ('changed_inputs', '')):
+  for name, default in (('teacher', ''), ('format', 'full'), ('dtype', ''), ('changed_inputs', ''),
+                        ('coordinator', '')):
     flags.DEFINE_string(name, default, FLAGS[name][1])
-  flags.DEFINE_integer('step', -1, FLAGS['step'][1])
+  for name, default in (('step', -1), ('processes', 0), ('process', -1)):
+    flags.DEFINE_integer(name, default, FLAGS[name][1])
 
 
 def parse_flags(command: str, argv: list[str]) -> list[str]:
@@ -218,8 +226,9 @@ def parse_flags(command: str, argv: list[str]) -> list[str]:
   from absl import flags
 
   from opd_jax.errors import one_line
+  from opd_jax.tools import mistakes
   logging.getLogger('absl').setLevel(logging.CRITICAL)  # it warns of what is an error below
-  file = config_file(argv)
+  file = mistakes.config_file(argv)
   try:
     if file and pathlib.Path(file).exists() and not pathlib.Path(file).is_file():
       raise OSError('no regular file')  # a pipe would be waited for
@@ -238,74 +247,9 @@ def parse_flags(command: str, argv: list[str]) -> list[str]:
       _ = flags.FLAGS.config.name  # a file that cannot be read is noticed only here
     return rest
   except Exception as e:  # the code of a config file may raise anything
-    print(f'error: {one_line(" ".join(explain(command, argv, e).split()))}', file=sys.stderr)
+    said = mistakes.explain(command, COMMANDS[command].flags, argv, e)
+    print(f'error: {one_line(" ".join(said.split()))}', file=sys.stderr)
   sys.exit(2)
-
-
-# What absl says of a value, and what it should have been.
-KINDS = (('invalid literal for int', 'an integer'),
-         ('could not convert string to float', 'a number'),
-         ('as a ConfigDict', 'its fields, one by one: --config.GROUP.FIELD=VALUE'),
-         ('as tuple', "a tuple, such as (1, 2) or ('a', 'b')"), ('boolean', 'true or false'))
-A_CONFIG = ('a Python file whose get_config returns config.default_config() or '
-            'experiment.default_pipeline(), changed')
-
-
-def explain(command: str, argv: list[str], e: Exception) -> str:
-  """Words what is wrong with a command line or a config file, and what is allowed."""
-  from absl import flags
-  text, given = str(e).strip(), f'--config {config_file(argv)}'
-  # Not of --config itself: what is wrong is in the file.
-  if illegal := re.match(r'flag --(?!config=)(.*?)=(.*?): ', text, re.DOTALL):
-    name, value = illegal.groups()
-    allowed = next((kind for said, kind in KINDS if said in text), 'a value of its type')
-    return f'--{name}={value!r}; allowed: {allowed}'
-  if isinstance(e, flags.UnrecognizedFlagError):
-    return f'--{e.flagname} is unknown; allowed: {["--" + n for n in COMMANDS[command].flags]}'
-  if isinstance(e, flags.Error) and not text.startswith('flag --config='):
-    return f'{text}; allowed: flags as --NAME VALUE, see `opd {command} --help`'
-  if isinstance(e, AttributeError | KeyError) and (found := unknown_field(argv)):
-    return found
-  if isinstance(e, OSError):
-    return f'{given}: {text.partition("Attempted")[2] or text}; allowed: {A_CONFIG}'
-  # What a config file itself raises as one of these arrives as a traceback in the text.
-  said = re.split(r'(?:Config|Value|Type)Error: ', text)[-1]
-  if 'allowed' in said:
-    return said
-  if not isinstance(e, TypeError | ValueError | flags.Error):
-    said = f'{type(e).__name__}: {said}'
-  return f'{given}: {said}; allowed: {A_CONFIG}'
-
-
-def config_file(argv: list[str]) -> str | None:
-  """Finds the FILE of --config FILE:ARGUMENT; None where there is none."""
-  words = [w for flag in argv for w in flag.split('=', 1)]
-  words = ['--config' if word == '-config' else word for word in words]
-  at = words.index('--config') + 1 if '--config' in words else len(words)
-  return words[at].partition(':')[0] if at < len(words) else None
-
-
-def unknown_field(argv: list[str]) -> str | None:
-  """Finds which --config.FIELD of the command line does not exist, and what does in its place; None
-  where it is the file that is no config."""
-  import runpy
-  words = [word for flag in argv for word in flag.split('=', 1)]
-  argument = next((w.partition(':')[2] for w in words if w.startswith(f'{config_file(argv)}:')), '')
-  try:
-    config = runpy.run_path(config_file(argv))['get_config'](*filter(None, [argument]))
-  except Exception:  # that is what is wrong
-    return None
-  for word in words:
-    path = word.lstrip('-').split('.')
-    here = config
-    for i, field in enumerate(path[1:] if path[0] == 'config' else [], 1):
-      group = '.'.join(path[:i])
-      if not hasattr(here, 'items'):
-        return f'{word}: {group} has no fields; allowed: --{group}=VALUE'
-      if field not in here:
-        return f'{word}: {group} has no field {field!r}; allowed: {sorted(here)}'
-      here = here[field]
-  return None
 
 
 def set_up_jax() -> None:
@@ -343,27 +287,58 @@ def dispatch(command: str, argv: list[str]) -> int:
       print(f'error: --{name}=\'\'; allowed: {FLAGS[name][0]}', file=sys.stderr)
       return 2
   set_up_jax()
+  from opd_jax.parallel import hosts
+  try:
+    status = run_command(command, flags.FLAGS)
+  except BaseException as e:
+    status, text = explain_end(e)
+    if status != PREEMPTED:
+      hosts.fail(e, foreseen=text is not None)
+    if text is None:
+      if hosts.count() == 1:
+        raise
+      traceback.print_exc()
+    else:
+      print(text, file=sys.stderr)
+    if hosts.count() > 1 and status != PREEMPTED:  # nobody comes to where others are waited for
+      hosts.end(status)
+  hosts.leave()
+  return status
+
+
+PREEMPTED = 143  # what a shell reports for a process that SIGTERM ended
+
+
+def explain_end(e: BaseException) -> tuple[int, str | None]:
+  """Says with what status a command ends that raised this, and in which line; None of what is no
+  mistake of the user's and has a traceback."""
   from opd_jax.errors import ConfigError, one_line
   from opd_jax.files.checkpoint import DamagedError
+  from opd_jax.parallel.hosts import HostError
   from opd_jax.run.interrupts import PreemptedError
-  try:
-    return run_command(command, flags.FLAGS)
-  except (ConfigError, FloatingPointError, DamagedError) as e:
-    print(f'error: {one_line(str(e))}', file=sys.stderr)
-    return 2
-  except OSError as e:  # a disk that is full, a directory that was removed or cannot be written
+  if isinstance(e, ConfigError | FloatingPointError | DamagedError | HostError):
+    return 2, f'error: {one_line(str(e))}'
+  if isinstance(e, OSError):  # a disk that is full, a directory that was removed or is read-only
     plain = f'{e.filename}: {e.strerror}' if e.filename is not None else str(e)
-    print(f'error: {one_line(" ".join(plain.split()))}', file=sys.stderr)
-    return 2
-  except PreemptedError as e:
-    print(e, file=sys.stderr)
-    return 143  # what a shell reports for a process that SIGTERM ended
+    return 2, f'error: {one_line(" ".join(plain.split()))}'
+  if isinstance(e, PreemptedError):
+    return PREEMPTED, str(e)
+  return 1, None
 
 
 def run_command(command: str, flags: Any) -> int:
   """Runs a command with its flags; returns the exit status."""
-  from opd_jax import config, experiment, train
+  from opd_jax.parallel import hosts, join
   from opd_jax.run import interrupts
+  if set(HOSTS) <= set(COMMANDS[command].flags):
+    if start := join.find(flags.coordinator, flags.processes, flags.process):
+      join.join(start)
+      if not hosts.is_primary():
+        sys.stdout = open(os.devnull, 'w')  # one of them speaks to the console
+      given = {n: flags[n].value for n in COMMANDS[command].flags if n not in ('config', 'process')}
+      hosts.require_same({'command': command, **hosts.versions(), **given, 'config': (
+          None if flags.config is None else json.loads(flags.config.to_json()))})
+  from opd_jax import config, experiment, train
   from opd_jax.tools import evaluate_model, export, pipeline
   interrupts.raise_again()
   c, given = flags.config, flags.workdir

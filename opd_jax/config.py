@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 import copy
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -20,6 +21,7 @@ from opd_jax import tasks
 from opd_jax.errors import ConfigError
 from opd_jax.files import hub
 from opd_jax.files import workdir as workdir_lib
+from opd_jax.parallel import hosts
 from opd_jax.rules import run as rules
 from opd_jax.settings import Run
 from opd_jax.tasks import _tables
@@ -117,7 +119,8 @@ def pin(c: ConfigDict, workdir: str | pathlib.Path, keep: bool = True) -> Config
       field = f'{f"stages.{stage}." if stage else ""}{where}{name}={asked!r}'
       if key not in known:
         try:
-          known = {**known, key: hub.find_commit(path, asked, kind)}
+          known = {**known, key: hosts.decide(functools.partial(
+              hub.find_commit, path, asked, kind))}
         except ValueError as e:
           raise ConfigError(
               f'{field} of {path!r}, which is not here: {e}; allowed: a branch, a tag, the 40 hex '

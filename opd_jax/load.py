@@ -25,7 +25,7 @@ from opd_jax.files.digest import Digests
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.models import flax_module, lora
 from opd_jax.models import params as params_lib
-from opd_jax.parallel import sharding
+from opd_jax.parallel import hosts, sharding
 from opd_jax.settings import Compute, Lora, Run
 from opd_jax.types import Params
 
@@ -171,7 +171,7 @@ def _fresh_reader(seed: int, specs: dict[str, Any]) -> Callable[..., Params]:
   """(dtype, shardings) -> fresh parameters from a run's seed, in the form of a `read`."""
   def read(dtype: Any = jnp.float32, shardings: Any = None) -> Params:
     fresh = params_lib.init_params(specs, fold_in(jax.random.key(seed), INIT, 0), dtype)
-    return jax.device_get(fresh) if shardings is None else sharding.put(fresh, shardings)
+    return hosts.fetch(fresh) if shardings is None else sharding.put(fresh, shardings)
 
   return read
 
@@ -263,9 +263,10 @@ def read_base(student: LoadedModel, adapter: Adapter | None, dtype: Any, mesh: j
 
 def check_directory(run: Run, settings: dict[str, Any], workdir: pathlib.Path
                     ) -> dict[str, Digests]:
-  """Checks that a work directory is for this config, and for the inputs as they are; returns what
-  they contain, whatever they are called."""
+  """Checks that a work directory is for this config, and for the inputs as they are, on all hosts;
+  returns what they contain, whatever they are called."""
   workdir_lib.check(workdir, settings)
   found = inputs(run)
+  hosts.require_same(found)
   workdir_lib.check_inputs(workdir, found, run.doctor.changed_inputs)
   return found

@@ -188,7 +188,8 @@ def compile_programs(run: Run, parts: Parts) -> Programs:
       {s.name: make_layout(run, parts, s, blocking) for s in written},
       {s.name: make_writer(run, parts, s) for s in written},
       make_scorers(parts, parts.streams), updates, evaluator, of_teacher,
-      jax.jit(checkpoint.checksums), jax.block_until_ready if blocking else lambda x: x)
+      jax.jit(checkpoint.checksums, out_shardings=scalar),
+      jax.block_until_ready if blocking else lambda x: x)
 
 
 def term_of(stream: Stream) -> update.Term:

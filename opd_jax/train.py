@@ -28,6 +28,7 @@ from opd_jax.files import checkpoint, disk, huggingface, peft
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.files.digest import Digests
 from opd_jax.models import lora
+from opd_jax.parallel import hosts
 from opd_jax.programs import Graders, Programs, compile_programs
 from opd_jax.run import flops
 from opd_jax.run.book import Book, new_history
@@ -63,7 +64,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     programs = compile_programs(run, parts)
 
     # Weights. `base` is what adapters are trained on (None without). Only the train state changes.
-    base, store = parts.read_base(), open_checkpoints(run.checkpoint, programs, workdir)
+    base, store = parts.read_base(), checkpoint.of_run(run.checkpoint, workdir, programs.checksums)
     graders = programs.connect(base)
     state, book = restore(run, programs, store, workdir, new_history(settings))
     step, key = book.history['step'], jax.random.key(run.seed)
@@ -93,7 +94,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
           raise PreemptedError(f'{run.name}: interrupted at step {step}, which is saved')
       store.wait()  # once result.json is there, no start looks for checkpoints half deleted
       result = finish(run, programs, state, base, book, workdir, inputs)
-      if interrupted():  # during the last evaluation: do not go on to another stage
+      if interrupted.now():  # during the last evaluation: do not go on to another stage
         raise PreemptedError(f'{run.name}: interrupted after its last step, and finished')
   return result
 
@@ -152,15 +153,6 @@ def evaluate_student(book: Book, programs: Programs, student: Params, graders: G
       student, teacher_params(graders), transcripts))
 
 
-def open_checkpoints(settings: Checkpoint, programs: Programs, workdir: pathlib.Path
-                     ) -> checkpoint.Checkpoints:
-  """Opens the checkpoints of a run."""
-  return checkpoint.Checkpoints(
-      workdir / workdir_lib.CHECKPOINTS, keep_latest=settings.keep_latest,
-      keep_best=settings.most_best, best_metric=settings.best_metric,
-      checksums=programs.checksums)
-
-
 def restore(run: Run, programs: Programs, store: checkpoint.Checkpoints, workdir: pathlib.Path,
             fresh: dict[str, Any]) -> tuple[TrainState, Book]:
   """Restores the newest checkpoint and the book that goes with it; without one, the state before
@@ -196,7 +188,7 @@ def finish(run: Run, programs: Programs, state: TrainState, base: lora.Frozen | 
   """
   parts, history = programs.parts, book.history
   origin = workdir_lib.origin(history['config'], inputs, history['step'],
-                              jax.device_get(programs.checksums(state)).tolist())
+                              hosts.fetch(programs.checksums(state)).tolist())
   tokenizer = build.final_tokenizer(run.prompt.template, parts.student, parts.teacher)
   export, adapter = workdir / workdir_lib.EXPORT, workdir / workdir_lib.ADAPTER
   result, student = book.result(), lora.join(base, state.params)
@@ -211,5 +203,5 @@ def finish(run: Run, programs: Programs, state: TrainState, base: lora.Frozen | 
     huggingface.write_checkpoint(export, parts.student.model, student, tokenizer,
                                  stop_tokens=parts.stop_tokens, dtype='float32',
                                  sampling=parts.student.sampling, origin=origin)
-  disk.write_json(workdir / workdir_lib.RESULT, result)
+  hosts.decide(lambda: disk.write_json(workdir / workdir_lib.RESULT, result))
   return result

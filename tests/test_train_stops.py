@@ -42,6 +42,8 @@ class TestInterrupted:
         self.reads += 1
         return self.reads > calls
 
+      now = __call__
+
     monkeypatch.setattr(train, 'Interrupts', Flag)
     c = tiny.with_models('sft', steps=12, checkpoint__every_steps=100, eval__every_steps=4)
     with pytest.raises(train.PreemptedError) as e:

@@ -317,13 +317,19 @@ class Held:
 
 
 def _held_command() -> None:
-  """`python tiny.py WHERE MARKER COMMAND...`: runs COMMAND, but on reaching WHERE creates MARKER
-  and waits until it is gone. WHERE is 'row:N' (the metrics of step N have just been written) or
-  'commit:N' (the checkpoint of step N is complete but for its final name)."""
+  """`python tiny.py WHERE MARKER COMMAND...`: runs COMMAND with `hold_at`."""
   signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal: nohup has it ignored
-  what, step = sys.argv[1].split(':')
-  marker = pathlib.Path(sys.argv[2])
+  hold_at(sys.argv[1], pathlib.Path(sys.argv[2]))
   del sys.argv[1:3]
+  from opd_jax import __main__
+  __main__.entry()
+
+
+def hold_at(where: str, marker: pathlib.Path) -> None:
+  """Lets this process, on reaching a place, create `marker` and wait until it is gone. The place is
+  'row:N' (the metrics of step N have just been written) or 'commit:N' (the checkpoint of step N is
+  complete but for its final name)."""
+  what, step = where.split(':')
 
   def hold():
     marker.touch()
@@ -349,8 +355,6 @@ def _held_command() -> None:
       rename(source, target, **options)
 
     os.rename = held_rename
-  from opd_jax import __main__
-  __main__.entry()
 
 
 if __name__ == '__main__':

@@ -17,6 +17,7 @@ import numpy as np
 from opd_jax.data import control
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.errors import ConfigError
+from opd_jax.parallel import hosts
 from opd_jax.types import Prompts, Rollout
 
 SHOWN = prompts_lib.SHOWN
@@ -214,10 +215,9 @@ def completions(rollout: Rollout, tokenizer: Any) -> list[str]:
   """Decodes the text of each row's completion, without what ended it (which a tokenizer need not
   call special) and without special tokens but those around thinking. Where one stood between two
   texts there is a space: the 7 before [/THINK] and the 8 behind it are no 78."""
-  tokens = np.asarray(rollout.tokens)[:, rollout.prompt_length:]
-  alive = np.asarray(rollout.valid)[:, rollout.prompt_length:]
-  written = [t[a][:-1] if end else t[a]
-             for t, a, end in zip(tokens, alive, np.asarray(rollout.ended), strict=True)]
+  tokens, alive, ended = hosts.fetch((rollout.tokens, rollout.valid, rollout.ended))
+  written = [t[a][:-1] if end else t[a] for t, a, end in zip(
+      tokens[:, rollout.prompt_length:], alive[:, rollout.prompt_length:], ended, strict=True)]
   special = set(tokenizer.all_special_ids) | {
       i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
   texts = tokenizer.batch_decode(written, skip_special_tokens=True)
@@ -254,9 +254,9 @@ def _opened(rollout, tokenizer):
   """The mark with which each prompt opens the thinking, as some templates do; '' where it does not.
   """
   begins = tuple(begin for begin, _ in control.THOUGHTS)
-  prompts = np.asarray(rollout.tokens)[:, :rollout.prompt_length]
-  valid = np.asarray(rollout.valid)[:, :rollout.prompt_length]
-  ends = tokenizer.batch_decode([t[v][-OPENING:] for t, v in zip(prompts, valid, strict=True)])
+  room = rollout.prompt_length
+  ends = tokenizer.batch_decode([t[:room][v[:room]][-OPENING:] for t, v in zip(
+      rollout.tokens, rollout.valid, strict=True)])
   return [next((b for b in begins if end.rstrip().endswith(b)), '') for end in ends]
 
 
@@ -283,11 +283,24 @@ def grade(task: Any, rows: list[dict[str, Any]], rollout: Rollout, tokenizer: An
           ) -> tuple[np.ndarray, list[str]]:
   """Asks the verifier for rewards, float32 [B]; returns the texts too. A completion that ran out of
   room before its stop token has not answered and gets 0; an example that nobody can grade gets NaN.
+  Several processes take a part of the rows each.
 
   Raises:
     ConfigError: the verifier gives no number for an answer to an example that it can grade.
   """
-  texts, ended = completions(rollout, tokenizer), np.asarray(rollout.ended)
+  tokens, valid, ended = hosts.fetch((rollout.tokens, rollout.valid, rollout.ended))
+
+  def part(places):
+    here = slice(places[0], places[-1] + 1)
+    return [_grade(task, rows[here], rollout.replace(
+        tokens=tokens[here], valid=valid[here], ended=ended[here]), tokenizer)]
+
+  parts = hosts.divide(range(len(rows)), part)
+  return np.concatenate([r for r, _ in parts]), [text for _, texts in parts for text in texts]
+
+
+def _grade(task, rows, rollout, tokenizer):
+  texts, ended = completions(rollout, tokenizer), rollout.ended
   answers = [answer(begun + text) if end else ''
              for begun, text, end in zip(_opened(rollout, tokenizer), texts, ended, strict=True)]
   if hasattr(task, 'grade_all'):

@@ -4,6 +4,7 @@ how a prompt becomes tokens: the text as it is, or a conversation in a chat temp
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from opd_jax.data import control, templates
+from opd_jax.parallel import hosts
 
 TEMPLATES = ('none', 'student', 'teacher')
 THINKING = ('default', 'on', 'off')
@@ -316,9 +318,9 @@ def _encode(guard, style, texts):
     if whole[len(whole) - len(bare):] != bare:
       raise ValueError('prompt.special_tokens=True: the tokenizer adds tokens after the text, and '
                        f'{bare} becomes {whole}; allowed: False')
-  if guard.choice != 'text' or not any(control.MARK in t for t in texts):
-    return encode(tokenizer, texts, style.special_tokens)
-  return guard.encode(texts, style.special_tokens)
+  plain = guard.choice != 'text' or not any(control.MARK in t for t in texts)
+  how = functools.partial(encode, tokenizer) if plain else guard.encode
+  return hosts.divide(texts, lambda part: how(part, style.special_tokens), hosts.FEW)
 
 
 def turn_end(tokenizer: Any, style: Style) -> list[int]:

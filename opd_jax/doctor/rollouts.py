@@ -18,7 +18,7 @@ from opd_jax.data.streams import OWN
 from opd_jax.doctor.finding import FAIL, OK, SKIPPED, WARN, Finding
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.models import flax_module, lora
-from opd_jax.parallel import sharding
+from opd_jax.parallel import hosts, sharding
 from opd_jax.run import evaluate
 from opd_jax.settings import Run
 from opd_jax.types import Params
@@ -76,7 +76,7 @@ def take_probe(run: Run, parts: Parts, student: Params, teacher: Params | None) 
   prompts = _prompts(run, parts.examples[OWN], parts.mesh)
   with jax.set_mesh(parts.mesh):
     program = jax.jit(look, out_shardings=sharding.by_rows(parts.mesh))
-    rollout, scores = jax.device_get(program(student, teacher, prompts, jax.random.key(run.seed)))
+    rollout, scores = hosts.fetch(program(student, teacher, prompts, jax.random.key(run.seed)))
   scores = {name: np.asarray(x, np.float64) for name, x in scores.items()}
   own = scores['logprobs']
   return Probe(
@@ -129,8 +129,8 @@ def measure_export(run: Run, student: LoadedModel, stop_tokens: tuple[int, ...],
 
   with jax.set_mesh(mesh):
     program = jax.jit(look, out_shardings=sharding.by_rows(mesh))
-    mask, kl = jax.device_get(program(params, _prompts(run, examples, mesh),
-                                      jax.random.key(run.seed)))
+    mask, kl = hosts.fetch(program(params, _prompts(run, examples, mesh),
+                                   jax.random.key(run.seed)))
   return {dtype: float(np.sum(x * mask, dtype=np.float64) / max(mask.sum(), 1.0))
           for dtype, x in kl.items()}
 

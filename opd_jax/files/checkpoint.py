@@ -22,11 +22,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from opd_jax.files import disk
+from opd_jax.files.workdir import CHECKPOINTS
+from opd_jax.parallel import hosts
+from opd_jax.settings import Checkpoint
 from opd_jax.types import TrainState
 
 # Where orbax moves a checkpoint that is to be deleted, in one step. A process that is killed while
@@ -96,6 +98,13 @@ class Checkpoints:
     self._own = self._path.stat()
 
   def _open(self):
+    hosts.decide(self._tidy)
+    self._manager = ocp.CheckpointManager(
+        self._path, options=self._options,
+        item_handlers={'state': ocp.StandardCheckpointHandler(),
+                       'host': ocp.JsonCheckpointHandler()})
+
+  def _tidy(self):
     if not self._read_only:
       self._delete()
     # Orbax reads two small files of every checkpoint when it starts, and gives up on one bad one.
@@ -106,14 +115,10 @@ class Checkpoints:
       self._give_up(bad)
     for step, error in bad.items():
       self._move_away(step, error)
-    self._manager = ocp.CheckpointManager(
-        self._path, options=self._options,
-        item_handlers={'state': ocp.StandardCheckpointHandler(),
-                       'host': ocp.JsonCheckpointHandler()})
 
   def steps(self) -> list[int]:
     """Lists the steps that have a finished checkpoint."""
-    return sorted(self._manager.all_steps())
+    return hosts.decide(lambda: sorted(self._manager.all_steps()))
 
   def save(self, state: TrainState, step: int, host: dict[str, Any],
            metrics: dict[str, float] | None) -> None:
@@ -129,12 +134,12 @@ class Checkpoints:
       StorageError: the file system refused this checkpoint or the one before, here or in `wait` or
         in `close`; what is there already stays.
     """
-    if step in self._manager.all_steps():
+    if step in self.steps():
       return
     # A deep copy: orbax writes in the background while the caller goes on counting.
     metrics = metrics or {}
     host = json.loads(json.dumps({
-        **host, 'metrics': metrics, 'checksums': np.asarray(self._checksums(state)).tolist()}))
+        **host, 'metrics': metrics, 'checksums': hosts.fetch(self._checksums(state)).tolist()}))
     host['digest'] = digest(step, host)
     self.wait()
     if self._is_removed():
@@ -178,7 +183,8 @@ class Checkpoints:
     return not self._path.is_dir() or not os.path.samestat(self._path.stat(), self._own)
 
   def _delete(self) -> None:
-    shutil.rmtree(self._path / DELETED, ignore_errors=True)
+    if hosts.is_primary():
+      shutil.rmtree(self._path / DELETED, ignore_errors=True)
 
   def __enter__(self) -> Checkpoints:
     return self
@@ -223,14 +229,21 @@ class Checkpoints:
     Raises:
       ValueError: other bits than were saved; tensorstore and orbax raise errors of their own.
     """
-    _refuse_pipes(self._path / str(step))
-    restored = self._manager.restore(step, args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore()))
+    restored, error = None, None
+    try:
+      _refuse_pipes(self._path / str(step))
+      restored = self._manager.restore(step, args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore()))
+    except Exception as e:  # of what this process reads; others may have read theirs
+      error = e
+    failed = [text for text in hosts.exchange(error and f'{type(error).__name__}: {error}') if text]
+    if failed:
+      raise error or ValueError(failed[0])
     state, host = jax.block_until_ready(restored['state']), restored['host']
     if not isinstance(host, dict) or host.pop('digest', None) != digest(step, host):
       raise ValueError('the history does not have the digest it was saved with')
     del host['metrics']
-    if np.asarray(self._checksums(state)).tolist() != host.pop('checksums'):
+    if hosts.fetch(self._checksums(state)).tolist() != host.pop('checksums'):
       raise ValueError('the state does not have the checksums it was saved with')
     return state, host
 
@@ -242,7 +255,7 @@ class Checkpoints:
 
   def _set_aside(self, step: int, error: Exception) -> None:
     self._manager.close()
-    self._move_away(step, error)
+    hosts.decide(lambda: self._move_away(step, error))
     self._open()
 
   def _move_away(self, step: int, error: Exception) -> None:
@@ -252,6 +265,15 @@ class Checkpoints:
     shutil.move(self._path / str(step), target)
     print(f'WARNING: the checkpoint of step {step} is damaged ({_first_line(error)}); moved to '
           f'{target}, falling back to the one before', file=sys.stderr, flush=True)
+
+
+def of_run(settings: Checkpoint, workdir: pathlib.Path,
+           checksums: Callable[[Any], jax.Array] = checksums, read_only: bool = False
+           ) -> Checkpoints:
+  """Opens the checkpoints of the run in a work directory, as its settings say."""
+  return Checkpoints(
+      workdir / CHECKPOINTS, keep_latest=settings.keep_latest, keep_best=settings.most_best,
+      best_metric=settings.best_metric, checksums=checksums, read_only=read_only)
 
 
 def _unopenable(folder: pathlib.Path) -> Exception | None:

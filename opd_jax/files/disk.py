@@ -1,5 +1,5 @@
 """What is asked of the file system: that a file appears whole, stays, and that a refusal is a line
-with the path."""
+with the path. Of several processes, the first one writes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import json
 import os
 import pathlib
 from typing import Any
+
+from opd_jax.parallel import hosts
 
 
 class StorageError(OSError):
@@ -46,11 +48,14 @@ def sync(path: pathlib.Path) -> None:
 
 
 def write_bytes(file: pathlib.Path, content: bytes) -> None:
-  """Writes a file that appears whole or not at all, and then stays.
+  """Writes a file that appears whole or not at all, and then stays. Of several processes, only the
+  first one does.
 
   Raises:
     StorageError: the file system refuses.
   """
+  if not hosts.is_primary():
+    return
   partial = file.with_name(f'.{file.name}.partial')
   with naming(file):
     partial.write_bytes(content)

@@ -16,7 +16,7 @@ from opd_jax.files import huggingface
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.models import flax_module
 from opd_jax.models.params import abstract_params
-from opd_jax.parallel import sharding
+from opd_jax.parallel import hosts, sharding
 from opd_jax.types import Model
 
 
@@ -50,7 +50,7 @@ def load(factory: str, path: str, dtype: Any, key: jax.Array) -> LoadedModel:
 
   def read(dtype=jnp.float32, shardings=None):
     params = huggingface.read_params(path, model, dtype) if path else make(key, compute)[1]
-    params = jax.tree.map(lambda x: np.asarray(x, dtype), jax.device_get(params))
+    params = jax.tree.map(lambda x: np.asarray(x, dtype), hosts.fetch(params))
     flax_module.check(model, params)
     return params if shardings is None else sharding.put(params, shardings)
 

@@ -17,7 +17,6 @@ import re
 import shutil
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,6 +26,7 @@ from opd_jax.files import convert, disk, hub
 from opd_jax.files import safetensors as safetensors_lib
 from opd_jax.files.safetensors import Stored
 from opd_jax.models.params import flatten
+from opd_jax.parallel import hosts
 from opd_jax.types import Model, Params, Wants
 
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
@@ -269,7 +269,7 @@ def read_params(path: str | os.PathLike[str], model: Model, dtype: Any = jnp.flo
 def _read_model(model: Model, weights: dict[str, Stored], dtype: Any = jnp.float32,
                 shardings: Any = None) -> Params:
   head = weights.get(_tied_head(model))
-  if head is not None and jax.process_index() == 0:  # one process has to read the whole of both
+  if head is not None and hosts.is_primary():  # one process has to read the whole of both
     embed = weights[flatten(model.specs)['embed'].hf_name]
     if head.shape != embed.shape or head.dtype not in safetensors_lib.DTYPES or not _equal(
         safetensors_lib.view(head), safetensors_lib.view(embed)):
@@ -292,8 +292,8 @@ def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params,
                      max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
   """Writes a model's directory: configs, weights, tokenizer with its chat template.
 
-  The directory appears whole or not at all. Of several processes the first one writes, and has to
-  hold all parameters.
+  The directory appears whole or not at all. Of several processes the first one writes; all have to
+  call this, since each holds a part of what is written.
 
   Args:
     path: the directory to make.
@@ -325,8 +325,6 @@ def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params,
                                         'eos_token_id': ends if ends[1:] else ends[0]}}
   if origin is not None:
     configs[ORIGIN] = origin
-  if jax.process_index():
-    return
   with new_directory(path) as partial:
     for file, content in configs.items():
       disk.write_json(partial / file, content, sort_keys=True)
@@ -346,17 +344,22 @@ def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params,
 
 @contextlib.contextmanager
 def new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-  """Makes a hidden directory that gets its name when all went well, and is removed when not.
+  """Makes a hidden directory that gets its name when all went well, and is removed when not. Of
+  several processes the first one does; the others are back when it is there.
 
   Raises:
     FileExistsError: `path` exists.
     ExportError: the file system refuses.
   """
   path = pathlib.Path(path)
+  partial = path.with_name(f'.{path.name}.partial')
+  if not hosts.is_primary():
+    yield partial
+    hosts.decide(lambda: None)
+    return
   if os.path.lexists(path):
     raise FileExistsError(f'{path} exists already; allowed: a path that does not, so choose '
                           'another or remove it')
-  partial = path.with_name(f'.{path.name}.partial')
   try:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -370,6 +373,7 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
                       f'{e.strerror or e}') from e
   finally:
     shutil.rmtree(partial, ignore_errors=True)
+  hosts.decide(lambda: None)
 
 
 def save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
@@ -378,6 +382,8 @@ def save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
   Raises:
     OSError: whatever went wrong.
   """
+  if not hosts.is_primary():
+    return
   try:
     tokenizer.save_pretrained(str(folder))
   except Exception as e:  # the Rust side raises bare Exceptions, for a full disk too

@@ -14,8 +14,6 @@ import re
 from typing import Any
 import warnings
 
-import jax
-
 from opd_jax.files import disk, huggingface
 from opd_jax.files import safetensors as safetensors_lib
 from opd_jax.files.safetensors import Stored
@@ -64,8 +62,6 @@ def write_adapter(path: str | os.PathLike[str], model: Model, adapters: Params,
       'lora_dropout': 0.0, 'bias': 'none', 'fan_in_fan_out': False, 'use_rslora': False,
       'use_dora': False, 'inference_mode': True, 'init_lora_weights': True,
       'modules_to_save': None, 'target_modules': sorted(_modules(plan))}
-  if jax.process_index():
-    return
   with huggingface.new_directory(path) as partial:
     disk.write_json(partial / CONFIG, config, sort_keys=True)
     if origin is not None:

@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import pathlib
 from typing import Any
 
@@ -23,6 +24,7 @@ import safetensors
 from opd_jax.files import disk
 from opd_jax.models import lora
 from opd_jax.models.params import ParamSpec, flatten, unflatten
+from opd_jax.parallel import hosts
 from opd_jax.types import Params
 
 # Names of dtypes in a header. Quantized and integer tensors are no weights to compute with.
@@ -196,8 +198,8 @@ def plan(specs: dict[str, Any], params: Params, dtype: Any = None) -> Plan:
   """Lists the tensors that `params` become in files, in the order in which `stream` makes them.
 
   Raises:
-    ValueError: parameters that are not those of the table, or not all on this process's devices, or
-      of a dtype that is not in `DTYPES`; `dtype` None keeps theirs.
+    ValueError: parameters that are not those of the table, or of a dtype that is not in `DTYPES`;
+      `dtype` None keeps theirs.
   """
   flat, specs = flatten(params), flatten(specs)
   if set(flat) != set(specs):
@@ -210,9 +212,6 @@ def plan(specs: dict[str, Any], params: Params, dtype: Any = None) -> Plan:
     if base.shape != spec.shape or kind not in DTYPES.values():
       raise ValueError(f'{name}: shape {base.shape}, to be written as {kind}; allowed: shape '
                        f'{spec.shape}, as {[str(d) for d in DTYPES.values()]}')
-    if isinstance(base, jax.Array) and not base.is_fully_addressable:
-      raise ValueError(f'{name} is spread over the devices of several processes; allowed: '
-                       'parameters that the writing process holds')
     out |= {tensor: (kind, spec.hf_shape) for _, tensor in places(spec)}
   return out
 
@@ -231,7 +230,8 @@ def split(planned: Plan, max_bytes: int) -> list[Plan]:
 
 def stream(specs: dict[str, Any], params: Params, planned: Plan) -> Iterator[np.ndarray]:
   """Makes the tensors of a plan, in its order. `lora.LoRA` leaves are merged, and rounded here,
-  once. One layer of one parameter is fetched from the devices at a time.
+  once. One layer of one parameter is fetched from the devices at a time; several processes have to
+  take them together.
 
   Raises:
     ValueError: NaN or infinity in the dtype that is planned; names the tensor.
@@ -259,15 +259,16 @@ def _fetch(leaf: Any, layer: int | None = None) -> np.ndarray:
   it lives, and trained parameters live on.
   """
   if layer is None:
-    return leaf if isinstance(leaf, np.ndarray) else np.asarray(jnp.copy(leaf))
+    return leaf if isinstance(leaf, np.ndarray) else hosts.fetch(jnp.copy(leaf))
   rows = jax.tree.map(
       lambda x: x[layer:layer + 1] if isinstance(x, np.ndarray)
       else jax.lax.dynamic_slice_in_dim(x, layer, 1), leaf)
-  return np.asarray(lora.merge(rows))[0]
+  return hosts.fetch(lora.merge(rows))[0]
 
 
 def write(file: pathlib.Path, planned: Plan, arrays: Iterator[np.ndarray]) -> None:
-  """Writes a file, taking one array after the other for every name of `planned`.
+  """Writes a file, taking one array after the other for every name of `planned`. Of several
+  processes the first one writes, and the others take the arrays too.
 
   Args:
     file: the file to make.
@@ -285,7 +286,7 @@ def write(file: pathlib.Path, planned: Plan, arrays: Iterator[np.ndarray]) -> No
                     'data_offsets': [begin, end]}
   text = json.dumps(header).encode()
   text += b' ' * (-len(text) % 8)  # tensors are aligned
-  with open(file, 'xb') as f:
+  with open(file if hosts.is_primary() else os.devnull, 'xb' if hosts.is_primary() else 'wb') as f:
     f.write(len(text).to_bytes(8, 'little') + text)
     for name, (dtype, shape) in planned.items():
       array = next(arrays)

@@ -3,6 +3,7 @@ has finished."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -11,6 +12,7 @@ import pathlib
 import shutil
 import socket
 import sys
+import time
 from typing import Any, TextIO
 
 from opd_jax.errors import ConfigError
@@ -18,26 +20,53 @@ from opd_jax.files import digest, disk
 from opd_jax.files.digest import Digests
 from opd_jax.files.huggingface import ORIGIN
 from opd_jax.models.params import flatten
+from opd_jax.parallel import hosts
 from opd_jax.settings import Run
 
 # What a run leaves there, beside `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
 CONFIG, RESULT, EXPORT, ADAPTER = 'config.json', 'result.json', 'export', 'adapter'
 INPUTS, REVISIONS, CHECKPOINTS, LOCK = 'inputs.json', 'revisions.json', 'checkpoints', '.lock'
+SHARED_S = 20.0  # until a file that one host has written is seen by another
 # The types of what a result.json holds; 'teacher' may be None.
 RESULT_TYPES = {'name': str, 'seed': int, 'steps': int, 'flops': dict, 'before': dict,
                 'after': dict, 'evals': list}
 
 
-def lock(workdir: pathlib.Path) -> TextIO:
-  """Takes a directory for this process, until what is returned is closed or the process ends.
+def lock(workdir: pathlib.Path) -> contextlib.AbstractContextManager[TextIO | None]:
+  """Takes a directory for this process, until what is returned is closed or the process ends. Of
+  several processes, the first one takes it for all.
 
   The lock is the kernel's: that of a process which is dead, however it died, is nobody's. It is one
   of what was opened and not of the process: within one process, too, the second is refused.
 
   Raises:
-    ConfigError: another run has it.
+    ConfigError: another run has it, or another host has another directory of that name.
     StorageError: the file cannot be written.
   """
+  held: list[TextIO] = []
+  hosts.decide(lambda: held.append(_lock(workdir)))
+  if hosts.count() > 1:
+    _check_shared(workdir)
+  return held[0] if held else contextlib.nullcontext()
+
+
+def _check_shared(workdir: pathlib.Path) -> None:
+  """Refuses a directory that is another one on another host, which would miss in every checkpoint
+  what that host holds."""
+  owner = hosts.decide(lambda: (workdir / LOCK).read_text())
+  end, seen = time.monotonic() + SHARED_S, False
+  while not seen and time.monotonic() < end:
+    try:
+      seen = (workdir / LOCK).read_text() == owner
+    except OSError:  # not there yet, on a network file system
+      time.sleep(0.2)
+  blind = [hosts.name(i) for i, there in enumerate(hosts.exchange(seen)) if not there]
+  if blind:
+    raise ConfigError(f'workdir={str(workdir)!r} is not one directory: {blind} do not see what '
+                      f'{hosts.name(0)} writes there; allowed: a directory that all hosts share')
+
+
+def _lock(workdir: pathlib.Path) -> TextIO:
   file = workdir / LOCK
   with disk.naming(file):
     held = file.open('a+')
@@ -48,7 +77,8 @@ def lock(workdir: pathlib.Path) -> TextIO:
     owner = held.read().strip() or 'another process'
     held.close()
     raise ConfigError(f'workdir={str(workdir)!r} is in use by {owner}; allowed: a directory in '
-                      'which no other run is at work (wait for it, or end it)') from e
+                      'which no other run is at work (wait for it, or end it), or for processes '
+                      'that are to be one run --coordinator, --processes and --process') from e
   except OSError as e:  # some network file systems have no locks
     print(f'WARNING: {file} cannot be locked ({e.strerror}): see to it that no other process '
           'runs in this directory', file=sys.stderr, flush=True)
@@ -65,6 +95,10 @@ def result(workdir: pathlib.Path, run: Run) -> dict[str, Any] | None:
   Raises:
     ConfigError: result.json is not whole, or another run's.
   """
+  return hosts.decide(lambda: _result(workdir, run))
+
+
+def _result(workdir: pathlib.Path, run: Run) -> dict[str, Any] | None:
   file = workdir / RESULT
   if not os.path.lexists(file):
     return None
@@ -110,6 +144,10 @@ def read_revisions(file: pathlib.Path) -> dict[str, str]:
   Raises:
     ConfigError: the file is damaged.
   """
+  return hosts.decide(lambda: _revisions(file))
+
+
+def _revisions(file: pathlib.Path) -> dict[str, str]:
   try:
     commits = disk.read_json(file) if os.path.lexists(file) else {}
     if not all(isinstance(commit, str) for commit in commits.values()):
@@ -169,6 +207,10 @@ def _are_digests(inputs: Any) -> bool:
 
 def delivered(folder: pathlib.Path, origin: dict[str, Any]) -> bool:
   """Tells whether a directory of that very origin is there; removes any other."""
+  return hosts.decide(lambda: _delivered(folder, origin))
+
+
+def _delivered(folder: pathlib.Path, origin: dict[str, Any]) -> bool:
   if folder.exists() and read_origin(folder) != origin:
     shutil.rmtree(folder)
   return folder.exists()
@@ -194,6 +236,10 @@ def check(workdir: pathlib.Path, settings: dict[str, Any]) -> None:
     ConfigError: the directory holds another config's run or what is left of one, or cannot be
       written.
   """
+  hosts.decide(lambda: _check(workdir, settings))
+
+
+def _check(workdir: pathlib.Path, settings: dict[str, Any]) -> None:
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     if os.path.lexists(workdir / CONFIG):
@@ -270,6 +316,10 @@ def check_inputs(workdir: pathlib.Path, inputs: dict[str, Digests], reason: str)
   Raises:
     ConfigError: something has changed, and there is no reason.
   """
+  hosts.decide(lambda: _check_inputs(workdir, inputs, reason))
+
+
+def _check_inputs(workdir: pathlib.Path, inputs: dict[str, Digests], reason: str) -> None:
   if not (workdir / CONFIG).exists():
     return
   try:
@@ -295,6 +345,10 @@ def claim(workdir: pathlib.Path, settings: dict[str, Any], inputs: dict[str, Dig
   Raises:
     ConfigError: see `check`.
   """
+  hosts.decide(lambda: _claim(workdir, settings, inputs))
+
+
+def _claim(workdir: pathlib.Path, settings: dict[str, Any], inputs: dict[str, Digests]) -> None:
   check(workdir, settings)
   try:
     disk.write_json(workdir / INPUTS, inputs, sort_keys=True)  # first: a config.json has its inputs

@@ -9,9 +9,9 @@ import pathlib
 import time
 from typing import Any
 
-import jax
 import numpy as np
 
+from opd_jax.parallel import hosts
 from opd_jax.run import metrics, texts
 from opd_jax.settings import Run
 
@@ -98,7 +98,7 @@ class Book:
     """Takes the metrics of the update that led to `step`, and records those of the one before:
     reading them now would wait for the device, which is still at work on this step."""
     self.flush()
-    self._pending = (step, values)
+    self._pending = (step, hosts.replicate(values))
 
   def flush(self) -> None:
     """Records what `train` has taken.
@@ -109,7 +109,7 @@ class Book:
     if self._pending is None:
       return
     (step, values), self._pending = self._pending, None
-    values = jax.device_get(values)
+    values = hosts.fetch(values)
     written = values.pop('written', None)
     lengths = {name: values.pop(name) for name in [n for n in values if n.endswith('lengths')]}
     for name, amount in self._operations(step, lengths).items():

@@ -28,6 +28,10 @@ class Lasting(io.RawIOBase):
     """Returns the descriptor."""
     return self._descriptor
 
+  def move(self, descriptor: int) -> None:
+    """Writes to another descriptor from now on."""
+    self._descriptor = descriptor
+
   def isatty(self) -> bool:
     """Tells whether a terminal is behind it."""
     return os.isatty(self._descriptor)

@@ -14,7 +14,7 @@ import scipy.stats
 from opd_jax.algorithm import divergences, metrics, score, vocabulary
 from opd_jax.data import examples as examples_lib
 from opd_jax.models import layout
-from opd_jax.parallel import sharding
+from opd_jax.parallel import hosts, sharding
 from opd_jax.run import texts as texts_lib
 from opd_jax.types import Model, Params, Rollout
 
@@ -153,19 +153,19 @@ class Evaluator:
     """
     rollout = jax.block_until_ready(self._sample(params, self._prompts, self._key))
     graded = [row for row in self.rows for _ in range(self._count)]
-    rewards, texts = examples_lib.grade(self._task, graded, rollout, self._tokenizer)
+    seen = hosts.fetch(rollout)
+    rewards, texts = examples_lib.grade(self._task, graded, seen, self._tokenizer)
     rewards = rewards.reshape(len(self.rows), self._count)
     out = self._accuracies(params, rewards) if self._graded else {}
     if self._compare is not None and teacher_params is not None:
-      sums = {name: np.asarray(x) for name, x in
-              self._compare(params, teacher_params, rollout).items()}
+      sums = hosts.fetch(self._compare(params, teacher_params, rollout))
       count = sums.pop('tokens').sum()
       out |= {name: float(sums[name].sum() / count) for name in ('reverse_kl', *OVERLAP)
               if name in sums}
     out['text'] = {'compression': texts_lib.compression(texts), **texts_lib.text_metrics(
-        rollout.tokens[:, 1:], rollout.mask, self._count)}
-    out['length'] = float(np.asarray(rollout.mask).sum(axis=1).mean())
-    out['truncation_rate'] = float(1.0 - np.asarray(rollout.ended).mean())
+        seen.tokens[:, 1:], seen.mask, self._count)}
+    out['length'] = float(seen.mask.sum(axis=1).mean())
+    out['truncation_rate'] = float(1.0 - seen.ended.mean())
     shown = [{'prompt': self._text(i // self._count), 'completion': texts[i],
               'reward': float(rewards.reshape(-1)[i]) if self._graded else None}
              for i in range(0, min(transcripts, len(self.rows)) * self._count,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import os
 import signal
 from typing import Any
+
+from opd_jax.parallel import hosts
 
 
 class PreemptedError(Exception):
@@ -36,11 +37,13 @@ def raise_again() -> None:
 class Interrupts:
   """Turns the first SIGTERM, SIGINT or SIGHUP into a flag that the loop reads between steps.
 
-  A signal that is ignored stays ignored: `nohup` asks for that.
+  A signal that is ignored stays ignored: `nohup` asks for that. A signal to one of several
+  processes stops all, at the same step: they vote in every step, and read the result in the next.
   """
 
-  def __enter__(self) -> Callable[[], bool]:
-    seen: list[int] = []
+  def __enter__(self) -> Interrupts:
+    self._seen = seen = []
+    self._votes = hosts.Votes() if hosts.count() > 1 else None
     self._old = {}
 
     def handle(number, frame):
@@ -54,7 +57,16 @@ class Interrupts:
         self._old[number] = signal.signal(number, handle)
     except ValueError:  # not the main thread: the caller's business
       pass
-    return lambda: bool(seen)
+    return self
+
+  def __call__(self) -> bool:
+    """Tells, once a step, whether to stop: the same for all processes."""
+    seen = bool(self._seen)
+    return seen if self._votes is None else self._votes(seen)
+
+  def now(self) -> bool:
+    """Tells whether a signal has come to any process until now; waits for all."""
+    return hosts.any_of(bool(self._seen))
 
   def __exit__(self, *exc: Any) -> None:
     for number, old in self._old.items():

@@ -20,6 +20,7 @@ from tensorboardX import event_file_writer
 from tensorboardX.proto import event_pb2, summary_pb2
 
 from opd_jax.files import disk
+from opd_jax.parallel import hosts
 
 JSONL = 'metrics.jsonl'
 
@@ -53,7 +54,8 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 class Writer:
-  """Writes rows {'step': ..., 'kind': 'data' | 'train' | 'eval', ...} to JSONL and TensorBoard."""
+  """Writes rows {'step': ..., 'kind': 'data' | 'train' | 'eval', ...} to JSONL and TensorBoard. Of
+  several processes, only the first one does."""
 
   def __init__(self, workdir: pathlib.Path, restored_step: int | None):
     """Rows after `restored_step` are dropped (None: all of them): the run will write them again.
@@ -62,6 +64,8 @@ class Writer:
       StorageError: the file system refuses, here and in `write`.
     """
     self._path = workdir / JSONL
+    if not hosts.is_primary():
+      return
     keep = [] if restored_step is None else [
         r for r in read(self._path) if r['step'] <= restored_step]
     disk.write_text(self._path, ''.join(json.dumps(r) + '\n' for r in keep))
@@ -72,6 +76,8 @@ class Writer:
 
   def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
     """Writes one row. Nested dicts become 'a/b' scalars in TensorBoard."""
+    if not hosts.is_primary():
+      return
     left = (json.dumps({'kind': kind, 'step': step, **values}) + '\n').encode()
     with disk.naming(self._path):
       while left:  # a disk that is nearly full takes a part
@@ -85,8 +91,9 @@ class Writer:
 
   def close(self) -> None:
     """Closes both."""
-    self._file.close()
-    self._board.close()
+    if hosts.is_primary():
+      self._file.close()
+      self._board.close()
 
 
 def make_console(width: int | None = None) -> Console:
@@ -94,7 +101,8 @@ def make_console(width: int | None = None) -> Console:
   is shown as '\\u2713', and does not end the run."""
   if hasattr(sys.stdout, 'reconfigure'):
     sys.stdout.reconfigure(errors='backslashreplace')
-  return Console(highlight=False, width=width)
+  file = None if hosts.is_primary() else open(os.devnull, 'w')  # the others say nothing
+  return Console(file=file, highlight=False, width=width)
 
 
 class Board:

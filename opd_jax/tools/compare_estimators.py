@@ -38,7 +38,7 @@ from opd_jax.doctor import examine as doctor
 from opd_jax.errors import refuse
 from opd_jax.files import disk
 from opd_jax.models import lora
-from opd_jax.parallel import sharding
+from opd_jax.parallel import hosts, sharding
 from opd_jax.programs import Graders, Programs, compile_programs, term_of
 from opd_jax.run import evaluate, flops
 from opd_jax.settings import Data, Run
@@ -81,7 +81,7 @@ class Probe:
   @property
   def tokens(self) -> list[float]:
     """Of each batch, those that the student chose."""
-    return [float(np.asarray(rollout.mask).sum()) for rollout in self.rollouts]
+    return [float(hosts.fetch(rollout.mask).sum()) for rollout in self.rollouts]
 
 
 def command(c: ConfigDict, workdir: pathlib.Path | None, console: Console) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def estimators(run: Run, parts: Parts, probe: Probe, console: Console
   """
   products = jax.jit(_products, out_shardings=sharding.replicated(parts.mesh))
   exact, _, exact_seconds = gradients(run, parts, probe, probe.streams[EXACT])
-  reference = np.asarray(products(exact, exact), np.float64)
+  reference = hosts.fetch(products(exact, exact)).astype(np.float64)
   plain_flops = step_flops(parts, probe, probe.streams[PLAIN])
   out, rates = [], {}
   for name, stream in probe.streams.items():
@@ -224,7 +224,8 @@ def estimators(run: Run, parts: Parts, probe: Probe, console: Console
       grads, seconds = exact, exact_seconds
       if name != EXACT:
         grads, reported, seconds = gradients(run, parts, probe, stream)
-      own, cross = (np.asarray(products(grads, other), np.float64) for other in (grads, exact))
+      own, cross = (hosts.fetch(products(grads, other)).astype(np.float64)
+                    for other in (grads, exact))
     if name == THIS:
       rates = {n: float(np.mean([m[n] for m in reported])) for n in RATES if n in reported[0]}
     out.append({'estimator': name,
@@ -256,7 +257,7 @@ def gradients(run: Run, parts: Parts, probe: Probe, stream: Stream
     jax.block_until_ready(graded)  # programs with collectives, one after the other
     _, grads, reported = jax.block_until_ready(program(
         probe.trained, graded, heads, jnp.int32(0), jax.random.fold_in(key, batch), probe.base))
-    return grads, jax.device_get(reported), time.perf_counter() - began
+    return grads, hosts.fetch(reported), time.perf_counter() - began
 
   measure(0)  # compiles
   grads, reported, seconds = zip(*map(measure, range(len(probe.rollouts))), strict=True)
@@ -274,9 +275,8 @@ def _products(a: list[Params], b: list[Params]) -> jax.Array:
 def step_flops(parts: Parts, probe: Probe, stream: Stream) -> float:
   """Counts the operations of scoring the first batch and of a gradient step on it, without
   sampling."""
-  rollout = probe.rollouts[0]
-  lengths = np.asarray(rollout.mask).sum(axis=1) + np.asarray(
-      rollout.valid)[:, :rollout.prompt_length].sum(axis=1)
+  rollout = hosts.fetch(probe.rollouts[0])
+  lengths = rollout.mask.sum(axis=1) + rollout.valid[:, :rollout.prompt_length].sum(axis=1)
   spent = flops.stream_flops(
       dataclasses.replace(stream, writer='dataset', teacher_mix=0.0), lengths,
       student=parts.student.model, teacher=parts.teacher.model,

@@ -13,7 +13,7 @@ from opd_jax.algorithm import metrics, score
 from opd_jax.build import Parts
 from opd_jax.data import examples as examples_lib
 from opd_jax.data.streams import OWN
-from opd_jax.parallel import sharding
+from opd_jax.parallel import hosts, sharding
 from opd_jax.run import evaluate
 from opd_jax.settings import Run
 from opd_jax.tools import gradient_statistics
@@ -41,11 +41,11 @@ def support(run: Run, parts: Parts, probe: Any) -> dict[str, Any]:
         score.split_rows(rollout, own.microbatch_rows)))
 
   program = jax.jit(look, out_shardings=sharding.by_rows(parts.mesh))
-  batches = [jax.device_get(program(probe.student, probe.graders['teacher'].params, rollout))
+  batches = [hosts.fetch(program(probe.student, probe.graders['teacher'].params, rollout))
              for rollout in probe.rollouts]
   seen = {name: np.concatenate([b[name] for b in batches]).astype(np.float64)
           for name in batches[0]}
-  mask = np.concatenate([np.asarray(rollout.mask) for rollout in probe.rollouts])
+  mask = np.concatenate([hosts.fetch(rollout.mask) for rollout in probe.rollouts])
   ratio, k = seen['teacher_logprobs'] - seen['logprobs'], ks[-1]
   out = {'top_k': {}, 'places': {}}
   for name, chosen in gradient_statistics.places(mask).items():

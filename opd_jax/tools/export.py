@@ -13,7 +13,6 @@ import sys
 from typing import Any
 
 import jax
-import numpy as np
 
 from opd_jax import build, load
 from opd_jax import config as config_lib
@@ -22,7 +21,7 @@ from opd_jax.errors import ConfigError
 from opd_jax.files import checkpoint, huggingface, peft
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.models import lora
-from opd_jax.parallel import sharding
+from opd_jax.parallel import hosts, sharding
 from opd_jax.parallel import state as state_lib
 from opd_jax.settings import Checkpoint, Run
 
@@ -96,7 +95,7 @@ def _origin(workdir, read, step, state):
   """As the run itself says it, but for what was `read` now."""
   settings = workdir_lib.read_config(workdir)
   return workdir_lib.origin(settings, workdir_lib.read_inputs(workdir) | read, step,
-                            np.asarray(checkpoint.checksums(state)).tolist())
+                            hosts.fetch(checkpoint.checksums(state)).tolist())
 
 
 def _measure(run, student, teacher, stop_tokens, mesh, params, dtype):
@@ -130,9 +129,7 @@ def _restore(settings: Checkpoint, workdir: pathlib.Path, step: int, shape: Any
   """
   folder, steps = workdir / workdir_lib.CHECKPOINTS, []
   if folder.is_dir():
-    store = checkpoint.Checkpoints(
-        folder, keep_latest=settings.keep_latest, keep_best=settings.most_best,
-        best_metric=settings.best_metric, read_only=True)
+    store = checkpoint.of_run(settings, workdir, read_only=True)
     steps = store.steps()
   if not steps or step not in (-1, *steps):
     raise ValueError(f'step={step}: workdir={str(workdir)!r} has no such checkpoint; allowed: -1 '

@@ -20,6 +20,7 @@ from opd_jax.errors import ConfigError
 from opd_jax.experiment import Pipeline, stage_config, stage_dir, stage_run
 from opd_jax.files import huggingface
 from opd_jax.files import workdir as workdir_lib
+from opd_jax.parallel import hosts
 from opd_jax.rules.run import STAGE
 from opd_jax.run import metrics
 from opd_jax.settings import Student, Teacher
@@ -47,7 +48,7 @@ def run(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
       before = ' (finished before)' if done[seed, name] else ''
       print(f'== {many}stage {i}/{len(p.order)}: {name}{before}', flush=True)
       train.train(stage_config(p, name, seed, workdir), stage_dir(workdir, name, seed))
-  return report.write(p, report.read_results(p, workdir), workdir)
+  return hosts.decide(lambda: report.write(p, report.read_results(p, workdir), workdir))
 
 
 def examine(c: ConfigDict, only: str | None, workdir: str | pathlib.Path) -> bool:

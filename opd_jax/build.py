@@ -6,10 +6,9 @@ Whatever does not fit together is refused here, before a weight is read or a pro
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import copy
 import dataclasses
-import functools
+import math
 from typing import Any
 
 import jax
@@ -17,7 +16,6 @@ import jax.numpy as jnp
 import optax
 
 from opd_jax import load, tasks
-from opd_jax.algorithm import sample
 from opd_jax.algorithm.objective import top_ks, wants
 from opd_jax.data import examples as examples_lib
 from opd_jax.data import prompts as prompts_lib
@@ -29,10 +27,12 @@ from opd_jax.files.huggingface import LoadedModel
 from opd_jax.load import Adapter
 from opd_jax.models import lora
 from opd_jax.models import params as params_lib
+from opd_jax.parallel import apart as apart_lib
 from opd_jax.parallel import sharding
-from opd_jax.run import optim
-from opd_jax.settings import Compute, Run
-from opd_jax.types import Model, Params, Rollout
+from opd_jax.parallel.apart import Apart
+from opd_jax.run import meshes, optim
+from opd_jax.settings import Run
+from opd_jax.types import Params, Wants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Parts:
   examples: dict[str, Examples]  # by the name of the stream
   held_out: Examples
   mesh: jax.sharding.Mesh
+  apart: Apart | None  # the way to a teacher that has devices of its own
+  itemsize: int  # of an activation, in bytes
   chunk_tokens: int  # of all devices together
   optimizer: optax.GradientTransformation
   style: prompts_lib.Style
@@ -84,14 +86,42 @@ class Parts:
       return None
     if loaded is self.student:
       return lora.join(base, self.read_trained())
-    return load.read(f'{part}.path', loaded, loaded.model.specs, self.frozen_dtype, self.mesh)
+    return load.read(f'{part}.path', loaded, loaded.model.specs, self.frozen_dtype,
+                     self.mesh_of(part))
+
+  def wanted(self, stream: Stream, part: str) -> Wants:
+    """Says what is asked of the 'teacher', the 'student' or the 'reference' for a stream; of a
+    teacher on devices of its own, in the form of the least bytes."""
+    asked = wants(stream.objective)[part]
+    if part != 'teacher' or not self.apart:
+      return asked
+    return apart_lib.least(asked, stream.objective.teachers_top_k, self._teacher_width,
+                           self.itemsize)
+
+  @property
+  def _teacher_width(self):
+    """Numbers in a hidden state of the teacher, which are the logits where it has no head."""
+    model = self.teacher.model
+    matrix = jax.eval_shape(model.head, params_lib.abstract_params(model.specs)).matrix
+    return model.config.vocab_size if matrix is None else matrix.shape[0]
+
+  def describe_apart(self, name: str) -> str:
+    """Says, for the log of a run, where a teacher on devices of its own is, and what comes back."""
+    wanted = {s.name: self.wanted(s, 'teacher') for s in self.streams}
+    return apart_lib.describe(name, self.apart, wanted, self._teacher_width, self.itemsize)
+
+  def mesh_of(self, part: str) -> jax.sharding.Mesh:
+    """Returns the mesh of the 'student', the 'teacher' or the 'reference'."""
+    return self.apart.mesh if part == 'teacher' and self.apart else self.mesh
 
   def runs_students_programs(self, other: LoadedModel | None) -> bool:
     """Tells whether another model's parameters have the very form of the student's, so that the
     same compiled programs serve both: only then is log p_T - log p_S exactly zero for equal
     models."""
-    if other is None or other is self.student:
-      return other is not None
+    if other is None or other is self.teacher and self.apart:
+      return False
+    if other is self.student:
+      return True
     a, b = other.model, self.student.model
     return (self.adapter is None and self.frozen_dtype == jnp.float32
             and (a.family, a.config, a.vocab_in_use) == (b.family, b.config, b.vocab_in_use))
@@ -115,10 +145,14 @@ def _open_parts(run):
   student = load.open_student(run)
   adapter = load.make_adapter(run, student)
   teacher, reference = load.open_teacher(run, student), load.open_reference(run, student)
-  mesh = make_mesh(run.compute, [m.model for m in (student, teacher) if m and m.model])
+  mesh, apart = meshes.make_meshes(run.compute, student, teacher)
   shards = sharding.row_shards(mesh)
+  at_once = math.lcm(shards, sharding.row_shards(apart.mesh)) if apart else shards
   streams = streams_lib.make(run, shards)
-  _check_models(run, streams, mesh, adapter, [m for m in (student, teacher, reference) if m])
+  _check_models(run, streams, mesh, adapter, [m for m in (student, teacher, reference) if m],
+                teacher if apart else None)
+  if apart:
+    meshes.check_apart(run, streams, apart, teacher)
   _check_wants(streams, teacher, reference)
   stop_tokens = choose_stop_tokens(run.sample.stop, student, teacher)
   style = prompt_style(run, student.tokenizer, teacher and teacher.tokenizer, stop_tokens)
@@ -127,57 +161,19 @@ def _open_parts(run):
   check_verifier(run, streams, examples[OWN], held_out)
   for field, rows in [('eval.problems', len(held_out))] + [
       ('given.prompts_per_step', s.rows) for s in streams if s.name == GIVEN]:
-    if rows % shards:
-      raise ConfigError(f'{field}={rows}: compute.mesh splits rows {shards} ways; allowed: a '
-                        f'multiple of {shards}')
+    if rows % at_once:
+      raise ConfigError(f'{field}={rows}: compute.mesh splits rows {at_once} ways; allowed: a '
+                        f'multiple of {at_once}')
   return Parts(
       student=student, adapter=adapter, teacher=teacher, reference=reference,
       frozen_dtype=jnp.dtype(run.frozen_dtype), task=tasks.get(run.task.name), streams=streams,
-      examples=examples, held_out=held_out, mesh=mesh,
+      examples=examples, held_out=held_out, mesh=mesh, apart=apart,
+      itemsize=jnp.dtype(run.compute.dtype).itemsize,
       chunk_tokens=run.compute.chunk_tokens * shards, optimizer=make_optimizer(run), style=style,
       stop_tokens=stop_tokens, pad_token=prompts_lib.pad_id(student.tokenizer))
 
 
-def make_mesh(compute: Compute, writers: list[Model], devices: list[Any] | None = None
-              ) -> jax.sharding.Mesh:
-  """Makes the mesh of a run on all devices (or on those given), for models that write.
-
-  Raises:
-    ValueError: it does not fit the devices, or compute.decode_split the models.
-  """
-  devices = jax.devices() if devices is None else devices
-  sizes = dataclasses.asdict(compute.mesh)
-  split = compute.decode_split or max(
-      [1] + [choose_decode_split(compute, m, len(devices)) for m in writers])
-  mesh = sharding.make_mesh(sizes, devices, split)
-  for model in writers:
-    fits = sharding.decode_splits(model.specs, sizes, len(devices))
-    if compute.decode_split and split not in fits:
-      raise ValueError(f'compute.decode_split={split} does not divide the heads, the feed-forward '
-                       f'width or the experts of a {model.family} that writes; allowed: {fits}')
-  return mesh
-
-
-def choose_decode_split(compute: Compute, model: Model, devices: int) -> int:
-  """Chooses into how many parts the weights of a model are split where it decodes: the fewest that
-  leave a device at most 1 GiB of them, else the most that there are.
-
-  A device reads its weights for every token, 1 GiB in about a millisecond of today's memories,
-  and a split model adds up its activations twice a layer, some 10 microseconds each.
-  """
-  sizes = dataclasses.asdict(compute.mesh)
-  _, _, tensor, expert = sharding.resolve(sizes, devices)
-  size = params_lib.count_params(model.specs) * jnp.dtype(compute.dtype).itemsize
-  parts = tensor * (expert if 'experts' in _axes(model.specs) else 1)
-  fits = sharding.decode_splits(model.specs, sizes, devices)
-  return next((n for n in fits if size / (parts * n) <= 2**30), fits[-1])
-
-
-def _axes(specs):
-  return {axis for spec in params_lib.flatten(specs).values() for axis in spec.axes}
-
-
-def _check_models(run, streams, mesh, adapter, loaded):
+def _check_models(run, streams, mesh, adapter, loaded, elsewhere):
   """Refuses sizes that do not fit the mesh, the models or the vocabulary."""
   rows, shards = streams[0].rows, sharding.row_shards(mesh)
   if rows % shards:
@@ -186,7 +182,8 @@ def _check_models(run, streams, mesh, adapter, loaded):
   if rows % (streams[0].microbatch_rows or rows):
     refuse(run, 'compute.microbatch_rows', f'compute.mesh leaves {rows // shards} rows to a shard, '
            'which it does not divide', f'a divisor of {rows // shards}, or 0')
-  for specs in [m.model.specs for m in loaded] + ([adapter.specs] if adapter else []):
+  here = [m.model.specs for m in loaded if m is not elsewhere]
+  for specs in here + ([adapter.specs] if adapter else []):
     sharding.param_shardings(specs, mesh)  # raises where the mesh does not fit
   longest = min(m.model.config.max_position_embeddings for m in loaded)
   if run.data.max_prompt_tokens + run.data.max_new_tokens > longest:
@@ -297,17 +294,6 @@ def final_tokenizer(template: str, student: LoadedModel, teacher: LoadedModel | 
   out = copy.deepcopy(student.tokenizer)
   out.chat_template = teacher.tokenizer.chat_template
   return out
-
-
-def make_sampler(run: Run, model: Model, stop_tokens: tuple[int, ...], pad_token: int,
-                 **other: Any) -> Callable[..., Rollout]:
-  """Makes (params, prompts, key) -> rollout, not compiled yet: `sample.sample_fn` with the settings
-  of a run, but for `other` ones of its keywords, such as temperature=0.0."""
-  settings = dict(
-      model=model, max_new_tokens=run.data.max_new_tokens, temperature=run.sample.temperature,
-      top_p=run.sample.top_p, top_k=run.sample.top_k, stop_tokens=stop_tokens,
-      pad_token=pad_token)
-  return functools.partial(sample.sample_fn, **settings | other)
 
 
 def make_optimizer(run: Run) -> optax.GradientTransformation:

@@ -11,31 +11,31 @@ step would compile everything again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import build, load
+from opd_jax import load
 from opd_jax.algorithm import score, update
 from opd_jax.algorithm.objective import wants
 from opd_jax.build import Parts
 from opd_jax.data import examples as examples_lib
-from opd_jax.data import prompts as prompts_lib
-from opd_jax.data.examples import Examples
 from opd_jax.data.streams import GIVEN, OWN, Stream
 from opd_jax.files import checkpoint
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.models import lora
+from opd_jax.parallel import apart as apart_lib
 from opd_jax.parallel import sharding
 from opd_jax.parallel import state as state_lib
+from opd_jax.parallel.apart import Apart
 from opd_jax.parallel.decoding import DecodeLayout
 from opd_jax.run import evaluate
+from opd_jax.run import evaluator as evaluator_lib
 from opd_jax.settings import Run
 from opd_jax.teachers import Grader
 from opd_jax.types import Batch, Heads, Model, Params, Rollout, Scores, TrainState, Wants
@@ -57,6 +57,7 @@ class Programs:
     updates: by the names of the streams that take part in a step.
     evaluator, teacher_evaluator: of the student; of the teacher, if there is one.
     checksums: of a train state, for its checkpoints.
+    join: parts of the rows of a step -> all of them, each where it is.
     wait: blocks until its argument is computed, where programs must not be in flight together.
   """
 
@@ -70,6 +71,7 @@ class Programs:
   evaluator: evaluate.Evaluator
   teacher_evaluator: evaluate.Evaluator | None
   checksums: Callable[[Any], jax.Array]
+  join: Callable[[Any], Any]
   wait: Callable[[Any], Any]
 
   def connect(self, base: lora.Frozen | None) -> Graders:
@@ -82,17 +84,24 @@ class Programs:
     return out
 
   def _local_grader(self, part: str, loaded: LoadedModel, params: Params) -> Grader:
+    apart = self.parts.apart if part == 'teacher' else None
+
     def grade(rollout: Rollout, stream: Stream) -> Scores:
-      scores = self.scorers[stream.name, part](params, rollout)
-      return score.only(scores, wants(stream.objective)[part])
+      scorer = self.scorers[stream.name, part]
+      scores = apart.call(scorer, params, rollout) if apart else scorer(params, rollout)
+      return score.only(scores, self.parts.wanted(stream, part))
 
     # A head is a copy where it is tied to the embedding: only where somebody reads it.
-    read = any(wants(s.objective)[part].hidden for s in self.parts.streams)
-    return Grader(grade, loaded.model.head(params) if read else None, params)
+    head = None
+    if any(self.parts.wanted(s, part).hidden for s in self.parts.streams):
+      head = loaded.model.head(params)
+      head = apart.bring(head) if apart else head
+    return Grader(grade, head, params)
 
   def write(self, stream: Stream, student: Params, graders: Graders, indices: np.ndarray,
-            key: jax.Array) -> Rollout:
-    """Writes the rows of a stream on some of its examples.
+            key: jax.Array) -> Iterator[Rollout]:
+    """Writes the rows of a stream on some of its examples: all together, or one part after another,
+    so that a teacher on devices of its own grades one while the student writes the next.
 
     Args:
       stream: says who writes.
@@ -101,22 +110,35 @@ class Programs:
       indices: of the examples, one a row.
       key: of the draws.
     """
-    examples, rows = self.parts.examples[stream.name], sharding.by_rows(self.parts.mesh)
+    examples, home = self.parts.examples[stream.name], self.parts.mesh
     if stream.writer == 'dataset':
-      return self.wait(sharding.put(examples.given(indices), rows))
-    prompts = sharding.put(examples.prompts(indices), rows)
+      yield self.wait(sharding.put(examples.given(indices), sharding.by_rows(home)))
+      return
     author = graders['teacher'].params if stream.writer == 'teacher' else student
     mixed = {'mix_params': graders['teacher'].params} if stream.teacher_mix else {}
-    weights = self.layouts[stream.name](author)
-    return self.wait(self.writers[stream.name](weights, prompts, key, **mixed))
+    place = self.parts.mesh_of('teacher' if stream.writer == 'teacher' else 'student')
+    parts = self.parts.apart.parts if self.parts.apart and stream.on_policy else 1
+    key_data = np.asarray(jax.random.key_data(key))  # a key belongs to the mesh it was made on
+    with jax.set_mesh(place):
+      weights, key = self.layouts[stream.name](author), jax.random.wrap_key_data(key_data)
+    for prompts in apart_lib.split_prompts(examples.prompts(indices), parts, home):
+      with jax.set_mesh(place):
+        rollout = self.writers[stream.name](
+            weights, sharding.put(prompts, sharding.by_rows(place)), key, **mixed)
+      yield self.wait(rollout if place is home else apart_lib.move_rows(rollout, home))
 
   def grade(self, stream: Stream, student: Params, graders: Graders, indices: np.ndarray,
-            rollout: Rollout) -> Batch:
+            rollouts: Iterable[Rollout]) -> Batch:
     """Grades what the objective of a stream asks for: every token by the teacher, the student
     itself and the reference, the whole answer by the verifier."""
     o, asked = stream.objective, wants(stream.objective)
-    scores = {part: grader.score(rollout, stream) for part, grader in graders.items()
-              if asked[part]}
+    scores, seen = {}, []
+    for rollout in rollouts:
+      theirs = graders['teacher'].score(rollout, stream) if asked['teacher'] else None
+      seen.append((rollout, theirs))
+    rollout, scores['teacher'] = self.join(seen) if len(seen) > 1 else seen[0]
+    if asked['reference']:
+      scores['reference'] = graders['reference'].score(rollout, stream)
     if asked['student']:
       scores['student'] = self.rescore(stream, student, rollout)
     rewards = None
@@ -166,16 +188,20 @@ def compile_programs(run: Run, parts: Parts) -> Programs:
             terms=tuple(map(term_of, streams)), chunk_tokens=parts.chunk_tokens),
         donate_argnums=0, out_shardings=(state, scalar))
 
-  def evaluator_of(student, teacher):
-    return make_evaluator(run, student, teacher, task=parts.task, examples=parts.held_out,
-                          stop_tokens=parts.stop_tokens, mesh=parts.mesh)
+  def evaluator_of(student, teacher, mesh, see=None):
+    return evaluator_lib.make_evaluator(
+        run, student, teacher, task=parts.task, examples=parts.held_out,
+        stop_tokens=parts.stop_tokens, mesh=mesh, see=see,
+        key=load.fold_in(jax.random.key(run.seed), load.EVAL, 0))
 
-  evaluator = evaluator_of(parts.student, parts.teacher and parts.teacher.model)
+  evaluator = evaluator_of(parts.student, parts.teacher and parts.teacher.model, parts.mesh,
+                           parts.apart and evaluator_lib.make_see(parts.apart, parts.teacher.model))
   of_teacher = None
   if parts.teacher is not None and parts.teacher.model is not None:
     # A teacher of the student's form is evaluated by the same programs.
     same = parts.runs_students_programs(parts.teacher)
-    of_teacher = evaluator if same else evaluator_of(parts.teacher, None)
+    of_teacher = evaluator if same else evaluator_of(
+        parts.teacher, None, parts.mesh_of('teacher'))
   # On several fake CPU devices, programs with collectives must not be in flight together.
   crowded = jax.default_backend() == 'cpu' and parts.mesh.size > 1
   blocking = run.compute.block == 'always' or (run.compute.block == 'auto' and crowded)
@@ -189,6 +215,8 @@ def compile_programs(run: Run, parts: Parts) -> Programs:
       {s.name: make_writer(run, parts, s) for s in written},
       make_scorers(parts, parts.streams), updates, evaluator, of_teacher,
       jax.jit(checkpoint.checksums, out_shardings=scalar),
+      jax.jit(functools.partial(apart_lib.join_parts, mesh=parts.mesh),
+              out_shardings=sharding.by_rows(parts.mesh)),
       jax.block_until_ready if blocking else lambda x: x)
 
 
@@ -201,9 +229,10 @@ def term_of(stream: Stream) -> update.Term:
 def make_layout(run: Run, parts: Parts, stream: Stream, wait: bool) -> DecodeLayout:
   """Makes what lays out the weights of who writes a stream; on one device the sampler does it."""
   model = (parts.teacher if stream.writer == 'teacher' else parts.student).model
-  if parts.mesh.size == 1:
+  mesh = parts.mesh_of('teacher' if stream.writer == 'teacher' else 'student')
+  if mesh.size == 1:
     return DecodeLayout(None, 0, wait)
-  received = sharding.decode_bytes(model.specs, parts.mesh, jnp.dtype(run.compute.dtype).itemsize)
+  received = sharding.decode_bytes(model.specs, mesh, jnp.dtype(run.compute.dtype).itemsize)
   return DecodeLayout(jax.jit(model.for_decoding), received, wait)
 
 
@@ -211,61 +240,40 @@ def make_writer(run: Run, parts: Parts, stream: Stream) -> Callable[..., Rollout
   """Makes the sampler of a stream that a model writes."""
   teacher = parts.teacher and parts.teacher.model
   writer = teacher if stream.writer == 'teacher' else parts.student.model
-  return jax.jit(build.make_sampler(
+  return jax.jit(evaluator_lib.make_sampler(
       run, writer, parts.stop_tokens, parts.pad_token, mix_share=stream.teacher_mix,
       mix_model=teacher if stream.teacher_mix else None,
       mix_temperature=stream.objective.teacher_temperature),
-      out_shardings=sharding.by_rows(parts.mesh))
+      out_shardings=sharding.by_rows(
+          parts.mesh_of('teacher' if stream.writer == 'teacher' else 'student')))
 
 
 def make_scorers(parts: Parts, streams: tuple[Stream, ...]
                  ) -> dict[tuple[str, str], Callable[..., Scores]]:
   """Makes the scorers of streams, by (stream, model); equal keys are one program."""
   @functools.cache
-  def scorer(model: Model, temperature: float, wanted: Wants, microbatch_rows: int):
+  def scorer(model: Model, temperature: float, apart: Apart | None, wanted: Wants,
+             microbatch_rows: int):
     return jax.jit(functools.partial(
         score.teacher_logprob_fn, model=model, temperature=temperature, wants=wanted,
-        chunk_tokens=parts.chunk_tokens, microbatch_rows=microbatch_rows),
-        out_shardings=sharding.by_rows(parts.mesh))
+        chunk_tokens=(apart or parts).chunk_tokens, microbatch_rows=microbatch_rows),
+        out_shardings=sharding.by_rows((apart or parts).mesh))
 
   out = {}
   for stream in streams:
     o, forms, needed = stream.objective, {}, {}
-    for part, asked in wants(o).items():
-      loaded = getattr(parts, part)
+    for part in wants(o):
+      loaded, asked = getattr(parts, part), parts.wanted(stream, part)
       if not asked or loaded.model is None:  # not asked, or not a model of this process
         continue
       same = parts.runs_students_programs(loaded)
       forms[part] = (parts.student.model if same else loaded.model,
-                     o.teacher_temperature if part == 'teacher' else o.temperature)
+                     o.teacher_temperature if part == 'teacher' else o.temperature,
+                     parts.apart if part == 'teacher' else None)
       needed[forms[part]] = needed.get(forms[part], Wants()) | asked
     for part, form in forms.items():
-      out[stream.name, part] = scorer(*form, needed[form], stream.microbatch_rows)
+      rows = stream.microbatch_rows
+      if form[-1]:
+        rows = form[-1].rows_of_pass(stream.rows // (form[-1].parts if stream.on_policy else 1))
+      out[stream.name, part] = scorer(*form, needed[form], rows)
   return out
-
-
-def make_evaluator(run: Run, student: LoadedModel, teacher: Model | None, *, task: Any,
-                   examples: Examples, stop_tokens: tuple[int, ...], mesh: jax.sharding.Mesh
-                   ) -> evaluate.Evaluator:
-  """Makes the evaluation of models shaped like `student` on held-out examples."""
-  draw = functools.partial(build.make_sampler, run, student.model, stop_tokens,
-                           prompts_lib.pad_id(student.tokenizer))
-  rows, shards = sharding.by_rows(mesh), sharding.row_shards(mesh)
-  samples = run.eval.samples_per_problem
-  compare = None
-  if teacher is not None:
-    # What training takes at a time, or its largest part that divides the rows: over all at once,
-    # the attention scores alone may be larger than anything that training holds.
-    compare = jax.jit(functools.partial(
-        evaluate.row_sums, model=student.model, teacher=teacher,
-        temperature=run.sample.temperature, teacher_temperature=run.objective.teacher_temperature,
-        chunk_tokens=run.compute.chunk_tokens * shards,
-        microbatch_rows=math.gcd(run.compute.microbatch_rows * shards, len(examples) * samples),
-        overlap_top_k=evaluate.clamp_top_k(run.eval.overlap_top_k, student.model)),
-        out_shardings=sharding.replicated(mesh))
-  return evaluate.Evaluator(
-      sample=jax.jit(draw(top_p=run.eval.top_p, top_k=run.eval.top_k), out_shardings=rows),
-      greedy=jax.jit(draw(temperature=0.0, top_p=1.0, top_k=0), out_shardings=rows),
-      compare=compare, samples_per_problem=samples, pass_k=run.eval.pass_k, task=task,
-      examples=examples, tokenizer=student.tokenizer, mesh=mesh,
-      key=load.fold_in(jax.random.key(run.seed), load.EVAL, 0))

@@ -87,8 +87,14 @@ class Compute:
   chunk_tokens: int = 4096
   mesh: Mesh = Mesh()
   # Into how many parts, of the devices of `mesh.fsdp`, the weights are split where tokens are
-  # decoded; 1 gathers them whole, 0 chooses by their size (build.choose_decode_split).
+  # decoded; 1 gathers them whole, 0 chooses by their size (run/meshes.py).
   decode_split: int = 0
+  # So many of the devices are the teacher's, with a mesh of their own; 0 shares the student's. Then
+  # a step's prompts may be split into parts: the teacher grades one while the student writes the
+  # next.
+  teacher_devices: int = 0
+  teacher_mesh: Mesh = Mesh()
+  pipeline_parts: int = 1
   # Wait for each program before the next: 'auto' does on several fake CPU devices, where programs
   # with collectives in flight together can deadlock.
   block: str = 'auto'

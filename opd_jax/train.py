@@ -112,8 +112,8 @@ def take_step(run: Run, programs: Programs, state: TrainState, base: lora.Frozen
     examples = programs.parts.examples[stream.name]
     indices = examples.indices(step, stream.prompts).repeat(stream.samples)
     purpose = load.BESIDE if stream.name == streams_lib.GIVEN else load.SAMPLE
-    rollout = programs.write(stream, student, graders, indices, load.fold_in(key, purpose, step))
-    batches.append(programs.grade(stream, student, graders, indices, rollout))
+    rollouts = programs.write(stream, student, graders, indices, load.fold_in(key, purpose, step))
+    batches.append(programs.grade(stream, student, graders, indices, rollouts))
 
   # Usually one update. Several reuse the rows: then the policy has moved from the one that wrote
   # them, for which the importance ratio corrects, and advantages may be recomputed.
@@ -159,7 +159,7 @@ def restore(run: Run, programs: Programs, store: checkpoint.Checkpoints, workdir
   training and a book with the history `fresh`."""
   parts, restored = programs.parts, store.restore_latest(programs.state)
   state, history = restored or (programs.init(parts.read_trained()), fresh)
-  return state, Book(
+  book = Book(
       run, workdir, history, restored=restored is not None,
       operations=lambda step, lengths: flops.step_flops(
           streams_lib.of_step(parts.streams, run.seed, step - 1), lengths,
@@ -168,6 +168,9 @@ def restore(run: Run, programs: Programs, store: checkpoint.Checkpoints, workdir
           adapter_specs=parts.adapter and parts.adapter.specs,
           updates=run.optimizer.updates_per_batch),
       counts=programs.counts)
+  if parts.apart:
+    book.say(parts.describe_apart(run.name))
+  return state, book
 
 
 def save(settings: Checkpoint, store: checkpoint.Checkpoints, book: Book, state: TrainState,

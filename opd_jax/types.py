@@ -37,6 +37,15 @@ class Prompts:
 
   tokens: jax.Array  # int32 [B, P]
   valid: jax.Array  # bool [B, P], False on the padding
+  part: Part | None = None  # which rows these are, of a larger batch
+
+
+@struct.dataclass
+class Part:
+  """Which rows of a batch are written: what is drawn for them is what they have there."""
+
+  rows: jax.Array  # int32 [B], their places in it
+  of: int = struct.field(pytree_node=False)  # how many it has
 
 
 @struct.dataclass
@@ -61,12 +70,22 @@ class Rollout:
 
 
 @struct.dataclass
+class TopTokens:
+  """A model's most likely tokens at each place of the completion."""
+
+  tokens: jax.Array  # int32 [B, C, k]
+  logprobs: jax.Array  # float32 [B, C, k]
+  rest: jax.Array  # float32 [B, C], the log of the mass of all others
+
+
+@struct.dataclass
 class Scores:
   """What one model says about a rollout. Absent outputs are None, never zeros."""
 
   logprobs: jax.Array | None  # float32 [B, T-1], log-probability of tokens[:, t+1]
   entropy: jax.Array | None  # float32 [B, T-1], in nats
   hidden: jax.Array | None  # [B, C, D], the final hidden states that predict the completion
+  top: TopTokens | None = None  # in their place, of a teacher that is elsewhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +95,19 @@ class Wants:
   Attributes:
     logprobs: of the sampled tokens, and the entropy, which comes with them.
     hidden: the final hidden states that predict the completion.
+    top_k: so many of its most likely tokens; 0 for none.
   """
 
   logprobs: bool = False
   hidden: bool = False
+  top_k: int = 0
 
   def __or__(self, other: Wants) -> Wants:
-    return Wants(self.logprobs or other.logprobs, self.hidden or other.hidden)
+    return Wants(self.logprobs or other.logprobs, self.hidden or other.hidden,
+                 max(self.top_k, other.top_k))
 
   def __bool__(self) -> bool:
-    return self.logprobs or self.hidden
+    return self.logprobs or self.hidden or self.top_k > 0
 
 
 @struct.dataclass
@@ -114,6 +136,7 @@ class Weighted:
   teacher_logprobs: jax.Array | None = None  # float32 [B, T-1]
   reference_logprobs: jax.Array | None = None  # float32 [B, T-1]
   teacher_hidden: jax.Array | None = None  # [B, C, D]
+  teacher_top: TopTokens | None = None
   student_hidden: jax.Array | None = None
   reference_hidden: jax.Array | None = None
 

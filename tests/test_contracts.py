@@ -40,13 +40,13 @@ PURE_MAY_IMPORT = {'__future__', 'ast', 'collections', 'dataclasses', 'functools
                    'itertools', 'math', 're', 'types', 'typing', 'flax', 'jax', 'jaxtyping',
                    'numpy', 'optax', 'opd_jax'}
 FLAX = ('flax.struct', 'flax.traverse_util')  # the rest is for Flax modules
-COMPILES = ('programs.py', 'doctor/rollouts.py', 'tools/compare_estimators.py',
+COMPILES = ('programs.py', 'run/evaluator.py', 'doctor/rollouts.py', 'tools/compare_estimators.py',
             'tools/compare_models.py')
 # Who writes configs or reads them, and who takes one to hand it on to those.
 CONFIGS = ('config.py', 'experiment.py', 'presets.py')
 TAKES_CONFIG = ('train.py', 'doctor/examine.py')  # `train` and `command`; and all of tools/
 # What a step does, from the loop to the gradient; a choice or a gate is looked up, one at a time.
-PATH, PATH_LINES = ('types', 'algorithm', 'programs', 'train'), 2650
+PATH, PATH_LINES = ('types', 'algorithm', 'programs', 'train'), 2700
 
 
 @functools.cache

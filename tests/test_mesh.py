@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import tiny
 
-from opd_jax import build, config, load, models, settings, train
+from opd_jax import config, load, models, settings, train
 from opd_jax.models import layout, params
 from opd_jax.parallel import sharding
+from opd_jax.run import meshes
 
 ADAPTERS = 'adapters'  # exact OPD that trains adapters on every linear layer
 KINDS = ('opd_sampled', 'opd_exact', ADAPTERS)
@@ -209,7 +210,7 @@ class TestRefused:
     model = models.build({**tiny.SHAPE, 'vocab_size': 64})
     compute = settings.Compute(decode_split=split)
     with pytest.raises(ValueError, match=rf'compute\.decode_split={split}\b.*allowed.*{allowed}'):
-      build.make_mesh(compute, [model], jax.devices() * 8)
+      meshes.make_mesh(compute, [model], jax.devices() * 8)
 
   def test_too_many_devices_asked_for_in_a_config(self, tmp_path):
     c = tiny.config('sft', compute__mesh__tensor=3)
@@ -228,7 +229,7 @@ def test_the_split_for_decoding_is_chosen_by_size():
   def chosen(devices=64, **changes):
     shape = {**tiny.SHAPE, 'vocab_size': 151936, 'num_key_value_heads': 8,
              'num_attention_heads': 32, 'head_dim': 128, **changes}
-    return build.choose_decode_split(
+    return meshes.choose_decode_split(
         settings.Compute(dtype='bfloat16'), models.build(shape), devices)
 
   assert chosen(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28) == 2  # 1.7 GiB

@@ -202,6 +202,15 @@ class Objective(HasDivergence):
                                    or self.local.coef != 0.0)
 
   @property
+  def teachers_top_k(self) -> int:
+    """How many of the teacher's most likely tokens are all that is looked at of its vocabulary; 0
+    where more is, or nothing."""
+    more = (self.exact_baseline or self.local.coef or self.extrapolation != 1.0
+            or 'over_vocabulary' in self.gate_inputs or not self.needs_hidden_in_loss)
+    return 0 if more or not self.support.startswith('teacher_top_k') else (
+        self.choice('support').top_k)
+
+  @property
   def rescored_baseline(self) -> bool:
     """Whether the loss takes the exact baseline of the student that was scored."""
     return (self.needs_teacher and self.exact_baseline

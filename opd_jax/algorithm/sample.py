@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from opd_jax.models import layout
 from opd_jax.models.nn import positions_of
-from opd_jax.types import Model, Params, Prompts, Rollout
+from opd_jax.types import Model, Params, Part, Prompts, Rollout
 
 _BLOCK = layout.BLOCK  # of the two-level draw: near sqrt(V) for the vocabularies in use
 
@@ -33,7 +33,8 @@ def truncate(logits: Float[Array, 'B V'], top_k: int, top_p: float) -> Float[Arr
   return logits
 
 
-def draw(logits: Float[Array, 'B V'], key: PRNGKeyArray) -> Int[Array, 'B']:
+def draw(logits: Float[Array, 'B V'], key: PRNGKeyArray, part: Part | None = None
+         ) -> Int[Array, 'B']:
   """Draws once a row from softmax(logits), by inverting the cumulative distribution twice.
 
   First a block of tokens is drawn by its mass, then a token within it, each with a uniform of its
@@ -45,7 +46,9 @@ def draw(logits: Float[Array, 'B V'], key: PRNGKeyArray) -> Int[Array, 'B']:
   block = min(_BLOCK, vocab)
   padded = jnp.pad(logits, ((0, 0), (0, -vocab % block)), constant_values=-jnp.inf)
   weights = jnp.exp(padded - jnp.max(padded, axis=-1, keepdims=True)).reshape(batch, -1, block)
-  uniforms = jax.random.uniform(key, (2, batch), dtype=logits.dtype)
+  uniforms = jax.random.uniform(key, (2, part.of if part else batch), dtype=logits.dtype)
+  if part:
+    uniforms = uniforms[:, part.rows]
 
   def invert(weights, uniform):
     # The first token of positive weight whose cumulative weight passes the target. Rounding may let
@@ -62,8 +65,9 @@ def draw(logits: Float[Array, 'B V'], key: PRNGKeyArray) -> Int[Array, 'B']:
 
 
 def choose(logits: Float[Array, 'B V'], key: PRNGKeyArray, *, temperature: float, top_p: float,
-           top_k: int) -> tuple[Int[Array, 'B'], Float[Array, 'B'], Float[Array, 'B']]:
-  """Samples a token a row.
+           top_k: int, part: Part | None = None
+           ) -> tuple[Int[Array, 'B'], Float[Array, 'B'], Float[Array, 'B']]:
+  """Samples a token a row, of a whole batch or of a part of it.
 
   Returns:
     tokens; their log-probability under the distribution sampled from, which is
@@ -78,7 +82,7 @@ def choose(logits: Float[Array, 'B V'], key: PRNGKeyArray, *, temperature: float
     return tokens, zeros, zeros
   full = logits / temperature
   kept = truncate(full, top_k, top_p)
-  tokens = draw(kept, key)
+  tokens = draw(kept, key, part)
   kept_total = jax.nn.logsumexp(kept, axis=-1)
   chosen = jnp.take_along_axis(kept, tokens[:, None], axis=-1)[:, 0]
   mass = jnp.zeros_like(chosen)
@@ -150,7 +154,7 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
 
   Args:
     params: of `model`.
-    prompts: tokens [B, P], left-padded.
+    prompts: tokens [B, P], left-padded; of a part of a batch, with the rows that they are.
     key: the draws at token t use fold_in(key, t); a row's draw does not depend on other rows'
       content.
     model: static.
@@ -190,7 +194,8 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
       chosen = choose_mixed(*logits, step_key, temperature=temperature, mix_share=mix_share,
                             mix_temperature=mix_temperature)
     else:
-      chosen = choose(*logits, step_key, temperature=temperature, top_p=top_p, top_k=top_k)
+      chosen = choose(*logits, step_key, temperature=temperature, top_p=top_p, top_k=top_k,
+                      part=prompts.part)
     return layout.rows(chosen, layout.DECODE)
 
   def is_stop(tokens):

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from opd_jax.algorithm import vocabulary
+from opd_jax.algorithm import support, vocabulary
 from opd_jax.models import layout
 from opd_jax.models.nn import positions_of
-from opd_jax.types import Batch, Head, Model, Params, Rollout, Scores, Wants
+from opd_jax.types import Batch, Head, Model, Params, Rollout, Scores, TopTokens, Wants
 
 
 def log_softmax(hidden: Float[Array, 'n D'], head: Head, temperature: float
@@ -130,17 +130,21 @@ def teacher_logprob_fn(params: Params, rollout: Rollout, *, model: Model, temper
   def score(rows: Rollout) -> Scores:
     hidden = completion_hidden(model, params, rows)
     kept = hidden if wants.hidden else None
-    if not wants.logprobs:
+    if not wants.logprobs and not wants.top_k:
       return Scores(logprobs=None, entropy=None, hidden=kept)
     head = layout.whole_head(model.head(params), hidden.dtype)
 
     def chunk(hidden, targets):
       logprobs = log_softmax(hidden, head, temperature)
-      return {'logprobs': pick(logprobs, targets), 'entropy': entropy_of(logprobs)}
+      out = {'logprobs': pick(logprobs, targets), 'entropy': entropy_of(logprobs)}
+      if wants.top_k:
+        values, tokens = support.top_k(logprobs, wants.top_k)
+        out['top'] = TopTokens(tokens, values, support.rest_of(logprobs, tokens))
+      return out
 
     out = vocabulary.map_over_chunks(chunk, chunk_tokens, hidden, rows.completion_targets)
     return Scores(logprobs=to_rows(out['logprobs'], rows), entropy=to_rows(out['entropy'], rows),
-                  hidden=kept)
+                  hidden=kept, top=out.get('top'))
 
   return join_rows(jax.lax.map(score, split_rows(rollout, microbatch_rows)))
 
@@ -149,4 +153,6 @@ def only(scores: Scores, wants: Wants) -> Scores:
   """Drops what is not wanted: a program that models share gives what any of them is asked for."""
   if not wants.logprobs:
     scores = scores.replace(logprobs=None, entropy=None)
+  if not wants.top_k:
+    scores = scores.replace(top=None)
   return scores if wants.hidden else scores.replace(hidden=None)

@@ -97,6 +97,22 @@ def top_k(x: Float[Array, 'n V'], k: int) -> tuple[Float[Array, 'n k'], Int[Arra
   return values, jnp.take_along_axis(chosen, place // block, axis=1) * block + place % block
 
 
+def spread_top(tokens: Int[Array, 'n k'], logprobs: Float[Array, 'n k'], rest: Float[Array, 'n'],
+               width: int, vocab_in_use: int) -> Float[Array, 'n V']:
+  """Makes log-probs over the vocabulary of the most likely tokens and the mass of the rest, which
+  is spread evenly over the others: for what looks at those tokens and at that mass only."""
+  each = rest - math.log(max(vocab_in_use - tokens.shape[1], 1))
+  out = jnp.where(jnp.arange(width)[None] < vocab_in_use, each[:, None], _GONE)
+  rows = jnp.broadcast_to(jnp.arange(len(tokens))[:, None], tokens.shape)
+  return out.at[rows, tokens].set(logprobs)
+
+
+def rest_of(logprobs: Float[Array, 'n V'], tokens: Int[Array, 'n K']) -> Float[Array, 'n']:
+  """Computes the log of the mass of all other tokens; summed, since 1 - the rest would cancel."""
+  rows = jnp.broadcast_to(jnp.arange(len(tokens))[:, None], tokens.shape)
+  return jax.nn.logsumexp(logprobs.at[rows, tokens].set(_GONE), axis=-1)
+
+
 def over_tokens(f: Term, student: Float[Array, 'n V'], teacher: Float[Array, 'n V'],
                 tokens: Int[Array, 'n K'], tail: str, counts: Int[Array, 'n K'] | None = None
                 ) -> Float[Array, 'n']:
@@ -118,16 +134,9 @@ def over_tokens(f: Term, student: Float[Array, 'n V'], teacher: Float[Array, 'n 
   if tail == 'renormalize':
     mine, theirs = (jax.nn.log_softmax(x, axis=-1) for x in (mine, theirs))
   elif tail == 'bucket':
-    mine, theirs = (jnp.concatenate([x, _rest(whole, tokens)], axis=1)
+    mine, theirs = (jnp.concatenate([x, rest_of(whole, tokens)[:, None]], axis=1)
                     for x, whole in ((mine, student), (theirs, teacher)))
   counted = mine > 0.5 * _GONE
   # Both log-probs of what does not count are replaced, or its gradient would be NaN times zero.
   mine, theirs = (jnp.where(counted, x, 0.0) for x in (mine, theirs))
   return jnp.sum(jnp.where(counted, f(mine, theirs), 0.0), axis=-1)
-
-
-def _rest(logprobs, tokens):
-  """log of the mass of all other tokens, [n, 1]; summed, since 1 - the rest would cancel."""
-  rows = jnp.arange(tokens.shape[0])[:, None]
-  others = logprobs.at[jnp.broadcast_to(rows, tokens.shape), tokens].set(_GONE)
-  return jax.nn.logsumexp(others, axis=-1, keepdims=True)

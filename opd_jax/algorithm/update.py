@@ -62,7 +62,8 @@ def loss_fn(params: Params, rows: Weighted, coef: Array | float, heads: Heads, *
                'reference_logprobs': rows.reference_logprobs}
   arrays = {name: score_lib.to_completion(x, rollout) for name, x in per_token.items()
             if x is not None}
-  arrays |= {name: x for name in ('teacher_hidden', 'student_hidden', 'reference_hidden')
+  arrays |= {name: x for name in (
+      'teacher_hidden', 'teacher_top', 'student_hidden', 'reference_hidden')
              if (x := getattr(rows, name)) is not None}
   arrays['targets'] = rollout.completion_targets
   hidden = score_lib.completion_hidden(model, params, rollout)
@@ -97,10 +98,15 @@ def _chunk_loss(o, head, constants, hidden, a):
   reference = None
   if 'reference_hidden' in a:
     reference = logprobs_of(a['reference_hidden'], heads.reference, o.temperature)
-  if 'teacher_hidden' in a:  # the loss wants the teacher's whole distribution, not one token of it
-    theirs = logprobs_of(a['teacher_hidden'], heads.teacher, o.teacher_temperature)
-    out['teacher_logprobs'] = score_lib.pick(theirs, a['targets'])
-    out['teacher_entropy'] = score_lib.entropy_of(theirs)
+  if o.needs_hidden_in_loss:  # the teacher's whole distribution, not one token of it
+    if 'teacher_top' in a:
+      top = a['teacher_top']
+      theirs = support_lib.spread_top(top.tokens, top.logprobs, top.rest, own.shape[1],
+                                      head.vocab_in_use)
+    else:
+      theirs = logprobs_of(a['teacher_hidden'], heads.teacher, o.teacher_temperature)
+      out['teacher_logprobs'] = score_lib.pick(theirs, a['targets'])
+      out['teacher_entropy'] = score_lib.entropy_of(theirs)
     teacher = support_lib.extrapolate(theirs, reference, o.extrapolation)
     mine = own
     if 'student_hidden' in a:  # the baseline of an earlier policy, which wrote the rows
@@ -194,6 +200,7 @@ def weigh(o: Objective, batch: Batch, coef: Array | float, student_head: Head | 
       reference_logprobs=take(batch.reference, 'logprobs',
                               'log_u' in o.choice('reference_kl').inputs),
       teacher_hidden=take(batch.teacher, 'hidden', o.needs_hidden_in_loss),
+      teacher_top=take(batch.teacher, 'top', o.needs_hidden_in_loss),
       student_hidden=take(batch.student, 'hidden', o.rescored_baseline),
       reference_hidden=take(batch.reference, 'hidden', wants(o)['reference'].hidden)), reported
 

@@ -28,18 +28,19 @@ ChunkFn = Callable[..., tuple[Array, dict[str, Array]]]
 
 def map_over_chunks(fn: Callable[..., dict[str, Array]], chunk_tokens: int, *arrays: Any
                     ) -> dict[str, Array]:
-  """Applies `fn` to chunks of arrays [B, C, ...]; its outputs [n] come back as [B, C].
+  """Applies `fn` to chunks of arrays [B, C, ...]; its outputs [n, ...] come back as
+  [B, C, ...].
 
   Not for what is differentiated: the rows of the vocabulary of all chunks would be kept for it.
 
   Args:
-    fn: (*arrays [n, ...]) -> {name: [n]}, for tokens in any order and of any rows.
+    fn: (*arrays [n, ...]) -> {name: [n, ...]}, for tokens in any order and of any rows.
     chunk_tokens: the largest n, at least 1.
     arrays: pytrees of [B, C, ...] (None too), the first an array.
   """
   cut = _Cut(*arrays[0].shape[:2], chunk_tokens)
   out = jax.lax.map(lambda xs: fn(*layout.rows(xs)), jax.tree.map(cut.split, arrays))
-  return {name: cut.join(a) for name, a in out.items()}
+  return jax.tree.map(cut.join, out)
 
 
 def sum_over_chunks(fn: ChunkFn, chunk_tokens: int, head: Any, constants: Any, hidden: Any,
@@ -105,9 +106,11 @@ class _Cut:
     return self._shuffle(a)
 
   def join(self, a: Array) -> Array:
-    """[count, n] to [B, C]."""
-    a = a.reshape(self.groups, self.steps, self.rows, self.positions).transpose(2, 0, 1, 3)
-    a = a.reshape(self.rows * self.groups, self.steps * self.positions)
+    """[count, n, ...] to [B, C, ...]."""
+    more = a.shape[2:]
+    a = a.reshape(self.groups, self.steps, self.rows, self.positions, *more)
+    a = a.transpose(2, 0, 1, 3, *range(4, a.ndim))
+    a = a.reshape(self.rows * self.groups, self.steps * self.positions, *more)
     return a[:self.batch, :self.length]
 
 

@@ -4,13 +4,15 @@ grade them, and how far an export is from the model that was evaluated."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import build, models
+from opd_jax import models
+from opd_jax.algorithm import score
 from opd_jax.build import Parts
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.data.examples import Examples
@@ -19,9 +21,9 @@ from opd_jax.doctor.finding import FAIL, OK, SKIPPED, WARN, Finding
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.models import flax_module, lora
 from opd_jax.parallel import hosts, sharding
-from opd_jax.run import evaluate
+from opd_jax.run import evaluate, evaluator
 from opd_jax.settings import Run
-from opd_jax.types import Params
+from opd_jax.types import Params, Wants
 
 DTYPES = ('float32', 'bfloat16')  # of an export
 FAR = 3.0  # nats a token; a student at 3.1 did not collapse, one at 5.4 did (docs/results.md)
@@ -61,7 +63,7 @@ class Probe:
 def take_probe(run: Run, parts: Parts, student: Params, teacher: Params | None) -> Probe:
   """Lets the student write `doctor.rollouts` completions and both models grade them."""
   room = min(run.data.max_new_tokens, run.doctor.max_new_tokens)
-  sample = build.make_sampler(run, parts.student.model, parts.stop_tokens, parts.pad_token,
+  sample = evaluator.make_sampler(run, parts.student.model, parts.stop_tokens, parts.pad_token,
                               max_new_tokens=room)
 
   how = dict(model=parts.student.model, teacher=parts.teacher and parts.teacher.model,
@@ -73,9 +75,21 @@ def take_probe(run: Run, parts: Parts, student: Params, teacher: Params | None) 
     rollout = sample(student, prompts, key)
     return rollout, evaluate.compare(student, teacher, rollout, **how)
 
+  def look_apart(student, teacher, prompts, key):
+    there, by_rows = parts.apart, sharding.by_rows(parts.mesh)
+    rollout = jax.block_until_ready(jax.jit(sample, out_shardings=by_rows)(student, prompts, key))
+    score_it = jax.jit(functools.partial(
+        score.teacher_logprob_fn, model=how['teacher'], temperature=1.0,
+        wants=Wants(hidden=True), chunk_tokens=there.chunk_tokens, microbatch_rows=0),
+        out_shardings=sharding.by_rows(there.mesh))
+    theirs = evaluate.see(there, score_it, how['teacher'], teacher, rollout)
+    compare = jax.jit(functools.partial(evaluate.compare, **how), out_shardings=by_rows)
+    return rollout, compare(student, theirs, rollout)
+
   prompts = _prompts(run, parts.examples[OWN], parts.mesh)
   with jax.set_mesh(parts.mesh):
-    program = jax.jit(look, out_shardings=sharding.by_rows(parts.mesh))
+    program = look_apart if parts.apart else jax.jit(
+        look, out_shardings=sharding.by_rows(parts.mesh))
     rollout, scores = hosts.fetch(program(student, teacher, prompts, jax.random.key(run.seed)))
   scores = {name: np.asarray(x, np.float64) for name, x in scores.items()}
   own = scores['logprobs']
@@ -113,7 +127,7 @@ def measure_export(run: Run, student: LoadedModel, stop_tokens: tuple[int, ...],
   wide = student.model
   if wide.family != flax_module.FAMILY:  # a module computes as its own code says
     wide = models.build(wide.to_hf(), vocab_in_use=wide.vocab_in_use, dtype=jnp.float32)
-  sample = build.make_sampler(
+  sample = evaluator.make_sampler(
       run, student.model, stop_tokens, prompts_lib.pad_id(student.tokenizer),
       max_new_tokens=min(run.data.max_new_tokens, run.doctor.max_new_tokens))
 

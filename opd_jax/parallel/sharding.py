@@ -130,6 +130,11 @@ def param_shardings(specs: dict[str, Any], mesh: Mesh) -> Any:
   return unflatten({name: one(name, spec) for name, spec in flatten(specs).items()})
 
 
+def fitting(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> NamedSharding:
+  """Makes the sharding of an array that is no parameter: what does not divide stays whole."""
+  return NamedSharding(mesh, layout.fit(shape, axes, layout.TRAIN, mesh))
+
+
 def put(tree: Any, shardings: Any) -> Any:
   """Puts host arrays on devices. Every process has the whole array and feeds only its own shard."""
   def one(x, sharding):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from flax import struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -15,8 +16,9 @@ from opd_jax.algorithm import divergences, metrics, score, vocabulary
 from opd_jax.data import examples as examples_lib
 from opd_jax.models import layout
 from opd_jax.parallel import hosts, sharding
+from opd_jax.parallel.apart import Apart
 from opd_jax.run import texts as texts_lib
-from opd_jax.types import Model, Params, Rollout
+from opd_jax.types import Head, Model, Params, Rollout
 
 OVERLAP = ('overlap_count', 'overlap_mass', 'mass_outside')
 
@@ -53,8 +55,24 @@ def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
   return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def compare(params: Params, teacher_params: Params | None, rollout: Rollout, *, model: Model,
-            teacher: Model | None, temperature: float, teacher_temperature: float,
+@struct.dataclass
+class Seen:
+  """What a teacher on devices of its own says of a rollout, in place of its parameters."""
+
+  hidden: jax.Array  # [B, C, D]
+  head: Head
+
+
+def see(apart: Apart, program: Callable[..., Any], model: Model, params: Params, rollout: Rollout
+        ) -> Seen:
+  """Lets a teacher on devices of its own look at a rollout, by a program that scores it for hidden
+  states."""
+  hidden = apart.call(program, params, rollout).hidden
+  return Seen(hidden, apart.bring(model.head(params)))
+
+
+def compare(params: Params, teacher_params: Params | Seen | None, rollout: Rollout, *,
+            model: Model, teacher: Model | None, temperature: float, teacher_temperature: float,
             chunk_tokens: int, overlap_top_ks: tuple[int, ...] = ()) -> dict[str, Array]:
   """Looks at a rollout as student and teacher see it, token by token, float32 [B, T-1]: logprobs,
   entropy, teacher_logprobs, teacher_entropy, kl = sum_v p_S (log p_S - log p_T), and for each k
@@ -62,7 +80,10 @@ def compare(params: Params, teacher_params: Params | None, rollout: Rollout, *, 
   first two."""
   mine, theirs = score.completion_hidden(model, params, rollout), None
   head = layout.whole_head(model.head(params), mine.dtype)
-  if teacher is not None:
+  if isinstance(teacher_params, Seen):
+    theirs = teacher_params.hidden
+    teacher_head = layout.whole_head(teacher_params.head, theirs.dtype)
+  elif teacher is not None:
     theirs = score.completion_hidden(teacher, teacher_params, rollout)
     teacher_head = layout.whole_head(teacher.head(teacher_params), theirs.dtype)
 
@@ -83,8 +104,8 @@ def compare(params: Params, teacher_params: Params | None, rollout: Rollout, *, 
   return {name: score.to_rows(x, rollout) for name, x in out.items()}
 
 
-def row_sums(params: Params, teacher_params: Params, rollout: Rollout, *, microbatch_rows: int,
-             overlap_top_k: int, **how: Any) -> dict[str, Array]:
+def row_sums(params: Params, teacher_params: Params | Seen, rollout: Rollout, *,
+             microbatch_rows: int, overlap_top_k: int, **how: Any) -> dict[str, Array]:
   """Sums over the mask by row, float32 [B]: reverse_kl, the exact one; overlap_count, overlap_mass
   and mass_outside (`metrics.overlap`) unless overlap_top_k is 0; and tokens, of the mask.
 
@@ -94,12 +115,17 @@ def row_sums(params: Params, teacher_params: Params, rollout: Rollout, *, microb
   if overlap_top_k:
     names |= {f'{name}_{overlap_top_k}': name for name in OVERLAP}
 
-  def sums(rows):
-    seen = compare(params, teacher_params, rows, **how,
+  apart = isinstance(teacher_params, Seen)
+
+  def sums(xs):
+    rows, hidden = xs
+    theirs = teacher_params.replace(hidden=hidden) if apart else teacher_params
+    seen = compare(params, theirs, rows, **how,
                    overlap_top_ks=(overlap_top_k,) if overlap_top_k else ())
     return {name: jnp.sum(seen[key], axis=1) for key, name in names.items()}
 
-  out = score.join_rows(jax.lax.map(sums, score.split_rows(rollout, microbatch_rows)))
+  xs = (rollout, teacher_params.hidden if apart else None)
+  out = score.join_rows(jax.lax.map(sums, score.split_rows(xs, microbatch_rows)))
   return out | {'tokens': jnp.sum(rollout.mask, axis=1)}
 
 
@@ -118,7 +144,8 @@ class Evaluator:
   def __init__(self, *, sample: Callable[..., Rollout], greedy: Callable[..., Rollout],
                compare: Callable[..., dict[str, Array]] | None, samples_per_problem: int,
                pass_k: int, task: Any, examples: examples_lib.Examples, tokenizer: Any,
-               mesh: jax.sharding.Mesh, key: jax.Array):
+               mesh: jax.sharding.Mesh, key: jax.Array,
+               see: Callable[[Params, Rollout], Seen] | None = None):
     """Takes what evaluates.
 
     Args:
@@ -130,11 +157,13 @@ class Evaluator:
       tokenizer: of the answers.
       mesh: where prompts go.
       key: of all draws.
+      see: (teacher_params, rollout) -> what takes their place for `compare`; of a teacher on other
+        devices.
     """
     self._sample, self._greedy, self._compare = sample, greedy, compare
     self._count, self._pass_k, self._task, self._tokenizer = (
         samples_per_problem, pass_k, task, tokenizer)
-    self._key = key
+    self._key, self._see, self._mesh = key, see, mesh
     self.rows, self._text = examples.rows, examples.text
     self._graded = examples_lib.has_verifier(task, examples)
     once, by_rows = np.arange(len(examples)), sharding.by_rows(mesh)
@@ -151,6 +180,10 @@ class Evaluator:
     (`metrics.overlap`, token means); text/compression, text/distinct_4, text/shared_4 (run/texts);
     mean length; truncation rate.
     """
+    with jax.set_mesh(self._mesh):
+      return self._evaluate(params, teacher_params, transcripts)
+
+  def _evaluate(self, params, teacher_params, transcripts):
     rollout = jax.block_until_ready(self._sample(params, self._prompts, self._key))
     graded = [row for row in self.rows for _ in range(self._count)]
     seen = hosts.fetch(rollout)
@@ -158,7 +191,8 @@ class Evaluator:
     rewards = rewards.reshape(len(self.rows), self._count)
     out = self._accuracies(params, rewards) if self._graded else {}
     if self._compare is not None and teacher_params is not None:
-      sums = hosts.fetch(self._compare(params, teacher_params, rollout))
+      theirs = self._see(teacher_params, rollout) if self._see else teacher_params
+      sums = hosts.fetch(self._compare(params, theirs, rollout))
       count = sums.pop('tokens').sum()
       out |= {name: float(sums[name].sum() / count) for name in ('reverse_kl', *OVERLAP)
               if name in sums}

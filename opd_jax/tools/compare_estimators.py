@@ -139,6 +139,8 @@ def check(c: ConfigDict) -> Run:
   if run.data.source != 'student':
     refuse(run, 'data.source', 'estimates from one token need rows that the student wrote',
            "'student'")
+  if run.compute.teacher_devices:
+    refuse(run, 'compute.teacher_devices', 'gradients are compared where both models are', '0')
   return run
 
 
@@ -198,9 +200,9 @@ def take_probe(run: Run, parts: Parts) -> Probe:
   for batch in range(run.diagnose.batches):
     indices = parts.examples[OWN].indices(batch, run.diagnose.prompts).repeat(group)
     probe.indices.append(indices)
-    probe.rollouts.append(jax.block_until_ready(programs.write(
-        streams[THIS], probe.student, probe.graders, indices,
-        load.fold_in(key, load.SAMPLE, batch))))
+    rollout, = programs.write(streams[THIS], probe.student, probe.graders, indices,
+                              load.fold_in(key, load.SAMPLE, batch))
+    probe.rollouts.append(jax.block_until_ready(rollout))
   return probe
 
 
@@ -253,7 +255,7 @@ def gradients(run: Run, parts: Parts, probe: Probe, stream: Stream
   def measure(batch):
     began = time.perf_counter()
     graded = programs.grade(stream, probe.student, probe.graders, probe.indices[batch],
-                            probe.rollouts[batch])
+                            [probe.rollouts[batch]])
     jax.block_until_ready(graded)  # programs with collectives, one after the other
     _, grads, reported = jax.block_until_ready(program(
         probe.trained, graded, heads, jnp.int32(0), jax.random.fold_in(key, batch), probe.base))

@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from opd_jax import build, load, programs, tasks
+from opd_jax import build, load, tasks
 from opd_jax import config as config_lib
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.errors import ConfigError
 from opd_jax.files import huggingface
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.models import flax_module
-from opd_jax.run import metrics
+from opd_jax.run import evaluator as evaluator_lib
+from opd_jax.run import meshes, metrics
 from opd_jax.settings import Run
 
 
@@ -49,12 +50,13 @@ def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any
     # What such a run exported has the template it was trained in.
     style = build.prompt_style(run, student.tokenizer, (teacher or student).tokenizer, stop_tokens)
     held_out = build.load_examples(run, 'eval', run.eval.problems, student.tokenizer, style)
-    mesh = build.make_mesh(run.compute, [student.model])
+    mesh = meshes.make_mesh(run.compute, [student.model])
   except (ValueError, FileNotFoundError) as e:
     raise ConfigError(str(e)) from e
-  evaluator = programs.make_evaluator(
+  evaluator = evaluator_lib.make_evaluator(
       run, student, teacher and teacher.model, task=tasks.get(run.task.name), examples=held_out,
-      stop_tokens=stop_tokens, mesh=mesh)
+      stop_tokens=stop_tokens, mesh=mesh,
+      key=load.fold_in(jax.random.key(run.seed), load.EVAL, 0))
   weights = [m and load.read(field, m, m.model.specs, jnp.float32, mesh)
              for field, m in (('model', student), ('teacher', teacher))]
   display = metrics.Display(path, 0, 1)

@@ -23,6 +23,7 @@ from opd_jax.files import workdir as workdir_lib
 from opd_jax.models import lora
 from opd_jax.parallel import hosts, sharding
 from opd_jax.parallel import state as state_lib
+from opd_jax.run import meshes
 from opd_jax.settings import Checkpoint, Run
 
 FORMATS = ('full', 'adapter')
@@ -115,7 +116,7 @@ def _measure(run, student, teacher, stop_tokens, mesh, params, dtype):
 def _mesh(run: Run) -> jax.sharding.Mesh:
   """The run's mesh, or one for whatever devices there are on another machine."""
   try:
-    return build.make_mesh(run.compute, [])
+    return meshes.make_mesh(run.compute, [])
   except ValueError:
     return sharding.make_mesh(dict(data=-1, fsdp=1, tensor=1, expert=1))
 

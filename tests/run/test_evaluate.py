@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import tiny
 
-from opd_jax import build, config, programs, tasks
+from opd_jax import build, config, load, tasks
 from opd_jax.algorithm import sample, score
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.files import huggingface
-from opd_jax.run import evaluate
+from opd_jax.run import evaluate, meshes
+from opd_jax.run import evaluator as evaluator_lib
 from opd_jax.types import Model, Params
 
 UNTIMED = settings(deadline=None, derandomize=True)  # the machine is shared; failures must repeat
@@ -93,10 +94,11 @@ def models():
 
 def make_evaluator(models, problems, **fields):
   run = config.parse(tiny.config('opd_sampled', **fields))
-  return programs.make_evaluator(
+  return evaluator_lib.make_evaluator(
       run, models[0], models[1].model, task=tasks.get(run.task.name),
       examples=build.load_examples(run, 'eval', problems, models[0].tokenizer, prompts_lib.Style()),
-      stop_tokens=models[0].stop_tokens, mesh=build.make_mesh(run.compute, []))
+      stop_tokens=models[0].stop_tokens, mesh=meshes.make_mesh(run.compute, []),
+      key=load.fold_in(jax.random.key(run.seed), load.EVAL, 0))
 
 
 @pytest.fixture(scope='module')

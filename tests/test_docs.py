@@ -26,6 +26,7 @@ from opd_jax.algorithm import update
 from opd_jax.data import control, examples
 from opd_jax.data import streams as streams_lib
 from opd_jax.models.params import abstract_params
+from opd_jax.parallel import decoding
 from opd_jax.types import Batch, Heads, Scores, TrainState
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -219,7 +220,9 @@ def test_every_metric_of_a_step_is_listed_and_none_besides(rows):
   seen = set().union(*(_names(row) for row in rows if row['kind'] == 'train'))
   for name in presets.PRESETS:  # what only some objectives report
     seen |= _reported(config.parse(presets.apply(tiny.config('opd_sampled'), name)))
-  assert _listed('train') == seen
+  layout = decoding.DecodeLayout(jnp.copy, 1, wait=True)  # what only several devices report
+  layout(jnp.zeros(1))
+  assert _listed('train') == seen | {f'perf/{name}' for name in layout.report()}
 
 
 def test_every_metric_of_an_evaluation_is_listed_and_none_besides(rows):

@@ -30,7 +30,8 @@ def _scorers(monkeypatch, run, own_form, **changes):
   stream = streams.make(run)[0]
   stream = dataclasses.replace(stream, objective=dataclasses.replace(stream.objective, **changes))
   parts = types.SimpleNamespace(
-      mesh=None, chunk_tokens=16,
+      mesh=None, apart=None, chunk_tokens=16,
+      wanted=lambda stream, part: wants(stream.objective)[part],
       runs_students_programs=lambda loaded: own_form or loaded.model == 'student',
       **{name: types.SimpleNamespace(model=name) for name in MODELS})
   with monkeypatch.context() as m:

@@ -143,7 +143,8 @@ def evaluate_teacher(programs: Programs, graders: Graders) -> dict[str, Any] | N
   """Evaluates the teacher on the held-out problems, if there is one that can write."""
   if programs.teacher_evaluator is None:
     return None
-  return programs.teacher_evaluator(graders['teacher'].params, None, 0)[0]
+  with jax.set_mesh(programs.parts.mesh_of('teacher')):
+    return programs.teacher_evaluator(graders['teacher'].params, None, 0)[0]
 
 
 def evaluate_student(book: Book, programs: Programs, student: Params, graders: Graders, step: int

@@ -163,7 +163,7 @@ class Evaluator:
     self._sample, self._greedy, self._compare = sample, greedy, compare
     self._count, self._pass_k, self._task, self._tokenizer = (
         samples_per_problem, pass_k, task, tokenizer)
-    self._key, self._see, self._mesh = key, see, mesh
+    self._key, self._see = key, see
     self.rows, self._text = examples.rows, examples.text
     self._graded = examples_lib.has_verifier(task, examples)
     once, by_rows = np.arange(len(examples)), sharding.by_rows(mesh)
@@ -180,10 +180,6 @@ class Evaluator:
     (`metrics.overlap`, token means); text/compression, text/distinct_4, text/shared_4 (run/texts);
     mean length; truncation rate.
     """
-    with jax.set_mesh(self._mesh):
-      return self._evaluate(params, teacher_params, transcripts)
-
-  def _evaluate(self, params, teacher_params, transcripts):
     rollout = jax.block_until_ready(self._sample(params, self._prompts, self._key))
     graded = [row for row in self.rows for _ in range(self._count)]
     seen = hosts.fetch(rollout)

@@ -60,19 +60,20 @@ class Launcher:
   """Starts commands; a context that ends those which are left."""
 
   def __init__(self, folder: pathlib.Path):
-    self.folder, self._answers, self._count = folder, {}, 0
+    self.folder, self._answers, self._count, self._rest = folder, {}, 0, b''
     self._process = subprocess.Popen(
-        [sys.executable, __file__], cwd=folder, text=True, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, env=tiny.environment())
+        [sys.executable, __file__], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=tiny.environment())
 
   def start(self, *args: Any, devices: int = 2, hold: tuple[str, pathlib.Path] | None = None,
             **extra: str) -> Process:
     """Starts one process with so many devices."""
     number, self._count = self._count, self._count + 1
-    print(json.dumps({
-        'number': number, 'args': list(map(str, args)), 'hold': hold and [hold[0], str(hold[1])],
-        'env': {'XLA_FLAGS': tiny.environment(devices)['XLA_FLAGS'], **extra}}),
-        file=self._process.stdin, flush=True)
+    request = {'number': number, 'args': list(map(str, args)),
+               'hold': hold and [hold[0], str(hold[1])],
+               'env': {'XLA_FLAGS': tiny.environment(devices)['XLA_FLAGS'], **extra}}
+    self._process.stdin.write(json.dumps(request).encode() + b'\n')
+    self._process.stdin.flush()
     return Process(self, number)
 
   def together(self, count: int, *args: Any, **how: Any) -> list[Process]:
@@ -89,10 +90,11 @@ class Launcher:
     while (number, what) not in self._answers:
       ready, _, _ = select.select([self._process.stdout], [], [], end - time.monotonic())
       assert ready, f'{what} of {number}: waited in vain'
-      line = self._process.stdout.readline()
-      assert line, 'the launcher has ended'
-      n, name, value = json.loads(line)
-      self._answers[n, name] = value
+      data = os.read(self._process.stdout.fileno(), 2**16)  # without a buffer, beside `select`
+      assert data, 'the launcher has ended'
+      *lines, self._rest = (self._rest + data).split(b'\n')
+      for n, name, value in map(json.loads, lines):
+        self._answers[n, name] = value
     return self._answers[number, what]
 
   def __enter__(self) -> Launcher:

@@ -27,6 +27,7 @@ BEAT_S = 2.0  # between two signs of life
 GRACE_S = 2.0  # in which what failed is gathered before one is said to be the first
 KILL_S = 5.0  # in which a process may end by itself
 NOISE = re.compile(rb'^[EF]\d{4} \d\d:\d\d:\d\d', re.MULTILINE)  # how errors of C++ begin
+GLOO = b'connected to '  # what gloo says when all is well, and has no switch for
 # What happened, the worst first: of several, this is the one that the others come from.
 DIED, REFUSED, FAILED = range(3)
 
@@ -139,7 +140,21 @@ class Watch:
       except OSError:  # it is read as an end
         pass
 
+  def _part(self) -> None:
+    """Closes the connections once the others have read what was said last: a socket that is closed
+    before all that came is read takes it back."""
+    end = time.monotonic() + KILL_S
+    for peer in self._peers.values():
+      try:
+        peer.shutdown(socket.SHUT_WR)
+        peer.settimeout(max(end - time.monotonic(), 0.01))
+        while peer.recv(2**16):
+          pass
+      except OSError:  # it has gone, or takes too long
+        pass
+
   def _hear_noise(self, data: bytes) -> None:
+    data = b''.join(line for line in data.splitlines(keepends=True) if GLOO not in line)
     if data and not self._held and (found := NOISE.search(data)):
       os.write(2, data[:found.start()])
       data, self._held_until = data[found.start():], time.monotonic() + 4 * GRACE_S
@@ -155,6 +170,7 @@ class Watch:
   def _end(self) -> None:
     if self.verdict is None:
       self._flush()
+      self._part()
       return
     self._tell({'verdict': self.verdict})
     kind, index, text = self.verdict
@@ -164,6 +180,7 @@ class Watch:
     if not own:
       line = f'error: {self._names[index]} {text}'
       os.write(2, f'{line}\n'.encode(errors='replace'))
+    self._part()
     try:  # the process beside this one ends, and says why itself if it is the one that failed
       os.write(1, json.dumps({'own': own}).encode() + b'\n')
     except OSError:  # it has ended

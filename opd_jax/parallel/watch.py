@@ -27,7 +27,8 @@ BEAT_S = 2.0  # between two signs of life
 GRACE_S = 2.0  # in which what failed is gathered before one is said to be the first
 KILL_S = 5.0  # in which a process may end by itself
 NOISE = re.compile(rb'^[EF]\d{4} \d\d:\d\d:\d\d', re.MULTILINE)  # how errors of C++ begin
-GLOO = b'connected to '  # what gloo says when all is well, and has no switch for
+# What gloo says when all is well, in pieces of several threads; it has no switch.
+GLOO = re.compile(rb'\[Gloo\]|peer ranks|^\d*\s*$')
 # What happened, the worst first: of several, this is the one that the others come from.
 DIED, REFUSED, FAILED = range(3)
 
@@ -54,7 +55,7 @@ class Watch:
     self._peers = {i: socket.socket(fileno=fd) for i, fd in peers.items()}
     self._heard = {i: time.monotonic() for i in peers}
     self._rest: dict[Any, bytes] = {}
-    self._noise, self._held, self._held_until = noise, b'', 0.0
+    self._noise, self._line, self._held, self._held_until = noise, b'', b'', 0.0
     self._events: list[tuple[int, int, str]] = []
     self._deadline = float('inf')
     self._alive = self._speaks = True
@@ -154,8 +155,10 @@ class Watch:
         pass
 
   def _hear_noise(self, data: bytes) -> None:
-    data = b''.join(line for line in data.splitlines(keepends=True) if GLOO not in line)
-    if data and not self._held and (found := NOISE.search(data)):
+    whole, newline, self._line = (self._line + data).rpartition(b'\n')
+    data = b''.join(line for line in (whole + newline).splitlines(keepends=True)
+                    if not GLOO.search(line))
+    if not self._held and (found := NOISE.search(data)):
       os.write(2, data[:found.start()])
       data, self._held_until = data[found.start():], time.monotonic() + 4 * GRACE_S
     elif not self._held:
@@ -168,6 +171,7 @@ class Watch:
     os.write(2, held)
 
   def _end(self) -> None:
+    self._held += self._line  # one without an end
     if self.verdict is None:
       self._flush()
       self._part()

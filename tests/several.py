@@ -49,10 +49,12 @@ class Process:
     """Sends a signal."""
     os.kill(self.pid, number)
 
-  def finish(self) -> subprocess.CompletedProcess[str]:
-    """Waits for the end, of those beside it too (parallel/watch.py)."""
+  def finish(self, until: str = '') -> subprocess.CompletedProcess[str]:
+    """Waits for the end; and until stderr has a text, which may come from the process beside it
+    (parallel/watch.py) when it has died."""
     status = self._launcher.answer(self._number, 'status')
     out, err = (self._launcher.folder / f'{self._number}.{name}' for name in ('out', 'err'))
+    tiny.wait_until(lambda: until in err.read_text())
     return subprocess.CompletedProcess([], status, out.read_text(), err.read_text())
 
 
@@ -66,11 +68,11 @@ class Launcher:
         env=tiny.environment())
 
   def start(self, *args: Any, devices: int = 2, hold: tuple[str, pathlib.Path] | None = None,
-            **extra: str) -> Process:
-    """Starts one process with so many devices."""
+            cwd: pathlib.Path | None = None, **extra: str) -> Process:
+    """Starts one process with so many devices; `hold` is for `tiny.hold_at`."""
     number, self._count = self._count, self._count + 1
     request = {'number': number, 'args': list(map(str, args)),
-               'hold': hold and [hold[0], str(hold[1])],
+               'hold': hold and [hold[0], str(hold[1])], 'cwd': str(cwd or self.folder),
                'env': {'XLA_FLAGS': tiny.environment(devices)['XLA_FLAGS'], **extra}}
     self._process.stdin.write(json.dumps(request).encode() + b'\n')
     self._process.stdin.flush()
@@ -116,6 +118,7 @@ def _child(request: dict[str, Any]) -> None:
   os.environ.update(request['env'])
   for number in (signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_DFL)
+  os.chdir(request['cwd'])
   if request['hold']:
     where, marker = request['hold']
     tiny.hold_at(where, pathlib.Path(marker))

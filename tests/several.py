@@ -6,6 +6,7 @@ Python and JAX for every process would take longer than most of what they do.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pathlib
@@ -136,10 +137,13 @@ def _main() -> None:
   from ml_collections import config_flags  # noqa: F401
 
   import opd_jax.__main__
+  from opd_jax.data import prompts
   import opd_jax.tools.compare_estimators
   import opd_jax.tools.evaluate_model
   import opd_jax.tools.export
   import opd_jax.tools.pipeline  # noqa: F401
+  prompts.character_tokenizer()  # imports what loads one
+  gc.freeze()  # memory that is shared with the children stays so
   running, open_ = {}, True
   while open_ or running:
     ready, _, _ = select.select([0] if open_ else [], [], [], 0.05)

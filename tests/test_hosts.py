@@ -211,22 +211,23 @@ class TestDied:
     assert_same_run(workdir, whole)
 
 
-class TestCommands:
+@pytest.fixture(scope='module')
+def pipeline(launcher):
+  """(config file, work directory) of two stages by two processes: adapters that reinforcement
+  learning trains, and supervised learning from what came out."""
+  c = experiment.default_pipeline()
+  c.name, c.order = 'hosts', ('rl', 'after')
+  rl = tiny.with_models('grpo', steps=3, student__lora__rank=4, optimizer__learning_rate=1e-2)
+  after = tiny.config('sft', steps=2, student__path='stage:rl')
+  c.stages = ConfigDict(dict(rl=rl, after=after))
+  c.report.methods, c.report.labels, c.report.teacher = ('after',), ('after',), ''
+  file, workdir = tiny.write_config(launcher.folder / 'pipeline.py', c), launcher.folder / 'pipe'
+  done = launcher.run(2, 'train', '--config', file, '--workdir', workdir)
+  assert [p.returncode for p in done] == [0, 0], [p.stderr for p in done]
+  return file, workdir
 
-  @pytest.fixture(scope='module')
-  def pipeline(self, launcher):
-    """(config file, work directory) of two stages by two processes: adapters that reinforcement
-    learning trains, and supervised learning from what came out."""
-    c = experiment.default_pipeline()
-    c.name, c.order = 'hosts', ('rl', 'after')
-    rl = tiny.with_models('grpo', steps=3, student__lora__rank=4, optimizer__learning_rate=1e-2)
-    after = tiny.config('sft', steps=2, student__path='stage:rl')
-    c.stages = ConfigDict(dict(rl=rl, after=after))
-    c.report.methods, c.report.labels, c.report.teacher = ('after',), ('after',), ''
-    file, workdir = tiny.write_config(launcher.folder / 'pipeline.py', c), launcher.folder / 'pipe'
-    done = launcher.run(2, 'train', '--config', file, '--workdir', workdir)
-    assert [p.returncode for p in done] == [0, 0], [p.stderr for p in done]
-    return file, workdir
+
+class TestCommands:
 
   def test_a_pipeline_with_a_verifier_and_adapters(self, pipeline):
     workdir = pipeline[1]

@@ -6,6 +6,7 @@ Python and JAX for every process would take longer than most of what they do.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pathlib
@@ -49,10 +50,12 @@ class Process:
     """Sends a signal."""
     os.kill(self.pid, number)
 
-  def finish(self) -> subprocess.CompletedProcess[str]:
-    """Waits for the end, of those beside it too (parallel/watch.py)."""
+  def finish(self, until: str = '') -> subprocess.CompletedProcess[str]:
+    """Waits for the end; and until stderr has a text, which may come from the process beside it
+    (parallel/watch.py) when it has died."""
     status = self._launcher.answer(self._number, 'status')
     out, err = (self._launcher.folder / f'{self._number}.{name}' for name in ('out', 'err'))
+    tiny.wait_until(lambda: until in err.read_text())
     return subprocess.CompletedProcess([], status, out.read_text(), err.read_text())
 
 
@@ -60,19 +63,20 @@ class Launcher:
   """Starts commands; a context that ends those which are left."""
 
   def __init__(self, folder: pathlib.Path):
-    self.folder, self._answers, self._count = folder, {}, 0
+    self.folder, self._answers, self._count, self._rest = folder, {}, 0, b''
     self._process = subprocess.Popen(
-        [sys.executable, __file__], cwd=folder, text=True, stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, env=tiny.environment())
+        [sys.executable, __file__], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=tiny.environment())
 
   def start(self, *args: Any, devices: int = 2, hold: tuple[str, pathlib.Path] | None = None,
-            **extra: str) -> Process:
-    """Starts one process with so many devices."""
+            cwd: pathlib.Path | None = None, **extra: str) -> Process:
+    """Starts one process with so many devices; `hold` is for `tiny.hold_at`."""
     number, self._count = self._count, self._count + 1
-    print(json.dumps({
-        'number': number, 'args': list(map(str, args)), 'hold': hold and [hold[0], str(hold[1])],
-        'env': {'XLA_FLAGS': tiny.environment(devices)['XLA_FLAGS'], **extra}}),
-        file=self._process.stdin, flush=True)
+    request = {'number': number, 'args': list(map(str, args)),
+               'hold': hold and [hold[0], str(hold[1])], 'cwd': str(cwd or self.folder),
+               'env': {'XLA_FLAGS': tiny.environment(devices)['XLA_FLAGS'], **extra}}
+    self._process.stdin.write(json.dumps(request).encode() + b'\n')
+    self._process.stdin.flush()
     return Process(self, number)
 
   def together(self, count: int, *args: Any, **how: Any) -> list[Process]:
@@ -89,10 +93,11 @@ class Launcher:
     while (number, what) not in self._answers:
       ready, _, _ = select.select([self._process.stdout], [], [], end - time.monotonic())
       assert ready, f'{what} of {number}: waited in vain'
-      line = self._process.stdout.readline()
-      assert line, 'the launcher has ended'
-      n, name, value = json.loads(line)
-      self._answers[n, name] = value
+      data = os.read(self._process.stdout.fileno(), 2**16)  # without a buffer, beside `select`
+      assert data, 'the launcher has ended'
+      *lines, self._rest = (self._rest + data).split(b'\n')
+      for n, name, value in map(json.loads, lines):
+        self._answers[n, name] = value
     return self._answers[number, what]
 
   def __enter__(self) -> Launcher:
@@ -114,6 +119,7 @@ def _child(request: dict[str, Any]) -> None:
   os.environ.update(request['env'])
   for number in (signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_DFL)
+  os.chdir(request['cwd'])
   if request['hold']:
     where, marker = request['hold']
     tiny.hold_at(where, pathlib.Path(marker))
@@ -131,10 +137,13 @@ def _main() -> None:
   from ml_collections import config_flags  # noqa: F401
 
   import opd_jax.__main__
+  from opd_jax.data import prompts
   import opd_jax.tools.compare_estimators
   import opd_jax.tools.evaluate_model
   import opd_jax.tools.export
   import opd_jax.tools.pipeline  # noqa: F401
+  prompts.character_tokenizer()  # imports what loads one
+  gc.freeze()  # memory that is shared with the children stays so
   running, open_ = {}, True
   while open_ or running:
     ready, _, _ = select.select([0] if open_ else [], [], [], 0.05)

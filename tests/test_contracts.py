@@ -122,6 +122,30 @@ def test_only_programs_and_measurements_compile(file):
   assert not uses or _name(file) in COMPILES
 
 
+# What a process holds of an array, and which process it is: everything else asks parallel/hosts.py.
+# (`safetensors.read` gives every device its slice.)
+OF_A_PROCESS = {'device_get', 'process_allgather', 'process_index', 'process_count',
+                'addressable_data', 'addressable_shards', 'is_fully_addressable',
+                'sync_global_devices', 'broadcast_one_to_all'}
+# What these make NumPy arrays of is on the host: what `hosts.fetch` has read, lists, files, what is
+# to be put on devices, a Flax module's parameters before they are.
+NO_DEVICES = ('data/examples.py', 'files/factory.py', 'files/safetensors.py', 'parallel/hosts.py',
+              'parallel/sharding.py', 'models/flax_module.py', 'run/flops.py', 'run/texts.py',
+              'tools/report.py', 'tools/gradient_statistics.py', 'doctor/rollouts.py')
+
+
+@each_file
+def test_devices_are_read_through_one_function(file):
+  """`np.asarray` of an array that is spread over several hosts raises, and only there."""
+  used = {n.attr for n in ast.walk(_tree(file)) if isinstance(n, ast.Attribute)}
+  used |= {name.rpartition('.')[2] for name in _imports(file)}
+  if _name(file) != 'parallel/hosts.py':
+    assert not used & OF_A_PROCESS
+  made = [n.lineno for n in ast.walk(_tree(file)) if isinstance(n, ast.Call)
+          and ast.unparse(n.func) in ('np.asarray', 'np.array', 'numpy.asarray', 'numpy.array')]
+  assert not made or _name(file) in NO_DEVICES, f'hosts.fetch reads devices; lines {made}'
+
+
 @pytest.mark.parametrize('file', [f for f in FILES if _name(f) not in CONFIGS], ids=_name)
 def test_configs_are_read_in_one_place(file):
   """Elsewhere a ConfigDict is only handed on, by an entry point, to who parses it."""

@@ -104,7 +104,7 @@ def test_a_disk_that_is_full_and_a_directory_that_is_removed(
 
   with monkeypatch.context() as m:
     m.setattr(owner, name, late)
-    with pytest.raises((disk.StorageError, huggingface.ExportError)) as e:
+    with pytest.raises((disk.StorageError, disk.ExportError)) as e:
       train.train(make(), folder / 'run')
   assert str(folder / 'run') in str(e.value) and '\n' not in str(e.value)
   if fault is full:

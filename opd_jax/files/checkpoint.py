@@ -79,6 +79,7 @@ class Checkpoints:
     complaint can still hold other bits than were written. With
     `read_only`, nothing is swept away or moved: the run may be going on."""
     self._path, self._checksums, self._read_only = path.resolve(), checksums, read_only
+    self._reader = ocp.StandardCheckpointHandler()
 
     def quality(metrics: dict[str, float]) -> float:
       return metrics.get(best_metric, -math.inf)  # a checkpoint between two evaluations has none
@@ -229,18 +230,20 @@ class Checkpoints:
     Raises:
       ValueError: other bits than were saved; tensorstore and orbax raise errors of their own.
     """
-    restored, error = None, None
+    restored, host, error = None, None, None
     try:
       _refuse_pipes(self._path / str(step))
-      restored = self._manager.restore(step, args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore()))
+      # Not by the manager, whose processes wait for each other: one of them may fail to read.
+      restored = self._reader.restore(self._path / str(step) / 'state',
+                                      args=ocp.args.StandardRestore(abstract))
+      host = disk.read_json(self._path / str(step) / 'host' / 'metadata')
     except Exception as e:  # of what this process reads; others may have read theirs
       error = e
     failed = [text for text in hosts.exchange(error and f'{type(error).__name__}: {error}') if text]
     if failed:
       raise error or ValueError(failed[0])
-    state, host = jax.block_until_ready(restored['state']), restored['host']
-    if not isinstance(host, dict) or host.pop('digest', None) != digest(step, host):
+    state = jax.block_until_ready(restored)
+    if host.pop('digest', None) != digest(step, host):
       raise ValueError('the history does not have the digest it was saved with')
     del host['metrics']
     if hosts.fetch(self._checksums(state)).tolist() != host.pop('checksums'):

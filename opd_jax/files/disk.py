@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 from typing import Any
 
 from opd_jax.parallel import hosts
@@ -16,6 +17,10 @@ from opd_jax.parallel import hosts
 
 class StorageError(OSError):
   """The file system refuses something that is to be written; the message names the path."""
+
+
+class ExportError(OSError):
+  """A directory that could not be written, and of which nothing was left behind."""
 
 
 @contextlib.contextmanager
@@ -72,6 +77,40 @@ def write_text(file: pathlib.Path, text: str) -> None:
 def write_json(file: pathlib.Path, content: Any, **options: Any) -> None:
   """Writes a JSON file as `write_bytes` does."""
   write_text(file, json.dumps(content, indent=2, **options) + '\n')
+
+
+@contextlib.contextmanager
+def new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """Makes a hidden directory that gets its name when all went well, and is removed when not. Of
+  several processes the first one does; the others are back when it is there.
+
+  Raises:
+    FileExistsError: `path` exists.
+    ExportError: the file system refuses.
+  """
+  path = pathlib.Path(path)
+  partial = path.with_name(f'.{path.name}.partial')
+  if not hosts.is_primary():
+    yield partial
+    hosts.decide(lambda: None)
+    return
+  if os.path.lexists(path):
+    raise FileExistsError(f'{path} exists already; allowed: a path that does not, so choose '
+                          'another or remove it')
+  try:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for file in (*partial.rglob('*'), partial):  # a name can reach the disk before the content does
+      sync(file)
+    os.replace(partial, path)
+    sync(path.parent)
+  except OSError as e:
+    raise ExportError(f'{path} could not be written, and nothing was left there: '
+                      f'{e.strerror or e}') from e
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+  hosts.decide(lambda: None)
 
 
 def find_pipes(path: pathlib.Path) -> list[str]:

@@ -7,14 +7,12 @@ out: pickled weights (*.bin), quantized weights, remote code. Adapters are in `p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-import contextlib
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import os
 import pathlib
 import re
-import shutil
 from typing import Any
 
 import jax.numpy as jnp
@@ -39,10 +37,6 @@ SAMPLING = dict(do_sample=(bool,), temperature=(int, float), top_p=(int, float),
 FETCHED = ('config.json', 'generation_config.json', 'model.safetensors*', 'model-*.safetensors',
            'tokenizer*', 'vocab*', 'merges.txt', 'added_tokens.json', 'special_tokens_map.json',
            'chat_template*')
-
-
-class ExportError(OSError):
-  """A directory that could not be written, and of which nothing was left behind."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,7 +304,7 @@ def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params,
     FileExistsError: `path` exists.
     ValueError: another dtype, a size below 1, parameters that are not the model's, or that are not
       finite in that dtype.
-    ExportError: the file system refuses, such as for want of space.
+    disk.ExportError: the file system refuses, such as for want of space.
   """
   if max_shard_bytes < 1:
     raise ValueError(f'max_shard_bytes={max_shard_bytes}; allowed: at least 1')
@@ -325,7 +319,7 @@ def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params,
                                         'eos_token_id': ends if ends[1:] else ends[0]}}
   if origin is not None:
     configs[ORIGIN] = origin
-  with new_directory(path) as partial:
+  with disk.new_directory(path) as partial:
     for file, content in configs.items():
       disk.write_json(partial / file, content, sort_keys=True)
     save_tokenizer(partial, tokenizer)
@@ -340,40 +334,6 @@ def write_checkpoint(path: str | os.PathLike[str], model: Model, params: Params,
       size = sum(map(safetensors_lib.nbytes, plan.values()))
       disk.write_json(partial / INDEX, {'metadata': {'total_size': size}, 'weight_map': weight_map},
                       sort_keys=True)
-
-
-@contextlib.contextmanager
-def new_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-  """Makes a hidden directory that gets its name when all went well, and is removed when not. Of
-  several processes the first one does; the others are back when it is there.
-
-  Raises:
-    FileExistsError: `path` exists.
-    ExportError: the file system refuses.
-  """
-  path = pathlib.Path(path)
-  partial = path.with_name(f'.{path.name}.partial')
-  if not hosts.is_primary():
-    yield partial
-    hosts.decide(lambda: None)
-    return
-  if os.path.lexists(path):
-    raise FileExistsError(f'{path} exists already; allowed: a path that does not, so choose '
-                          'another or remove it')
-  try:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    for file in (*partial.rglob('*'), partial):  # a name can reach the disk before the content does
-      disk.sync(file)
-    os.replace(partial, path)
-    disk.sync(path.parent)
-  except OSError as e:
-    raise ExportError(f'{path} could not be written, and nothing was left there: '
-                      f'{e.strerror or e}') from e
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
-  hosts.decide(lambda: None)
 
 
 def save_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:

@@ -62,7 +62,7 @@ def write_adapter(path: str | os.PathLike[str], model: Model, adapters: Params,
       'lora_dropout': 0.0, 'bias': 'none', 'fan_in_fan_out': False, 'use_rslora': False,
       'use_dora': False, 'inference_mode': True, 'init_lora_weights': True,
       'modules_to_save': None, 'target_modules': sorted(_modules(plan))}
-  with huggingface.new_directory(path) as partial:
+  with disk.new_directory(path) as partial:
     disk.write_json(partial / CONFIG, config, sort_keys=True)
     if origin is not None:
       disk.write_json(partial / huggingface.ORIGIN, origin, sort_keys=True)

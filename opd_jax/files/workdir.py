@@ -173,8 +173,8 @@ def write_revisions(file: pathlib.Path, commits: dict[str, str]) -> None:
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
-  """Computes the digest of a config, but for `doctor`, which changes no step of a run."""
-  rest = {name: value for name, value in settings.items() if name != 'doctor'}
+  """Computes the digest of a config, but for what changes no step of a run (`_elsewhere`)."""
+  rest = _elsewhere(settings, {'doctor': None, 'compute': {'mesh': None}})
   return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
@@ -273,18 +273,26 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def check_config(workdir: pathlib.Path, settings: dict[str, Any]) -> None:
-  """Checks that a directory holds a run of this very config (but for `doctor`).
+  """Checks that a directory holds a run of this very config (but for `doctor` and `compute.mesh`).
 
   Raises:
     ConfigError: another config's run, or none.
   """
-  # The doctor changes no step of a run: one that it will not let resume needs its switches.
-  theirs = {**read_config(workdir), 'doctor': settings['doctor']}
+  theirs = _elsewhere(read_config(workdir), settings)
   if theirs != settings:
     changes = '; '.join(differences(theirs, settings)[:8])
     raise ConfigError(
         f'workdir={str(workdir)!r} holds a run of another config ({changes}); allowed: a new '
         'directory, or the config that the run was started with')
+
+
+def _elsewhere(settings: dict[str, Any], there: dict[str, Any]) -> dict[str, Any]:
+  """A config with what changes no step of a run as it is in another: the doctor, of which a run
+  that it will not let resume needs the switches; and the mesh, since a run may go on elsewhere."""
+  compute = settings.get('compute')
+  if isinstance(compute, dict):  # a file of somebody else's may hold anything
+    compute = {**compute, 'mesh': there['compute']['mesh']}
+  return {**settings, 'doctor': there['doctor'], 'compute': compute}
 
 
 def read_inputs(workdir: pathlib.Path) -> dict[str, Digests]:

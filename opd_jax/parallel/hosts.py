@@ -267,7 +267,6 @@ def watch_over(place: int, names: list[str], peers: dict[int, int], silent_s: fl
   _STATE.names = names
   noise, errors = os.pipe()
   settings = {'index': place, 'names': names, 'peers': peers, 'noise': noise, 'silent_s': silent_s}
-  sys.stderr.flush()
   _STATE.watcher = subprocess.Popen(
       [sys.executable, '-I', '-S', watch.__file__, json.dumps(settings), str(os.getpid())],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[noise, *peers.values()],
@@ -276,20 +275,22 @@ def watch_over(place: int, names: list[str], peers: dict[int, int], silent_s: fl
     os.close(descriptor)
   # What C++ says goes through the watcher, which knows when it is of no use; what Python says does
   # not.
-  own = os.dup(2)
-  os.dup2(errors, 2)
+  for stream, place in (('stdout', 1), ('stderr', 2)):
+    _move(stream, os.dup(place))
+    os.dup2(errors, place)
   os.close(errors)
-  _move_stderr(own)
   threading.Thread(target=_obey, args=(_STATE.watcher.stdout,), daemon=True).start()
 
 
-def _move_stderr(descriptor: int) -> None:
-  sys.stderr.flush()
-  raw = getattr(getattr(sys.stderr, 'buffer', None), 'raw', None)
+def _move(stream: str, descriptor: int) -> None:
+  """Lets Python's own stream write to another descriptor."""
+  now = getattr(sys, stream)
+  now.flush()
+  raw = getattr(getattr(now, 'buffer', None), 'raw', None)
   if hasattr(raw, 'move'):  # run/console.py
     raw.move(descriptor)
   else:
-    sys.stderr = os.fdopen(descriptor, 'w', buffering=1)
+    setattr(sys, stream, os.fdopen(descriptor, 'w', buffering=1))
 
 
 def _obey(orders: Any) -> None:

@@ -27,6 +27,8 @@ BEAT_S = 2.0  # between two signs of life
 GRACE_S = 2.0  # in which what failed is gathered before one is said to be the first
 KILL_S = 5.0  # in which a process may end by itself
 NOISE = re.compile(rb'^[EF]\d{4} \d\d:\d\d:\d\d', re.MULTILINE)  # how errors of C++ begin
+# What gloo says when all is well, in pieces of several threads; it has no switch.
+GLOO = re.compile(rb'\[Gloo\]|peer ranks|^\d*\s*$')
 # What happened, the worst first: of several, this is the one that the others come from.
 DIED, REFUSED, FAILED = range(3)
 
@@ -53,7 +55,7 @@ class Watch:
     self._peers = {i: socket.socket(fileno=fd) for i, fd in peers.items()}
     self._heard = {i: time.monotonic() for i in peers}
     self._rest: dict[Any, bytes] = {}
-    self._noise, self._held, self._held_until = noise, b'', 0.0
+    self._noise, self._line, self._held, self._held_until = noise, b'', b'', 0.0
     self._events: list[tuple[int, int, str]] = []
     self._deadline = float('inf')
     self._alive = self._speaks = True
@@ -139,8 +141,24 @@ class Watch:
       except OSError:  # it is read as an end
         pass
 
+  def _part(self) -> None:
+    """Closes the connections once the others have read what was said last: a socket that is closed
+    before all that came is read takes it back."""
+    end = time.monotonic() + KILL_S
+    for peer in self._peers.values():
+      try:
+        peer.shutdown(socket.SHUT_WR)
+        peer.settimeout(max(end - time.monotonic(), 0.01))
+        while peer.recv(2**16):
+          pass
+      except OSError:  # it has gone, or takes too long
+        pass
+
   def _hear_noise(self, data: bytes) -> None:
-    if data and not self._held and (found := NOISE.search(data)):
+    whole, newline, self._line = (self._line + data).rpartition(b'\n')
+    data = b''.join(line for line in (whole + newline).splitlines(keepends=True)
+                    if not GLOO.search(line))
+    if not self._held and (found := NOISE.search(data)):
       os.write(2, data[:found.start()])
       data, self._held_until = data[found.start():], time.monotonic() + 4 * GRACE_S
     elif not self._held:
@@ -153,8 +171,10 @@ class Watch:
     os.write(2, held)
 
   def _end(self) -> None:
+    self._held += self._line  # one without an end
     if self.verdict is None:
       self._flush()
+      self._part()
       return
     self._tell({'verdict': self.verdict})
     kind, index, text = self.verdict
@@ -164,6 +184,7 @@ class Watch:
     if not own:
       line = f'error: {self._names[index]} {text}'
       os.write(2, f'{line}\n'.encode(errors='replace'))
+    self._part()
     try:  # the process beside this one ends, and says why itself if it is the one that failed
       os.write(1, json.dumps({'own': own}).encode() + b'\n')
     except OSError:  # it has ended

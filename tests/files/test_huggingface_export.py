@@ -23,7 +23,7 @@ import pytest
 import tiny
 
 from opd_jax.data import prompts as prompts_lib
-from opd_jax.files import huggingface, peft
+from opd_jax.files import disk, huggingface, peft
 from opd_jax.files import safetensors as safetensors_lib
 from opd_jax.models import lora, params
 
@@ -140,7 +140,7 @@ class TestExport:
       return Full(open(file, mode))
 
     monkeypatch.setattr(safetensors_lib, 'open', limited, raising=False)
-    with pytest.raises(huggingface.ExportError, match='No space left') as e:
+    with pytest.raises(disk.ExportError, match='No space left') as e:
       huggingface.write_checkpoint(tmp_path / 'x', MODEL, PARAMS, prompts_lib.character_tokenizer())
     assert opened and str(tmp_path / 'x') in str(e.value) and '\n' not in str(e.value)
     assert not list(tmp_path.iterdir())
@@ -155,13 +155,13 @@ class TestExport:
     for write in (lambda: huggingface.write_checkpoint(tmp_path / 'x', MODEL, PARAMS, broken),
                   lambda: peft.write_adapter(tmp_path / 'x', MODEL, adapters(SETTINGS), SETTINGS,
                                              broken, '')):
-      with pytest.raises(huggingface.ExportError, match='/x .*No space left'):
+      with pytest.raises(disk.ExportError, match='/x .*No space left'):
         write()
       assert not list(tmp_path.iterdir())
 
   def test_a_directory_that_cannot_be_made(self, tmp_path):
     (tmp_path / 'file').touch()
-    with pytest.raises(huggingface.ExportError, match='/file/x '):
+    with pytest.raises(disk.ExportError, match='/file/x '):
       huggingface.write_checkpoint(tmp_path / 'file' / 'x', MODEL, PARAMS,
                                    prompts_lib.character_tokenizer())
     assert [p.name for p in tmp_path.iterdir()] == ['file']

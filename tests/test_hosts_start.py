@@ -1,0 +1,242 @@
+"""How several processes find each other, and what is refused before any of them computes."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+from jax._src.clusters import cloud_tpu_cluster
+import pytest
+import several
+import tiny
+
+from opd_jax.errors import ConfigError
+from opd_jax.parallel import hosts, join, watch
+
+SLURM = {'SLURM_JOB_ID': '4242', 'SLURM_NTASKS': '4', 'SLURM_PROCID': '2', 'SLURM_LOCALID': '0',
+         'SLURM_STEP_NODELIST': 'gpu[07-10]', 'SLURM_STEP_TASKS_PER_NODE': '1(x4)'}
+
+
+@pytest.fixture(autouse=True)
+def nowhere(monkeypatch):
+  """An environment that says nothing of other processes, wherever the tests run."""
+  for name in (*join.SIGNS, *SLURM, 'TPU_WORKER_ID', 'OMPI_MCA_orte_hnp_uri',
+               'JAX_COORDINATOR_PORT', 'KUBERNETES_SERVICE_HOST'):
+    monkeypatch.delenv(name, raising=False)
+
+
+def set_all(monkeypatch, values):
+  for name, value in values.items():
+    monkeypatch.setenv(name, value)
+
+
+class TestFind:
+
+  def test_flags(self):
+    assert join.find('', 0, -1) is None
+    assert join.find('', 1, -1) is None
+    assert join.find('a:1', 1, 0) is None
+    found = join.find('10.0.0.1:1234', 2, 1)
+    assert (found.address, found.processes, found.process) == ('10.0.0.1:1234', 2, 1)
+    assert found.local_devices is None
+
+  @pytest.mark.parametrize(('flags', 'field'), [
+      (('a:1', 0, -1), r"\['processes', 'process'\]"), (('', 2, 0), r"\['coordinator'\]"),
+      (('a:1', 2, -1), r"\['process'\]"), (('a', 2, 0), "coordinator='a'"),
+      (('a:99999', 2, 0), "coordinator='a:99999'"), (('a:1', 2, 2), 'process=2'),
+      (('a:1', 2, -2), 'process=-2'), (('', -3, -1), 'processes=-3')])
+  def test_flags_that_do_not_fit(self, flags, field):
+    with pytest.raises(ConfigError, match=f'{field}.*allowed'):
+      join.find(*flags)
+
+  def test_slurm(self, monkeypatch):
+    set_all(monkeypatch, SLURM)
+    found = join.find('', 0, -1)
+    assert found.address.startswith('gpu07:') and (found.processes, found.process) == (4, 2)
+    assert found.local_devices is None  # alone on its node: all GPUs of it
+    set_all(monkeypatch, {'SLURM_STEP_TASKS_PER_NODE': '2(x2)', 'SLURM_LOCALID': '1'})
+    assert join.find('', 0, -1).local_devices == (1,)  # a GPU for each task
+    assert join.find('', 1, -1) is None  # alone, on purpose
+    monkeypatch.setenv('SLURM_NTASKS', '1')
+    assert join.find('', 0, -1) is None
+
+  @pytest.mark.parametrize(('sign', 'value'), [
+      ('SLURM_NTASKS', '4'), ('TPU_WORKER_HOSTNAMES', 'a,b'), ('OMPI_COMM_WORLD_SIZE', '2')])
+  def test_others_that_nobody_joins_are_refused(self, sign, value, monkeypatch):
+    monkeypatch.setenv(sign, value)  # as in a batch script without srun, or without libtpu
+    with pytest.raises(ConfigError, match=f"{sign}='{value}'.*allowed.*--processes=1"):
+      join.find('', 0, -1)
+    assert join.find('', 1, -1) is None
+
+  def test_cloud_tpu(self, monkeypatch):
+    monkeypatch.setattr(cloud_tpu_cluster, 'running_in_cloud_tpu_vm', True)
+    monkeypatch.setattr(cloud_tpu_cluster.socket, 'gethostbyname', lambda name: '10.0.0.1')
+    set_all(monkeypatch, {'TPU_WORKER_HOSTNAMES': 't0,t1', 'TPU_WORKER_ID': '1',
+                          'MEGASCALE_NUM_SLICES': '2', 'MEGASCALE_SLICE_ID': '1',
+                          'MEGASCALE_COORDINATOR_ADDRESS': 'first'})
+    found = join.find('', 0, -1)
+    assert (found.address, found.processes, found.process) == ('first:8482', 4, 3)
+    assert found.local_devices is None
+
+
+class TestSame:
+
+  def give(self, monkeypatch, *facts):
+    monkeypatch.setattr(hosts, 'exchange', lambda mine: [dict(hosts._leaves(f, '')) for f in facts])
+    monkeypatch.setattr(hosts._STATE, 'names', ['first', 'second', 'third'])
+    hosts.require_same(facts[0])
+
+  def test_equal(self, monkeypatch):
+    self.give(monkeypatch, *[{'a': {'b': 1}, 'code': 'x'}] * 3)
+
+  @pytest.mark.parametrize(('other', 'said'), [
+      ({'a': {'b': 2}, 'code': 'x'}, 'a.b=1 on first, third and 2 on second'),
+      ({'a': {'b': 1}, 'code': 'y'}, 'code="x" on first, third and "y" on second'),
+      ({'a': {}, 'code': 'x'}, 'a.b=1 on first, third and nothing on second')])
+  def test_another(self, other, said, monkeypatch):
+    one = {'a': {'b': 1}, 'code': 'x'}
+    with pytest.raises(ConfigError, match=re.escape(said) + '.*allowed'):
+      self.give(monkeypatch, one, other, one)
+
+  def test_the_code_is_a_part_of_it(self, tmp_path, monkeypatch):
+    shutil.copytree(tiny.ROOT / 'opd_jax', tmp_path / 'opd_jax')
+    monkeypatch.setattr(hosts, '__file__', str(tmp_path / 'opd_jax' / 'parallel' / 'hosts.py'))
+    before = hosts.versions()
+    with (tmp_path / 'opd_jax' / 'train.py').open('a') as f:
+      f.write('# changed\n')
+    after = hosts.versions()
+    assert before['code'] != after.pop('code') and before.keys() > after.keys()
+    assert 'jax' in after and all(before[name] == value for name, value in after.items())
+
+
+@pytest.fixture(scope='module')
+def launcher(tmp_path_factory):
+  with several.Launcher(tmp_path_factory.mktemp('starts')) as launcher:
+    yield launcher
+
+
+def write(folder, name='run', **fields):
+  return tiny.write_config(folder / f'{name}.py', tiny.config('sft', steps=2, **fields))
+
+
+def one_line(done, *parts):
+  assert done.returncode == 2, done.stderr
+  assert re.fullmatch('error: .*\n', done.stderr), done.stderr
+  assert all(part in done.stderr for part in parts), done.stderr
+
+
+class TestRefused:
+
+  def test_a_coordinator_that_is_not_there(self, launcher):
+    command = 'train', '--config', write(launcher.folder), '--workdir', launcher.folder / 'nobody'
+    flags = several.flags(2)
+    where = flags[0][0].partition('=')[2]
+    alone, other = (launcher.start(*command, *own, OPD_JOIN_TIMEOUT_S='2').finish()
+                    for own in (flags[0], several.flags(2)[1]))
+    one_line(alone, f"coordinator='{where}'", '2 s', 'not [1]')
+    one_line(other, "coordinator='127.0.0.1:", 'process 1', '2 s', 'refused')
+    assert not (launcher.folder / 'nobody').exists()
+
+  def test_somebody_else_at_its_port(self, launcher):
+    command = 'train', '--config', write(launcher.folder)
+    with socket.create_server(('', 0)) as other:
+      port = other.getsockname()[1]
+      flags = several.flags(2, port)
+      done = launcher.start(*command, *flags[0], OPD_JOIN_TIMEOUT_S='2').finish()
+    one_line(done, f"coordinator='127.0.0.1:{port}'", 'cannot listen')
+
+  def test_the_same_process_twice(self, launcher):
+    command = 'train', '--config', write(launcher.folder)
+    flags = several.flags(3)
+    done = [p.finish() for p in [launcher.start(*command, *flags[i]) for i in (0, 1, 1)]]
+    for p in done:
+      one_line(p, 'process 1 of 3')
+
+  def test_other_configs(self, launcher):
+    folder = launcher.folder
+    files = write(folder, 'one'), write(folder, 'other', optimizer__learning_rate=0.5)
+    done = [p.finish() for p in [
+        launcher.start('train', '--config', file, '--workdir', folder / 'differ', *own)
+        for file, own in zip(files, several.flags(2), strict=True)]]
+    for p in done:
+      one_line(p, 'config.optimizer.learning_rate=0.01 on process 0', '0.5 on process 1')
+    assert not (folder / 'differ').exists()
+
+  def test_other_weights_under_the_same_name(self, launcher):
+    folder = launcher.folder
+    for i in (0, 1):
+      (folder / f'host{i}').mkdir()
+      tiny.write_model(folder / f'host{i}' / 'model', seed=i)
+    file = write(folder, 'weights', student__path='model')
+    done = [p.finish() for p in [
+        launcher.start('train', '--config', file, '--workdir', folder / 'weights', *own,
+                       cwd=folder / f'host{i}') for i, own in enumerate(several.flags(2))]]
+    for p in done:
+      one_line(p, 'student.path.model.safetensors=', 'on process 0', 'on process 1')
+    assert not (folder / 'weights' / 'config.json').exists()
+
+  def test_work_directories_that_are_not_one(self, launcher):
+    folder = launcher.folder
+    for i in (0, 1):
+      (folder / f'disk{i}').mkdir()
+    file = write(folder)
+    done = [p.finish() for p in [
+        launcher.start('train', '--config', file, '--workdir', 'here', *own,
+                       cwd=folder / f'disk{i}') for i, own in enumerate(several.flags(2))]]
+    one_line(done[0], "workdir='here'", 'process 1 of 2')
+    assert not (folder / 'disk0' / 'here' / 'config.json').exists()
+
+  def test_two_that_were_not_joined_in_one_directory(self, launcher):
+    marker, workdir = launcher.folder / 'alone.held', launcher.folder / 'alone'
+    command = 'train', '--config', write(launcher.folder), '--workdir', workdir
+    first = launcher.start(*command, hold=('row:1', marker))
+    tiny.wait_until(marker.exists)
+    one_line(launcher.start(*command).finish(), f'workdir={str(workdir)!r} is in use by process',
+             '--coordinator')
+    first.kill()
+    first.finish()
+
+
+@pytest.fixture
+def watchers():
+  """Two watchers that are connected, and beside each of them a pipe that nobody has closed."""
+  ends, out = socket.socketpair(), []
+  for i, end in enumerate(ends):
+    noise, errors = os.pipe()
+    settings = {'index': i, 'names': ['zero', 'one'], 'peers': {1 - i: end.fileno()},
+                'noise': noise, 'silent_s': 5.0}
+    out.append(subprocess.Popen(
+        # Its parent is no process that it could end.
+        [sys.executable, '-I', '-S', watch.__file__, json.dumps(settings), '0'],
+        pass_fds=[noise, end.fileno()], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE))
+    os.close(noise)
+  for end in ends:
+    end.close()
+  yield out
+  for process in out:
+    process.kill()
+    process.communicate()
+  os.close(errors)
+
+
+def test_a_host_of_which_nothing_is_heard_is_dead(watchers):
+  first, second = watchers
+  second.send_signal(signal.SIGSTOP)  # as if its network were gone
+  assert json.loads(first.stdout.readline()) == {'own': False}
+  assert first.stderr.readline() == b'error: one has not been heard of for 5 s\n'
+
+
+def test_of_several_that_end_the_one_from_which_it_came_is_named(watchers):
+  first, second = watchers
+  # A collective fails because the other has gone; that is heard of first.
+  first.stdin.write(json.dumps({'event': [watch.FAILED, 0, 'has ended: gloo']}).encode() + b'\n')
+  first.stdin.flush()
+  second.stdin.close()  # it has died
+  for watcher in watchers:
+    assert watcher.stderr.readline() == b'error: one has died\n'
+  second.stdin = None

@@ -114,7 +114,7 @@ def _open_parts(run):
   student = load.open_student(run)
   adapter = load.make_adapter(run, student)
   teacher, reference = load.open_teacher(run, student), load.open_reference(run, student)
-  _check_models(run, streams, mesh, adapter, [m for m in (student, teacher, reference) if m])
+  check_models(run, streams, mesh, adapter, [m for m in (student, teacher, reference) if m])
   _check_wants(streams, teacher, reference)
   stop_tokens = choose_stop_tokens(run.sample.stop, student, teacher)
   style = prompt_style(run, student.tokenizer, teacher and teacher.tokenizer, stop_tokens)
@@ -143,8 +143,13 @@ def make_mesh(sizes: Mesh) -> jax.sharding.Mesh:
   return sharding.make_mesh(dataclasses.asdict(sizes))
 
 
-def _check_models(run, streams, mesh, adapter, loaded):
-  """Refuses sizes that do not fit the mesh, the models or the vocabulary."""
+def check_models(run: Run, streams: tuple[Stream, ...], mesh: jax.sharding.Mesh,
+                 adapter: Adapter | None, loaded: list[LoadedModel]) -> None:
+  """Refuses sizes that do not fit the mesh, the models or the vocabulary.
+
+  Raises:
+    ConfigError: the first of them, or ValueError for parameters that the mesh does not divide.
+  """
   per_pass, shards = run.compute.microbatch_rows or streams[0].rows, sharding.row_shards(mesh)
   if per_pass % shards:
     fields = ('compute.microbatch_rows' if run.compute.microbatch_rows else

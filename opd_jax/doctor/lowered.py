@@ -76,6 +76,11 @@ class Call:
     with jax.set_mesh(self.mesh):
       return self.program.trace(*self.args, **self.keywords)
 
+  def text(self) -> str:
+    """Writes it as XLA gets it, before anything is split or made faster."""
+    with jax.set_mesh(self.mesh):
+      return self.program.lower(*self.args, **self.keywords).compiler_ir('hlo').as_hlo_text()
+
   def compile(self, options: dict[str, Any] | None = None) -> Any:
     """Compiles it; with `options` of the compiler, for a look and not for the loop."""
     with jax.set_mesh(self.mesh):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ from rich.table import Table
 
 from opd_jax.files import disk
 from opd_jax.programs import Programs
-from opd_jax.run import flops
+from opd_jax.run import flops, metrics
 from opd_jax.settings import Run
 from opd_jax.tools.plan import hardware, nearest, phases, shapes
 from opd_jax.tools.plan.hardware import GIB, Topology
@@ -128,8 +130,7 @@ def model_flops(run: Run, programs: Programs) -> float:
   return total
 
 
-def command(c: ConfigDict, topology: str, models: str, price: float, file: str | None,
-            console: Console) -> bool:
+def command(c: ConfigDict, topology: str, models: str, price: float, file: str | None) -> bool:
   """Runs `opd plan`: prints tables, and writes `file`.
 
   Args:
@@ -138,7 +139,6 @@ def command(c: ConfigDict, topology: str, models: str, price: float, file: str |
     models: a folder of config.json files; '' where the hub is asked.
     price: of a chip an hour, in USD; 0 for none.
     file: for all numbers as JSON; None for none.
-    console: to print on.
 
   Returns:
     Whether the run fits.
@@ -152,11 +152,13 @@ def command(c: ConfigDict, topology: str, models: str, price: float, file: str |
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_enable_compilation_cache', False)
   if where.platform == 'gpu':
-    jax.config.update('jax_num_cpu_devices', where.chips)
+    with contextlib.suppress(RuntimeError):  # where devices are counted already
+      jax.config.update('jax_num_cpu_devices', where.chips)
   plan = make(run, where, price)
   if file is not None:
     disk.write_json(pathlib.Path(file), plan.to_json())
-  show(plan, console)
+  # A file is read at leisure: there, tables need not be as narrow as a terminal.
+  show(plan, metrics.make_console(None if sys.stdout.isatty() else 160))
   return plan.fits
 
 
@@ -169,7 +171,7 @@ def show(plan: Plan, console: Console) -> None:
           f'{s["answer_tokens_per_s"]:.3g} answer tokens/s, model FLOPs utilization '
           f'{s["model_flops_utilization"]:.1%}; {s["steps"]} steps {s["chip_hours"]:.3g} '
           'chip-hours')
-  console.print(text + (f', {s["cost_usd"]:,.0f} USD' if plan.price else '')
+  console.print(text + (f', {s["cost_usd"]:,.2f} USD' if plan.price else '')
                 + ('' if plan.fits else ', but it does not fit'))
   for tried in plan.tries:
     console.print('tried: ' + tried.describe(), soft_wrap=True)

@@ -164,7 +164,8 @@ def devices(topology: Topology) -> list[Any]:
                       "installed; allowed: after `pip install 'opd_jax[plan]'`")
   # Or it asks the network for the machine that it is on, and writes what went wrong to stderr.
   for name, value in (('TPU_SKIP_MDS_QUERY', '1'), ('TPU_WORKER_HOSTNAMES', 'localhost'),
-                      ('TPU_ACCELERATOR_TYPE', 'v5p-8'), ('TPU_MIN_LOG_LEVEL', '3'),
+                      ('TPU_ACCELERATOR_TYPE', 'v5p-8'), ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
+                      ('TPU_MIN_LOG_LEVEL', '3'),
                       ('TPU_STDERR_LOG_LEVEL', '3')):
     os.environ.setdefault(name, value)
   try:

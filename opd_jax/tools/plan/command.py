@@ -71,7 +71,7 @@ class Plan:
     return sum(p.times * p.roofline_s for p in self.phases)
 
   def summary(self) -> dict[str, Any]:
-    """What comes of it, in numbers."""
+    """Sums it up in numbers."""
     chip, chips, run = self.topology.chip, self.topology.chips, self.run
     rate = chip.flops_per_s if run.compute.dtype == 'bfloat16' else chip.wide_flops_per_s
     hours = self.step_s * run.steps * chips / 3600
@@ -85,7 +85,7 @@ class Plan:
         'cost_usd': hours * self.price if self.price else None}
 
   def to_json(self) -> dict[str, Any]:
-    """All of it, as JSON content."""
+    """Turns all of it into JSON content."""
     of_phase = [{**dataclasses.asdict(p), 'fits': p.fits(self.topology), 'limit': p.limit,
                  'roofline_s': p.roofline_s,
                  'total_bytes': p.memory.total if p.memory else None} for p in self.phases]
@@ -96,7 +96,7 @@ class Plan:
             'notes': self.notes()}
 
   def notes(self) -> list[str]:
-    """What the numbers are."""
+    """Says what the numbers are."""
     return [*NOTES, *([OF_GPUS] if self.topology.platform == 'gpu' else [])]
 
 

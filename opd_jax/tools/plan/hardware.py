@@ -165,9 +165,9 @@ def devices(topology: Topology) -> list[Any]:
   # Or it asks the network for the machine that it is on, and writes what went wrong to stderr.
   for name, value in (('TPU_SKIP_MDS_QUERY', '1'), ('TPU_WORKER_HOSTNAMES', 'localhost'),
                       ('TPU_ACCELERATOR_TYPE', 'v5p-8'), ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
-                      ('TPU_MIN_LOG_LEVEL', '3'),
-                      ('TPU_STDERR_LOG_LEVEL', '3')):
+                      ('TPU_MIN_LOG_LEVEL', '3'), ('TPU_STDERR_LOG_LEVEL', '3')):
     os.environ.setdefault(name, value)
+  os.environ.pop('XLA_FLAGS', None)  # libtpu ends the process over one that it does not know
   try:
     return list(topologies.get_topology_desc(
         platform='tpu', topology_name=topology.name).devices)

@@ -124,7 +124,7 @@ def experiments() -> str:
   if folder is None:
     return 'There is no folder experiments/ here.'
   lines = []
-  for file in sorted(folder.glob('*.py')):
+  for file in (*sorted(folder.glob('*.py')), *sorted(folder.glob('*/*.py'))):
     text = ast.get_docstring(ast.parse(file.read_bytes())) or ''
     what = ' '.join(text.split('\n\n')[0].split()).partition('. ')[0].rstrip('.')
     lines += textwrap.wrap(f'{file}: {what}', 96, initial_indent='  ', subsequent_indent=' ' * 6)

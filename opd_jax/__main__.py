@@ -1,10 +1,9 @@
-"""`opd COMMAND`: the console. Flags live here and nowhere else; `opd --help` lists the commands."""
+"""`opd COMMAND`: the console. `opd --help` lists the commands, which are in tools/commands.py."""
 
 from __future__ import annotations
 
 import ast
 import atexit
-import dataclasses
 import errno
 import functools
 import json
@@ -18,74 +17,12 @@ import traceback
 from typing import Any, NoReturn
 import warnings
 
+from opd_jax.tools.commands import COMMANDS, FLAGS, HOSTS
+
 # glibc hands XLA's per-step buffers back to the kernel and faults them in again; these settings
 # keep them. They only work when set before the process starts.
 _MALLOC = {'MALLOC_ARENA_MAX': '1', 'MALLOC_MMAP_MAX_': '0',
            'MALLOC_TRIM_THRESHOLD_': str(2**33), 'MALLOC_TOP_PAD_': str(2**28)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Command:
-  """A command, for its help and for what it may be given.
-
-  Attributes:
-    does: what, in a line.
-    flags: those that it reads; with others they would have no effect.
-    required: those of them that it cannot do without.
-    example: a command line.
-  """
-
-  does: str
-  flags: tuple[str, ...]
-  required: tuple[str, ...]
-  example: str
-
-
-HOSTS = ('coordinator', 'processes', 'process')
-COMMANDS = {
-    'train': Command(
-        'trains a run, or every stage of a pipeline, from the start or from where it stopped',
-        ('config', 'workdir', *HOSTS), ('config',), 'opd train --config experiments/quickstart.py'),
-    'doctor': Command(
-        'checks in seconds whether student, teacher and config belong together',
-        ('config', 'workdir', 'stage', *HOSTS), ('config',),
-        'opd doctor --config experiments/quickstart.py --stage opd'),
-    'diagnose': Command(
-        'compares gradient estimators on the two models of a run, before any training',
-        ('config', 'workdir', 'stage', *HOSTS), ('config',),
-        'opd diagnose --config experiments/quickstart.py --stage opd'),
-    'evaluate': Command(
-        "evaluates a Hugging Face directory on a run's held-out problems, as the run would",
-        ('config', 'workdir', 'stage', 'model', 'teacher', *HOSTS), ('config', 'model'),
-        'opd evaluate --config experiments/quickstart.py --stage opd --model DIR'),
-    'report': Command(
-        'writes the tables and the picture of a finished pipeline again',
-        ('config', 'workdir'), ('config',),
-        'opd report --config experiments/dense_vs_rl.py:tiny,seeds=3 --workdir DIR'),
-    'export': Command(
-        "writes a run's checkpoint as a directory that others open",
-        ('workdir', 'output', 'format', 'step', 'dtype', 'changed_inputs', *HOSTS),
-        ('workdir', 'output'),
-        'opd export --workdir runs/quickstart/seed_0/opd --output DIR --format adapter'),
-}
-FLAGS = {
-    'config': ('FILE or FILE:ARGUMENT', 'the experiment; --config.FIELD=VALUE changes a field of '
-               'it, such as --config.optimizer.learning_rate=1e-4 (fields: opd_jax/settings.py)'),
-    'workdir': ('DIR', 'where the run lives; runs/EXPERIMENT unless given'),
-    'stage': ('NAME', 'of a pipeline'),
-    'model': ('DIR', 'the Hugging Face directory to evaluate'),
-    'teacher': ('DIR', 'another, to measure the reverse KL to'),
-    'output': ('DIR', 'the directory to make'),
-    'format': ('full | adapter', "the whole model (unless given), or a PEFT directory"),
-    'step': ('N', 'of which checkpoint; the newest unless given'),
-    'changed_inputs': ('REASON', 'why the base may be another than the one the run began with; '
-                       'refused unless given (for train: --config.doctor.changed_inputs)'),
-    'dtype': ('float32 | bfloat16', 'of the weights; float32 unless given'),
-    'coordinator': ('HOST:PORT', 'of several processes that are one run: where process 0 listens; '
-                    'found on SLURM, Cloud TPU, Open MPI unless given (docs/running.md)'),
-    'processes': ('N', 'how many there are; 1 runs alone whatever the environment says'),
-    'process': ('I', 'which of them this is, from 0'),
-}
 
 
 def entry() -> NoReturn:
@@ -188,7 +125,7 @@ def experiments() -> str:
   if folder is None:
     return 'There is no folder experiments/ here.'
   lines = []
-  for file in sorted(folder.glob('*.py')):
+  for file in (*sorted(folder.glob('*.py')), *sorted(folder.glob('*/*.py'))):
     text = ast.get_docstring(ast.parse(file.read_bytes())) or ''
     what = ' '.join(text.split('\n\n')[0].split()).partition('. ')[0].rstrip('.')
     lines += textwrap.wrap(f'{file}: {what}', 96, initial_indent='  ', subsequent_indent=' ' * 6)
@@ -211,13 +148,14 @@ def define_flags() -> None:
   from absl import flags
   from ml_collections import config_flags
   config_flags.DEFINE_config_file('config', None, FLAGS['config'][1], lock_config=True)
-  for name in ('workdir', 'stage', 'model', 'output'):
+  for name in ('workdir', 'stage', 'model', 'output', 'topology', 'json'):
     flags.DEFINE_string(name, None, FLAGS[name][1])
   for name, default in (('teacher', ''), ('format', 'full'), ('dtype', ''), ('changed_inputs', ''),
-                        ('coordinator', '')):
+                        ('coordinator', ''), ('models', '')):
     flags.DEFINE_string(name, default, FLAGS[name][1])
   for name, default in (('step', -1), ('processes', 0), ('process', -1)):
     flags.DEFINE_integer(name, default, FLAGS[name][1])
+  flags.DEFINE_float('price', 0.0, FLAGS['price'][1], lower_bound=0.0)
 
 
 def parse_flags(command: str, argv: list[str]) -> list[str]:
@@ -343,6 +281,10 @@ def run_command(command: str, flags: Any) -> int:
   interrupts.raise_again()
   c, given = flags.config, flags.workdir
   workdir = pathlib.Path(given or experiment.default_workdir(c))
+  if command == 'plan':
+    from opd_jax.tools.plan import command as plan
+    return 0 if plan.command(experiment.pick_stage(c, flags.stage), flags.topology, flags.models,
+                             flags.price, flags.json) else 1
   if command != 'train' and c is not None:  # which keeps them
     c = config.pin(c, workdir, keep=False)
   if command == 'train':

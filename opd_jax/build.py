@@ -149,8 +149,8 @@ def _open_parts(run):
   shards = sharding.row_shards(mesh)
   at_once = math.lcm(shards, sharding.row_shards(apart.mesh)) if apart else shards
   streams = streams_lib.make(run, shards)
-  _check_models(run, streams, mesh, adapter, [m for m in (student, teacher, reference) if m],
-                teacher if apart else None)
+  check_models(run, streams, mesh, adapter, [m for m in (student, teacher, reference) if m],
+               teacher if apart else None)
   if apart:
     meshes.check_apart(run, streams, apart, teacher)
   _check_wants(streams, teacher, reference)
@@ -173,8 +173,15 @@ def _open_parts(run):
       stop_tokens=stop_tokens, pad_token=prompts_lib.pad_id(student.tokenizer))
 
 
-def _check_models(run, streams, mesh, adapter, loaded, elsewhere):
-  """Refuses sizes that do not fit the mesh, the models or the vocabulary."""
+def check_models(run: Run, streams: tuple[Stream, ...], mesh: jax.sharding.Mesh,
+                 adapter: Adapter | None, loaded: list[LoadedModel],
+                 elsewhere: LoadedModel | None = None) -> None:
+  """Refuses sizes that do not fit the mesh, the models or the vocabulary; of a model that is
+  `elsewhere`, on devices of its own, the parameters are none of the mesh's.
+
+  Raises:
+    ConfigError: the first of them, or ValueError for parameters that the mesh does not divide.
+  """
   rows, shards = streams[0].rows, sharding.row_shards(mesh)
   if rows % shards:
     refuse(run, 'data.prompts_per_step data.samples_per_prompt',

@@ -6,7 +6,7 @@ the one reader of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import copy
 import dataclasses
 import functools
@@ -130,6 +130,25 @@ def pin(c: ConfigDict, workdir: str | pathlib.Path, keep: bool = True) -> Config
       group[name] = known[key]
   if keep and known != before:
     workdir_lib.write_revisions(file, known)
+  return out
+
+
+def place_models(c: ConfigDict, find: Callable[[str, str, str], str]) -> ConfigDict:
+  """Puts directories in the place of the names of a run's models.
+
+  Args:
+    c: of a run.
+    find: (field, path, revision) -> the directory.
+
+  Returns:
+    A copy.
+  """
+  out = copy.deepcopy(c)
+  for part in ('student', 'teacher', 'reference'):
+    group = out.get(part)
+    if isinstance(group, ConfigDict) and isinstance(group.get('path'), str) and group.path:
+      group.path = find(f'{part}.path', group.path, group.revision)
+      group.revision = ''
   return out
 
 

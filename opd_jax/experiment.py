@@ -54,6 +54,50 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
 
 
 @dataclasses.dataclass(frozen=True)
+class Machines:
+  """Accelerators that an experiment has a size for.
+
+  Attributes:
+    topology: what `opd plan --topology` calls them.
+    chips: how many they are.
+  """
+
+  topology: str
+  chips: int
+
+
+# By the names under which they are rented: of a v5p, Cloud TPU counts cores, two a chip, and of a
+# v6e chips; GPUs are a host of eight.
+MACHINES = {
+    'v5p-8': Machines('v5p:2x2x1', 4), 'v5p-64': Machines('v5p:2x4x4', 32),
+    'v6e-16': Machines('v6e:4x4', 16), 'v6e-64': Machines('v6e:8x8', 64),
+    'h100x8': Machines('gpu:8xh100', 8), 'h200': Machines('gpu:8xh200', 8)}
+ANSWERS = {'short': 2048, 'long': 16384}  # tokens
+
+
+def pick_machines(size: str) -> Machines:
+  """Picks the machines of a size.
+
+  Raises:
+    ConfigError: there is no such size.
+  """
+  if size not in MACHINES:
+    raise ConfigError(f'size={size!r}; allowed: {list(MACHINES)}')
+  return MACHINES[size]
+
+
+def pick_answers(answers: str) -> int:
+  """Picks the room of an answer.
+
+  Raises:
+    ConfigError: there is no such length.
+  """
+  if answers not in ANSWERS:
+    raise ConfigError(f'answers={answers!r}; allowed: {list(ANSWERS)}')
+  return ANSWERS[answers]
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
   """What the report of a pipeline shows; every field names stages."""
 

@@ -118,9 +118,9 @@ class Programs:
     mixed = {'mix_params': graders['teacher'].params} if stream.teacher_mix else {}
     place = self.parts.mesh_of('teacher' if stream.writer == 'teacher' else 'student')
     parts = self.parts.apart.parts if self.parts.apart and stream.on_policy else 1
-    key_data = np.asarray(jax.random.key_data(key))  # a key belongs to the mesh it was made on
+    key = key if place is home else apart_lib.move_key(key, place)
     with jax.set_mesh(place):
-      weights, key = self.layouts[stream.name](author), jax.random.wrap_key_data(key_data)
+      weights = self.layouts[stream.name](author)
     for prompts in apart_lib.split_prompts(examples.prompts(indices), parts, home):
       with jax.set_mesh(place):
         rollout = self.writers[stream.name](

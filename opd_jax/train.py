@@ -60,8 +60,8 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   with workdir_lib.lock(workdir):
     # Models, tokenizers and data, held against each other in seconds: no weight is read yet.
     parts = build.open_parts(run)
-    findings = doctor.require(run, doctor.examine(run, parts))
     programs = compile_programs(run, parts)
+    findings = doctor.require(run, doctor.examine(run, programs))
 
     # Weights. `base` is what adapters are trained on (None without). Only the train state changes.
     base, store = parts.read_base(), checkpoint.of_run(run.checkpoint, workdir, programs.checksums)

@@ -255,7 +255,10 @@ FLAGS = {'workdir': ('run', '/dev/null/x', '.', '', '/proc/x', 'a' * 300, 'é'),
          'model': ('MODEL', 'nowhere', '', '/', '/dev/null', '.'),
          'teacher': ('MODEL', 'nowhere', '', '/'), 'output': ('new', '', '/proc/x', '.', 'a/b/c'),
          'format': ('full', 'adapter', '', 'gguf'), 'step': ('1', '2', '-1', '0', '7', 'x', ''),
-         'dtype': ('float32', 'bfloat16', '', 'int8'), 'changed_inputs': ('why', '')}
+         'dtype': ('float32', 'bfloat16', '', 'int8'), 'changed_inputs': ('why', ''),
+         'topology': ('gpu:1xh100', 'gpu:0xh100', 'v5p', 'gpu:8', '', 'é'),
+         'models': ('MODEL', 'nowhere', '', '/dev/null'), 'price': ('2', '-1', 'x', '', 'nan'),
+         'json': ('plan.json', '/proc/x', '', '.')}
 WORDS = ('extra', '--', '--config.steps', '-config', '--config', '--flagfile=nowhere',
          '--undefok=x', '--noconfig', '--colour=red', '--v=x', '--config.', '--config.steps.x=1',
          '--=1', '-', '--config.optimizer=3', '--config.stages=1',

@@ -20,10 +20,11 @@ from opd_jax import build
 from opd_jax import config as config_lib
 from opd_jax.build import Parts
 from opd_jax.doctor import memory, rollouts, static
-from opd_jax.doctor.finding import FAIL, OFF, OK, WARN, Finding
+from opd_jax.doctor.finding import FAIL, OFF, OK, SKIPPED, WARN, Finding
 from opd_jax.errors import ConfigError
 from opd_jax.files import disk
 from opd_jax.models import lora
+from opd_jax.programs import Programs, compile_programs
 from opd_jax.rules import rule
 from opd_jax.settings import Doctor, Run
 from opd_jax.types import Params
@@ -37,12 +38,21 @@ def _checks(*modules: Any) -> dict[str, Callable[..., Finding]]:
           for name, f in vars(module).items() if name.startswith('check_')}
 
 
-STATIC, ROLLOUTS = _checks(static, memory), _checks(rollouts)
+STATIC, COMPILED, ROLLOUTS = _checks(static), _checks(memory), _checks(rollouts)
 
 
-def examine(run: Run, parts: Parts) -> list[Finding]:
-  """Makes the checks that run no model."""
+def examine_parts(run: Run, parts: Parts) -> list[Finding]:
+  """Makes the checks that only compare."""
   return _examine(run, STATIC, run, parts)
+
+
+def examine(run: Run, programs: Programs) -> list[Finding]:
+  """Makes the checks that run no model and read no weight: those that compare, and, where none of
+  them failed, those that compile what the run will call anyway."""
+  out = examine_parts(run, programs.parts)
+  if any(f.status == FAIL for f in out):
+    return out + [Finding(name, SKIPPED, 'the run is refused as it is') for name in COMPILED]
+  return out + _examine(run, COMPILED, run, programs)
 
 
 def examine_rollouts(run: Run, parts: Parts, student: Params, teacher: Params | None
@@ -120,7 +130,7 @@ def command(c: ConfigDict, console: Console) -> bool:
   """
   run = config_lib.parse(c)
   parts = build.open_parts(run)
-  findings = examine(run, parts)
+  findings = examine(run, compile_programs(run, parts))
   base = parts.read_base()
   student = lora.join(base, parts.read_trained())
   findings += examine_rollouts(run, parts, student, parts.read_frozen('teacher', base))

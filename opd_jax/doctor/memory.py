@@ -1,85 +1,95 @@
-"""How much memory a run takes on a device, from shapes."""
+"""How much memory a run takes on a device, which is asked of the compiler."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import os
+from typing import Any
 
 import jax
-import numpy as np
 
-from opd_jax.build import Parts
+from opd_jax.doctor import lowered
 from opd_jax.doctor.finding import FAIL, OK, WARN, Finding
-from opd_jax.models import params as params_lib
-from opd_jax.parallel import sharding
+from opd_jax.programs import Programs
 from opd_jax.settings import Run
 
 GIB = 2**30
+LOWERS = ('compute.microbatch_rows, compute.chunk_tokens, compute.remat, compute.frozen_dtype, '
+          'compute.mesh or student.lora')
 
 
-def check_memory(run: Run, parts: Parts) -> Finding:
-  """Compares bytes a device, by what holds them, with what it has."""
-  sizes = memory_estimate(run, parts)
-  total, limit = sum(sizes.values()), device_bytes()
-  fitted = sizes['activations'] + sizes['scores']  # no reason to refuse a run that may just fit
-  detail = ' + '.join(f'{name} {size / GIB:.2f}' for name, size in sizes.items())
-  detail = f'{detail} = {total / GIB:.2f} GiB a device ({run.compute.dtype})'
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes of a device while a program runs.
+
+  Attributes:
+    resident: what stays there before and after it, by what it is for.
+    rows: the other arguments: prompts, rollouts, scores.
+    temporaries: what XLA allocates for it, with the code. Caches are in here.
+    results: what it returns, but for what takes the place of an argument.
+  """
+
+  resident: dict[str, float]
+  rows: float
+  temporaries: float
+  results: float
+
+  @property
+  def total(self) -> float:
+    """All of it."""
+    return sum(self.resident.values()) + self.rows + self.temporaries + self.results
+
+
+def resident_bytes(there: lowered.Resident) -> dict[str, float]:
+  """Counts the bytes a device of what stays there, each array once."""
+  seen, out = set(), {}
+  for name, tree in there.groups().items():
+    leaves = {id(x): lowered.bytes_each(x) for x in jax.tree.leaves(tree)}
+    out[name] = sum(size for key, size in leaves.items() if key not in seen)
+    seen |= leaves.keys()
+  return {name: size for name, size in out.items() if size}
+
+
+def memory_of(call: lowered.Call, compiled: Any, there: lowered.Resident) -> Memory:
+  """Says what a device holds while a compiled program runs."""
+  stays = {id(x) for x in jax.tree.leaves(there.groups())}
+  rows = {id(x): lowered.bytes_each(x) for x in jax.tree.leaves((call.args, call.keywords))}
+  stats = compiled.memory_analysis()
+  return Memory(
+      resident=resident_bytes(there),
+      rows=sum(size for key, size in rows.items() if key not in stays),
+      temporaries=float(stats.temp_size_in_bytes + stats.generated_code_size_in_bytes),
+      results=float(stats.output_size_in_bytes - stats.alias_size_in_bytes))
+
+
+def check_memory(run: Run, programs: Programs) -> Finding:
+  """Compiles the programs of a run and compares what the largest takes with what a device has."""
+  there, limit, worst = lowered.resident(programs), device_bytes(), None
+  for name, call in lowered.calls(run, programs, there).items():
+    try:
+      found = memory_of(call, call.compile(), there)
+    except jax.errors.JaxRuntimeError as e:  # compilers that know the device refuse by themselves
+      if 'RESOURCE_EXHAUSTED' not in str(e):
+        raise
+      return _refused(f'{name}: the compiler says {" ".join(str(e).split())[:400]}')
+    if worst is None or found.total > worst[1].total:
+      worst = name, found
+  name, found = worst
+  parts = {**found.resident, 'rows': found.rows, 'temporaries': found.temporaries,
+           'results': found.results}
+  detail = ' + '.join(f'{part} {size / GIB:.2f}' for part, size in parts.items())
+  detail = f'{name}: {detail} = {found.total / GIB:.2f} GiB a device ({run.compute.dtype})'
   if limit is None:
     return Finding('memory', WARN, detail + '; the device does not say how much it has')
   detail += f' of {limit / GIB:.1f}'
-  if total - fitted / 2 > limit:
-    return Finding('memory', FAIL, detail + '; allowed: less, by compute.microbatch_rows, '
-                   'compute.chunk_tokens, compute.remat, compute.frozen_dtype, compute.mesh or '
-                   'student.lora', 'compute.microbatch_rows')
-  return Finding('memory', OK if total < 0.9 * limit else WARN, detail, 'compute.microbatch_rows')
+  if found.total > limit:
+    return _refused(detail)
+  return Finding('memory', OK if found.total < 0.9 * limit else WARN, detail,
+                 'compute.microbatch_rows')
 
 
-def memory_estimate(run: Run, parts: Parts) -> dict[str, float]:
-  """Estimates bytes on one device: weights and moments exactly, the rest from shapes.
-
-  Activations, for the rows of one pass: what each layer keeps for its backward pass, about 16
-  widths a token (2 with compute.remat), in the compute dtype. Scores: attention's float32 [rows,
-  heads, T, T], 3 a layer for the backward pass (none with compute.remat) and 5 in the layer at
-  work. Both are fits to what XLA allocated, good to about a fifth.
-  """
-  def weights(specs, bytes_each):
-    shardings = params_lib.flatten(sharding.param_shardings(specs, parts.mesh))
-    return bytes_each * sum(math.prod(shardings[name].shard_shape(spec.shape))
-                            for name, spec in params_lib.flatten(specs).items())
-
-  moments = {'adamw': 8, 'sgd': 4 if run.optimizer.b1 else 0}[run.optimizer.name]
-  out = {'trained (weights, gradient, moments)': weights(parts.trained_specs, 8 + moments)}
-  if parts.adapter is not None:
-    out['base'] = weights(parts.student.model.specs, parts.frozen_dtype.itemsize)
-  for part in ('teacher', 'reference'):
-    loaded = getattr(parts, part)
-    itself = loaded is parts.student
-    if loaded is not None and not (itself and parts.adapter is not None):  # that shares its base
-      out[part] = weights(loaded.model.specs, 4 if itself else parts.frozen_dtype.itemsize)
-  shards = sharding.row_shards(parts.mesh)
-  rows = run.data.prompts_per_step * run.data.samples_per_prompt
-  length = run.data.max_prompt_tokens + run.data.max_new_tokens
-  author = parts.teacher if run.data.source == 'teacher' else parts.student
-
-  def cache(model, rows):
-    shapes = jax.eval_shape(lambda: model.init_cache(rows, length))
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes)) / shards
-
-  # Never at the same time: the run's rows, and those of an evaluation.
-  out['cache'] = max(cache(parts.student.model, len(parts.held_out) * run.eval.samples_per_problem),
-                     (cache(author.model, rows) if run.data.source != 'dataset' else 0.0)
-                     + (cache(parts.teacher.model, rows) if run.sample.teacher_mix else 0.0))
-  width = 4 * parts.student.model.config.vocab_size / parts.mesh.shape['tensor']
-  out['logits'] = 4 * min(run.compute.chunk_tokens, rows * length) * width
-  a_pass = (run.compute.microbatch_rows or rows) * length / shards
-  specs = params_lib.flatten(parts.student.model.specs)
-  layers = parts.student.model.config.num_hidden_layers
-  hidden = max((spec.shape[-1] for name, spec in specs.items() if name.endswith('norm')), default=0)
-  keep = 2 if run.compute.remat else 16
-  out['activations'] = a_pass * hidden * layers * keep * np.dtype(run.compute.dtype).itemsize
-  heads = getattr(parts.student.model.config, 'num_attention_heads', 1) / parts.mesh.shape['tensor']
-  out['scores'] = 4 * a_pass * length * heads * (5 if run.compute.remat else 5 + 3 * layers)
-  return out
+def _refused(detail: str) -> Finding:
+  return Finding('memory', FAIL, f'{detail}; allowed: less, by {LOWERS}', 'compute.microbatch_rows')
 
 
 def device_bytes() -> float | None:

@@ -83,7 +83,7 @@ def from_linen(module: linen.Module, variables: dict[str, Any], config: Config, 
   Args:
     module: not bound.
     variables: what `module.init` returned. Axis names of `nn.with_partitioning` that
-      `sharding.RULES` knows shard a parameter; under any other name an axis is replicated.
+      `layout.TRAIN` knows shard a parameter; under any other name an axis is replicated.
     config: the sizes.
     head: (params) -> [D, V], where the module returns hidden states.
     apply: (params, tokens, positions, valid) -> output, for a module with another signature; by

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from opd_jax.types import Params
 
-# The logical axes of parameters and batches; `sharding.RULES` maps each to the mesh.
+# The logical axes of parameters and batches; `layout.TRAIN` maps each to the mesh.
 AXES = ('layer', 'embed', 'vocab', 'heads', 'kv_heads', 'mlp', 'experts', 'batch')
 
 

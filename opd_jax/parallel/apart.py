@@ -74,11 +74,18 @@ class Apart:
     return head.replace(matrix=sharding.put(matrix, where))
 
 
+def move_key(key: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
+  """Makes a random key over on another mesh: it belongs to the one on which it was made."""
+  data = hosts.fetch(jax.random.key_data(key))
+  with jax.set_mesh(mesh):
+    return jax.random.wrap_key_data(jnp.asarray(data))
+
+
 def move_rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
   """Moves arrays that are split by rows to another mesh, whose rows are split among the processes
   as theirs are."""
   target = sharding.by_rows(mesh)
-  if jax.process_count() == 1:
+  if hosts.count() == 1:
     return jax.device_put(tree, target)
   return jax.tree.map(lambda x: _through_host(x, target), tree)
 

@@ -139,6 +139,10 @@ class Evaluator:
 
   The same problems and the same random key every time, so that differences between steps are the
   model's.
+
+  Attributes:
+    sample, greedy, compare: the compiled functions.
+    graded: whether the task grades these examples.
   """
 
   def __init__(self, *, sample: Callable[..., Rollout], greedy: Callable[..., Rollout],
@@ -160,15 +164,13 @@ class Evaluator:
       see: (teacher_params, rollout) -> what takes their place for `compare`; of a teacher on other
         devices.
     """
-    self._sample, self._greedy, self._compare = sample, greedy, compare
+    self.sample, self.greedy, self.compare = sample, greedy, compare
     self._count, self._pass_k, self._task, self._tokenizer = (
         samples_per_problem, pass_k, task, tokenizer)
-    self._key, self._see = key, see
+    self._key, self.see = key, see
     self.rows, self._text = examples.rows, examples.text
-    self._graded = examples_lib.has_verifier(task, examples)
-    once, by_rows = np.arange(len(examples)), sharding.by_rows(mesh)
-    self._greedy_prompts = sharding.put(examples.prompts(once), by_rows)
-    self._prompts = sharding.put(examples.prompts(np.repeat(once, samples_per_problem)), by_rows)
+    self.graded = examples_lib.has_verifier(task, examples)
+    self._prompts, self._mesh = examples.prompts(np.arange(len(examples))), mesh
 
   def __call__(self, params: Params, teacher_params: Params | None, transcripts: int
                ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -180,15 +182,15 @@ class Evaluator:
     (`metrics.overlap`, token means); text/compression, text/distinct_4, text/shared_4 (run/texts);
     mean length; truncation rate.
     """
-    rollout = jax.block_until_ready(self._sample(params, self._prompts, self._key))
+    rollout = jax.block_until_ready(self.sample(params, self._put(self._count), self._key))
     graded = [row for row in self.rows for _ in range(self._count)]
     seen = hosts.fetch(rollout)
     rewards, texts = examples_lib.grade(self._task, graded, seen, self._tokenizer)
     rewards = rewards.reshape(len(self.rows), self._count)
-    out = self._accuracies(params, rewards) if self._graded else {}
-    if self._compare is not None and teacher_params is not None:
-      theirs = self._see(teacher_params, rollout) if self._see else teacher_params
-      sums = hosts.fetch(self._compare(params, theirs, rollout))
+    out = self._accuracies(params, rewards) if self.graded else {}
+    if self.compare is not None and teacher_params is not None:
+      theirs = self.see(teacher_params, rollout) if self.see else teacher_params
+      sums = hosts.fetch(self.compare(params, theirs, rollout))
       count = sums.pop('tokens').sum()
       out |= {name: float(sums[name].sum() / count) for name in ('reverse_kl', *OVERLAP)
               if name in sums}
@@ -197,13 +199,18 @@ class Evaluator:
     out['length'] = float(seen.mask.sum(axis=1).mean())
     out['truncation_rate'] = float(1.0 - seen.ended.mean())
     shown = [{'prompt': self._text(i // self._count), 'completion': texts[i],
-              'reward': float(rewards.reshape(-1)[i]) if self._graded else None}
+              'reward': float(rewards.reshape(-1)[i]) if self.graded else None}
              for i in range(0, min(transcripts, len(self.rows)) * self._count,
                             self._count)]
     return out, shown
 
+  def _put(self, times):
+    """Every problem so many times, on the devices."""
+    return sharding.put(jax.tree.map(lambda x: np.repeat(x, times, axis=0), self._prompts),
+                        sharding.by_rows(self._mesh))
+
   def _accuracies(self, params, rewards):
-    greedy = jax.block_until_ready(self._greedy(params, self._greedy_prompts, self._key))
+    greedy = jax.block_until_ready(self.greedy(params, self._put(1), self._key))
     greedy_rewards, _ = examples_lib.grade(self._task, self.rows, greedy, self._tokenizer)
     out, k = {}, self._pass_k
     for name, values in (('sampled_accuracy', rewards.mean(axis=1)),
@@ -216,5 +223,5 @@ class Evaluator:
 
   def compile_count(self) -> int:
     """Counts the programs that this evaluator has compiled."""
-    programs = (self._sample, self._greedy, self._compare)
+    programs = (self.sample, self.greedy, self.compare)
     return sum(program._cache_size() for program in programs if program is not None)

@@ -39,17 +39,19 @@ def make_mesh(compute: Compute, writers: list[Model], devices: list[Any] | None 
   return mesh
 
 
-def make_meshes(compute: Compute, student: LoadedModel, teacher: LoadedModel | None
-                ) -> tuple[jax.sharding.Mesh, Apart | None]:
-  """Makes the mesh of a run, and that of a teacher with devices of its own.
+def make_meshes(compute: Compute, student: LoadedModel, teacher: LoadedModel | None,
+                devices: list[Any] | None = None) -> tuple[jax.sharding.Mesh, Apart | None]:
+  """Makes the mesh of a run on all devices (or on those given), and that of a teacher with devices
+  of its own.
 
   Raises:
     ValueError: see `make_mesh`; compute.teacher_devices does not fit the processes.
   """
   if not compute.teacher_devices:
     models = [m.model for m in (student, teacher) if m and m.model]
-    return make_mesh(compute, models), None
-  ours, theirs = apart_lib.split_devices(jax.devices(), compute.teacher_devices)
+    return make_mesh(compute, models, devices), None
+  devices = jax.devices() if devices is None else devices
+  ours, theirs = apart_lib.split_devices(devices, compute.teacher_devices)
   home = make_mesh(compute, [student.model], ours)
   try:
     there = make_mesh(dataclasses.replace(compute, mesh=compute.teacher_mesh, decode_split=0),

@@ -103,7 +103,7 @@ def command(c: ConfigDict, workdir: pathlib.Path | None, console: Console) -> di
   """
   run = check(c)
   parts = build.open_parts(run)
-  doctor.require(run, doctor.examine(run, parts))
+  doctor.require(run, doctor.examine_parts(run, parts))
   shards, rows = sharding.row_shards(parts.mesh), run.diagnose.prompts * group_size(run.data)
   if rows % shards:
     refuse(run, 'diagnose.prompts', f'batches of {rows} rows, which compute.mesh splits {shards} '

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
@@ -12,15 +13,14 @@ import tiny
 
 from opd_jax import build, config, models, programs, train
 from opd_jax.data import prompts as prompts_lib
-from opd_jax.data.streams import OWN
 from opd_jax.doctor import examine as doctor
-from opd_jax.doctor import memory, rollouts, static
+from opd_jax.doctor import rollouts, static
 from opd_jax.doctor.finding import FAIL, OFF, OK, SKIPPED, WARN
 from opd_jax.files import huggingface
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.models import lora, params
-from opd_jax.types import Batch, Heads
 
+EVERY = {**doctor.STATIC, **doctor.COMPILED, **doctor.ROLLOUTS}
 GOOD = dict(doctor__rollouts=8, steps=1, eval__problems=4)
 
 
@@ -39,7 +39,7 @@ def _examine(c):
   run, parts = _open(c)
   base = parts.read_base()
   student = lora.join(base, parts.read_trained())
-  found = doctor.examine(run, parts) + doctor.examine_rollouts(
+  found = doctor.examine(run, programs.compile_programs(run, parts)) + doctor.examine_rollouts(
       run, parts, student, parts.read_frozen('teacher', base))
   return {f.check: f for f in found}
 
@@ -61,14 +61,15 @@ def test_a_good_pair_passes_every_check(healthy):
 
 def test_every_check_has_a_switch_and_every_switch_a_check():
   switches = {name for name, value in config.default_config().doctor.items() if value == 'on'}
-  assert switches == {*doctor.STATIC, *doctor.ROLLOUTS}
+  assert switches == EVERY.keys()
 
 
-@pytest.mark.parametrize('name', [*doctor.STATIC, *doctor.ROLLOUTS])
+@pytest.mark.parametrize('name', EVERY)
 def test_a_switch_turns_its_check_off_and_gives_the_reason(name):
-  c = _pair(**{f'doctor__{n}': 'off: not this one' for n in {*doctor.STATIC, *doctor.ROLLOUTS}})
+  c = _pair(**{f'doctor__{n}': 'off: not this one' for n in EVERY})
   run = config.parse(c)  # with all of them off nothing is opened
-  found = doctor.examine(run, None) + doctor.examine_rollouts(run, None, None, None)
+  nothing = types.SimpleNamespace(parts=None)
+  found = doctor.examine(run, nothing) + doctor.examine_rollouts(run, None, None, None)
   (finding,) = [f for f in found if f.check == name]
   assert (finding.status, finding.detail) == (OFF, 'not this one')
   for value in ('no', 'off', 'off: '):
@@ -242,55 +243,6 @@ def test_one_token_on_which_sampler_and_scorer_are_apart(dtype, worst, status):
   assert rollouts.check_self_kl(config.parse(c), None, unread).status == OK
 
 
-def test_memory_is_that_of_the_arrays():
-  run, parts = _open(_pair())
-  estimate = memory.memory_estimate(run, parts)
-  count = params.count_params(parts.student.model.specs)
-  trained = 'trained (weights, gradient, moments)'
-  assert estimate[trained] == 16 * count  # float32: weights, gradient and two moments
-  assert estimate['teacher'] == 4 * count
-  cache = parts.student.model.init_cache(32, 11)
-  assert estimate['cache'] == sum(x.nbytes for x in jax.tree.leaves(cache))
-  run, adapted = _open(_pair(student__lora__rank=2, compute__frozen_dtype='bfloat16',
-                             teacher__kind='initial_student', teacher__path=''))
-  estimate = memory.memory_estimate(run, adapted)
-  assert estimate['base'] == 2 * count and 'teacher' not in estimate  # shared
-  assert estimate[trained] == 16 * params.count_params(adapted.trained_specs)
-
-
-@pytest.mark.parametrize('remat', [False, True])
-def test_memory_is_about_what_the_update_takes(remat):
-  c = tiny.config('opd_exact', **GOOD, teacher__kind='initial_student', data__max_new_tokens=251,
-                  compute__remat=remat, student__fresh__max_position_embeddings=256)
-  run, parts = _open(c)
-  compiled = programs.compile_programs(run, parts)
-  weights = compiled.state.params
-  with jax.set_mesh(parts.mesh):
-    prompts = jax.eval_shape(lambda: parts.examples[OWN].prompts(np.arange(32)))
-    rollout = jax.eval_shape(compiled.writers[OWN], weights, prompts, jax.random.key(0))
-    scores = jax.eval_shape(compiled.scorers[OWN, 'teacher'], weights, rollout)
-    head = jax.eval_shape(parts.teacher.model.head, weights)
-    update = compiled.updates[OWN,].lower(
-        compiled.state, (Batch(rollout, scores),), Heads(head)).compile()
-  taken = update.memory_analysis().temp_size_in_bytes
-  sizes = memory.memory_estimate(run, parts)
-  assert 0.6 < (sizes['activations'] + sizes['scores'] + sizes['logits']) / taken < 1.6
-
-
-def test_an_evaluation_of_more_rows_than_a_batch_counts():
-  run, parts = _open(_pair(eval__problems=16, eval__samples_per_problem=4))
-  cache = parts.student.model.init_cache(64, 11)
-  estimate = memory.memory_estimate(run, parts)
-  assert estimate['cache'] == sum(x.nbytes for x in jax.tree.leaves(cache))
-
-
-def test_more_memory_than_there_is(monkeypatch):
-  opened = _open(_pair())
-  monkeypatch.setattr(memory, 'device_bytes', lambda: 1000.0)
-  finding = memory.check_memory(*opened)
-  assert finding.status == FAIL and finding.field == 'compute.microbatch_rows'
-
-
 @pytest.mark.parametrize(('fields', 'name'), [
     (dict(optimizer__name='sgd', optimizer__b2=0.5), 'optimizer.b2=0.5'),
     (dict(doctor__max_reverse_kl=1.0, doctor__support='off: x'), 'doctor.max_reverse_kl=1.0'),
@@ -314,7 +266,7 @@ class TestAtTheStart:
   def test_what_was_found_is_written_and_said(self, tmp_path, capsys):
     train.train(_pair(doctor__truncation='off: known to be long'), tmp_path)
     rows = json.loads((tmp_path / doctor.RESULT).read_text())
-    assert {r['check'] for r in rows} == {*doctor.STATIC, *doctor.ROLLOUTS}
+    assert {r['check'] for r in rows} == EVERY.keys()
     assert {r['status'] for r in rows} == {OK, OFF}
     assert 'doctor: truncation off: known to be long' in capsys.readouterr().out
 
@@ -334,7 +286,7 @@ class TestCommand:
     tiny.write_config(tmp_path / 'one.py', _pair())
     done = tiny.opd('doctor', '--config', 'one.py', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for name in (*doctor.STATIC, *doctor.ROLLOUTS):
+    for name in EVERY:
       assert name in done.stdout
     path = _teacher(tmp_path, lambda name, x: 0 * x if name in ('head', 'embed') else x)
     done = tiny.opd('doctor', '--config', 'one.py', f'--config.teacher.path={path}', cwd=tmp_path)

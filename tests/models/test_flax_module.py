@@ -143,7 +143,7 @@ def test_axis_names_and_flops():
   model, params = linen_model(layers=2)
   specs = params_lib.flatten(model.specs)
   assert specs['embed/embedding'].axes == ('vocab', 'embed')
-  assert specs['up_0/kernel'].axes == ('embed', None)  # a name that sharding.RULES has not
+  assert specs['up_0/kernel'].axes == ('embed', None)  # a name that layout.TRAIN has not
   assert specs['up_0/bias'].axes == (None,)
   specs = params_lib.flatten(nnx_model(layers=2)[0].specs)
   assert specs['blocks/1/up/kernel'].axes == ('embed', 'mlp')

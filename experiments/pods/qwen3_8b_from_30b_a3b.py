@@ -1,0 +1,50 @@
+"""On-policy distillation of Qwen3-30B-A3B, a mixture of experts, into Qwen3-8B-Base.
+
+As qwen3_8b_from_32b.py, with a teacher that uses 3 of its 30 billion parameters for a token: it
+grades for less than what the student costs.
+
+    opd train --config experiments/pods/qwen3_8b_from_30b_a3b.py:v5p-64
+    opd train --config experiments/pods/qwen3_8b_from_30b_a3b.py:v5p-64,answers=long
+    opd plan --config experiments/pods/qwen3_8b_from_30b_a3b.py:v5p-64 --topology v5p:2x4x4 \
+        --models experiments/pods/models
+
+Sizes: `v5p-8` (4 chips, v5p:2x2x1), `v5p-64` (32 chips, v5p:2x4x4), `v6e-16` (v6e:4x4), `v6e-64`
+(v6e:8x8), `h100x8` (a host of eight H100) and `h200` (a host of eight H200); `answers` are short,
+2048 tokens, or long, 16384. What each takes of memory, time and chip-hours, `opd plan` says:
+PLAN.md beside this file. It has not been run.
+
+Expected: no number is published for this pair; for its neighbour see qwen3_8b_from_32b.py.
+"""
+
+from ml_collections import ConfigDict
+
+from opd_jax import config as config_lib
+from opd_jax import experiment, presets
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  """Arguments: size (of the machines, see above), answers (short or long)."""
+  arg = experiment.parse_arg(arg, size='v5p-64', answers='short')
+  machines, room = experiment.pick_machines(arg.size), experiment.pick_answers(arg.answers)
+  c = config_lib.default_config()
+  c.name, c.steps = f'qwen3_8b_from_30b_a3b-{arg.size}-{arg.answers}', 100
+  c.student.path = 'Qwen/Qwen3-8B-Base'
+  c.teacher.kind, c.teacher.path = 'checkpoint', 'Qwen/Qwen3-30B-A3B'
+  c.prompt.template, c.sample.stop = 'teacher', 'union'  # a base model ends no turn
+  c.prompt.thinking = 'on' if arg.answers == 'long' else 'off'
+  c.task = config_lib.task_config(
+      'prompts', source='zwhe99/DeepMath-103K', prompt_column='question',
+      answer_column='final_answer', grader='boxed', holdout_examples=512)
+  presets.apply(c, 'opd')
+  c.data.prompts_per_step, c.data.samples_per_prompt = 64, 4
+  c.data.max_prompt_tokens, c.data.max_new_tokens, c.data.overlong = 512, room, 'drop'
+  c.compute.dtype, c.compute.remat = 'bfloat16', True
+  # Experts over four chips where there are enough: a layer of all 128 is 1.2 GB to gather.
+  c.compute.mesh.expert = 4 if machines.chips >= 32 else 1
+  shards = machines.chips // c.compute.mesh.expert
+  c.compute.microbatch_rows = shards * (2 if arg.answers == 'short' else 1)
+  c.compute.chunk_tokens = shards * 1024
+  c.optimizer.learning_rate, c.optimizer.warmup_steps = 5e-5, 5
+  c.eval.every_steps, c.eval.problems, c.eval.samples_per_problem = 25, 128, 2
+  c.checkpoint.every_steps = 25
+  return c

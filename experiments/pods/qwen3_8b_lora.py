@@ -1,0 +1,50 @@
+"""On-policy distillation of Qwen3-32B into adapters of Qwen3-8B-Base on mathematics.
+
+As qwen3_8b_from_32b.py, but that rank-128 adapters on every linear layer learn; the base is frozen
+in bfloat16.
+
+    opd train --config experiments/pods/qwen3_8b_lora.py:v6e-16
+    opd train --config experiments/pods/qwen3_8b_lora.py:v6e-16,answers=long
+    opd plan --config experiments/pods/qwen3_8b_lora.py:v6e-16 --topology v6e:4x4 \
+        --models experiments/pods/models
+
+Sizes: `v5p-8` (4 chips, v5p:2x2x1), `v5p-64` (32 chips, v5p:2x4x4), `v6e-16` (v6e:4x4), `v6e-64`
+(v6e:8x8), `h100x8` (a host of eight H100) and `h200` (a host of eight H200); `answers` are short,
+2048 tokens, or long, 16384. What each takes of memory, time and chip-hours, `opd plan` says:
+PLAN.md beside this file. It has not been run.
+
+Expected: rank-32 adapters came 6 % less far than the whole model, of which see qwen3_8b_from_32b.py
+(Thinking Machines Lab 2025, "On-Policy Distillation"); for rank 128 no number is published.
+"""
+
+from ml_collections import ConfigDict
+
+from opd_jax import config as config_lib
+from opd_jax import experiment, presets
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  """Arguments: size (of the machines, see above), answers (short or long)."""
+  arg = experiment.parse_arg(arg, size='v6e-16', answers='short')
+  machines, room = experiment.pick_machines(arg.size), experiment.pick_answers(arg.answers)
+  c = config_lib.default_config()
+  c.name, c.steps = f'qwen3_8b_lora-{arg.size}-{arg.answers}', 100
+  c.student.path = 'Qwen/Qwen3-8B-Base'
+  c.teacher.kind, c.teacher.path = 'checkpoint', 'Qwen/Qwen3-32B'
+  c.student.lora.rank = 128
+  c.prompt.template, c.sample.stop = 'teacher', 'union'  # a base model ends no turn
+  c.prompt.thinking = 'on' if arg.answers == 'long' else 'off'
+  c.task = config_lib.task_config(
+      'prompts', source='zwhe99/DeepMath-103K', prompt_column='question',
+      answer_column='final_answer', grader='boxed', holdout_examples=512)
+  presets.apply(c, 'opd')
+  c.data.prompts_per_step, c.data.samples_per_prompt = 64, 4
+  c.data.max_prompt_tokens, c.data.max_new_tokens, c.data.overlong = 512, room, 'drop'
+  c.compute.dtype, c.compute.remat = 'bfloat16', True
+  shards = machines.chips  # rows are split over all of them, as the parameters are
+  c.compute.microbatch_rows = shards * (2 if arg.answers == 'short' else 1)
+  c.compute.chunk_tokens = shards * 1024
+  c.optimizer.learning_rate, c.optimizer.warmup_steps = 1e-4, 5
+  c.eval.every_steps, c.eval.problems, c.eval.samples_per_problem = 25, 128, 2
+  c.checkpoint.every_steps = 25
+  return c

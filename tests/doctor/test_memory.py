@@ -1,0 +1,217 @@
+"""The doctor's question to the compiler: what a program takes, and that asking costs nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from opd_jax import build, config, load, programs, train
+from opd_jax.data.streams import OWN
+from opd_jax.doctor import examine, lowered, memory
+from opd_jax.doctor.finding import FAIL, OK, SKIPPED, WARN
+from opd_jax.types import Batch, Heads
+
+GOOD = dict(steps=1, eval__problems=16)
+PROGRAMS = ('sample_fn', 'teacher_logprob_fn', 'update_fn', 'row_sums')
+BESIDE = dict(given__source='dataset', given__split='corpus', given__prompts_per_step=16,
+              given__likelihood_coef=0.1, data__off_policy_source='teacher',
+              data__on_policy_fraction=0.5)
+# What a run of two steps does, in a process with so many devices, and how much memory it had.
+CHILD = '''
+import json, logging, pathlib, resource, sys
+sys.path.insert(0, sys.argv[1])
+import jax
+from opd_jax import config, train
+from opd_jax.doctor import examine, memory
+lines, settled = [], []
+handler = logging.Handler()
+handler.emit = lambda record: lines.append(record.getMessage())
+logging.getLogger('jax').addHandler(handler)
+check = examine.COMPILED['memory']
+def spy(run, programs):
+  out = check(run, programs)
+  settled.append(len(lines))
+  return out
+examine.COMPILED['memory'] = spy
+with jax.log_compiles():
+  train.train(config.from_dict(json.loads(sys.stdin.read())), pathlib.Path(sys.argv[2]))
+print(json.dumps([lines[:settled[0]], lines[settled[0]:]]))
+'''
+
+
+def _open(c):
+  run = config.parse(c)
+  parts = build.open_parts(run)
+  return run, programs.compile_programs(run, parts)
+
+
+def _looked_at(c):
+  """(resident, {program: its call}) of a config."""
+  run, made = _open(c)
+  there = lowered.resident(made)
+  return there, lowered.calls(run, made, there)
+
+
+def _compiled(lines):
+  return [name for line in lines for name in re.findall(r'Finished XLA compilation of jit\((\w+)\)',
+                                                        line) if name in PROGRAMS]
+
+
+@pytest.mark.parametrize(('kind', 'fields'), [
+    ('opd_exact', {}), ('opd_exact', dict(student__lora__rank=2)), ('grpo', {}), ('sft', {}),
+    ('opd_exact', BESIDE)])
+def test_a_start_compiles_nothing_twice(kind, fields, tmp_path, caplog, monkeypatch):
+  looked_at, check = [], examine.COMPILED['memory']
+
+  def spy(run, made):
+    with caplog.at_level(logging.WARNING, 'jax'), jax.log_compiles():
+      out = check(run, made)
+    looked_at.extend(_compiled(r.getMessage() for r in caplog.records))
+    caplog.clear()
+    return out
+
+  monkeypatch.setitem(examine.COMPILED, 'memory', spy)
+  c = tiny.with_models(kind, **{**GOOD, **fields})
+  if fields is BESIDE:
+    c.steps = 4  # both kinds of step
+  with jax.log_compiles(), caplog.at_level(logging.WARNING, 'jax'):
+    train.train(c, tmp_path)
+    later = _compiled(r.getMessage() for r in caplog.records)
+  # After the check, adapters have their export measured, by another sampler than the run's.
+  assert len(looked_at) >= (3 if kind == 'sft' else 4) and 'update_fn' in looked_at
+  assert not later
+
+
+def test_nor_on_a_mesh_with_tied_embeddings(tmp_path):
+  path = tiny.write_model(tiny.folder() / 'tied', 1, tie_word_embeddings=True)
+  c = tiny.config('opd_exact', **GOOD, teacher__path=str(path), doctor__support='off: random',
+                  doctor__uniform_teacher='off: random')
+  c.student.fresh.tie_word_embeddings = True
+  c.compute.mesh.fsdp, c.compute.mesh.tensor, c.compute.microbatch_rows = 2, 2, 16
+  done = subprocess.run(
+      [sys.executable, '-c', CHILD, str(tiny.ROOT / 'tests'), str(tmp_path / 'run')], text=True,
+      input=json.dumps(config.to_dict(c)), capture_output=True, timeout=tiny.PATIENCE_S,
+      env=tiny.environment(devices=4))
+  assert done.returncode == 0, done.stderr[-4000:]
+  looked_at, later = map(_compiled, json.loads(done.stdout.splitlines()[-1]))
+  assert len(looked_at) == 6 and not later
+
+
+@pytest.mark.parametrize('fields', [{}, dict(student__lora__rank=2), dict(
+    student__lora__rank=2, compute__frozen_dtype='bfloat16', teacher__kind='initial_student',
+    teacher__path='')])
+def test_what_stays_is_that_of_the_arrays(fields):
+  run, made = _open(tiny.with_models('opd_exact', **GOOD, **fields))
+  there = memory.resident_bytes(lowered.resident(made))
+  base = made.parts.read_base()
+  graders = made.connect(base)
+  state = made.init(made.parts.read_trained())
+  arrays = {id(x): x.nbytes for x in jax.tree.leaves(
+      (state, base, graders['teacher'].params, made.heads(graders)))}
+  assert sum(there.values()) == sum(arrays.values())
+  assert ('teacher' in there) == (fields.get('teacher__kind') != 'initial_student'
+                                  or there['teacher'] < there['base'])
+
+
+def test_what_a_program_takes_is_what_it_is_called_with():
+  """Shapes stand for the arrays of a step, to the byte."""
+  c = tiny.with_models('opd_exact', **GOOD)
+  run, made = _open(c)
+  there = lowered.resident(made)
+  calls = lowered.calls(run, made, there)
+  stream = made.parts.streams[0]
+  graders = made.connect(None)
+  state = made.init(made.parts.read_trained())
+  indices = np.arange(stream.rows)
+  with jax.set_mesh(made.parts.mesh):
+    rollout, = made.write(stream, state.params, graders, indices, load.fold_in(
+        jax.random.key(0), 0, 0))
+    batch = made.grade(stream, state.params, graders, indices, [rollout])
+  for name, args in (('score teacher', (graders['teacher'].params, rollout)), ('update', (
+      state, (batch,), made.heads(graders), None, load.fold_in(jax.random.key(0), 0, 0)))):
+    expected = [(x.shape, x.dtype) for x in jax.tree.leaves(calls[name].args)]
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(args)] == expected
+  update = calls['update'].compile()
+  found = memory.memory_of(calls['update'], update, there)
+  # The update has everything but the teacher among its arguments.
+  held = found.total - found.resident['teacher']
+  stats = update.memory_analysis()
+  assert held == pytest.approx(
+      stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes
+      - stats.alias_size_in_bytes, rel=0.01)
+
+
+def test_more_rows_in_a_pass_take_more():
+  """Of the very programs of the run, and not of a formula."""
+  temporaries = {}
+  for rows in (8, 32):
+    there, calls = _looked_at(tiny.with_models('opd_exact', **GOOD, compute__microbatch_rows=rows))
+    update = calls['update']
+    temporaries[rows] = memory.memory_of(update, update.compile(), there).temporaries
+  assert 1.5 * temporaries[8] < temporaries[32]
+
+
+def test_every_stream_is_looked_at():
+  _, calls = _looked_at(tiny.with_models('opd_exact', **GOOD, **BESIDE))
+  assert {name for name in calls if not name.startswith('evaluate')} == {
+      'sample', 'score teacher', 'off_policy sample', 'off_policy score teacher', 'update',
+      'off_policy update'}
+  update = calls['update'].args[1]
+  assert [b.rollout.tokens.shape[0] for b in update] == [32, 16]  # with the rows beside it
+  assert isinstance(update[1], Batch) and update[1].teacher is None
+  assert isinstance(calls['update'].args[2], Heads)
+
+
+class TestRefusal:
+
+  def test_it_comes_before_a_weight_is_read(self, tmp_path, monkeypatch):
+    c = tiny.with_models('opd_sampled', **GOOD)
+    monkeypatch.setattr(memory, 'device_bytes', lambda: 1000.0)
+    monkeypatch.setattr(load, 'read', lambda *args: pytest.fail('a weight was read'))
+    with pytest.raises(config.ConfigError, match=r'compute\.microbatch_rows=0.*memory.*allowed'):
+      train.train(c, tmp_path / 'run')
+    assert not (tmp_path / 'run' / 'metrics.jsonl').exists()
+
+  def test_the_largest_program_decides(self, monkeypatch):
+    run, made = _open(tiny.with_models('opd_sampled', **GOOD))
+    there = lowered.resident(made)
+    found = {name: memory.memory_of(call, call.compile(), there).total
+             for name, call in lowered.calls(run, made, there).items()}
+    for share, status in ((0.99, FAIL), (1.05, WARN), (1.2, OK)):
+      monkeypatch.setattr(memory, 'device_bytes', lambda s=share: s * max(found.values()))
+      finding = memory.check_memory(run, made)
+      assert (finding.status, finding.field) == (status, 'compute.microbatch_rows')
+      assert finding.detail.startswith(f'{max(found, key=found.get)}: weights ')
+
+  def test_a_compiler_that_knows_the_device_refuses_by_itself(self, monkeypatch):
+    run, made = _open(tiny.with_models('opd_sampled', **GOOD))
+
+    def full(self, options=None):
+      raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: 151.79G of 95.73G')
+
+    monkeypatch.setattr(lowered.Call, 'compile', full)
+    finding = memory.check_memory(run, made)
+    assert finding.status == FAIL and '151.79G' in finding.detail
+
+  def test_nothing_is_compiled_for_a_run_that_is_refused_anyway(self, monkeypatch):
+    c = tiny.with_models('opd_sampled', **GOOD, optimizer__name='sgd', optimizer__b2=0.5)
+    run, made = _open(c)
+    monkeypatch.setattr(lowered.Call, 'compile', lambda *args: pytest.fail('compiled'))
+    found = {f.check: f.status for f in examine.examine(run, made)}
+    assert (found['unused_options'], found['memory']) == (FAIL, SKIPPED)
+
+
+def test_the_names_say_what_the_loop_calls():
+  run, made = _open(tiny.with_models('opd_sampled', **GOOD))
+  calls = lowered.calls(run, made, lowered.resident(made))
+  assert calls['sample'].program is made.writers[OWN]
+  assert calls['update'].program is made.updates[OWN,]
+  assert calls['evaluate compare'].program is made.evaluator.compare

@@ -41,9 +41,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   c.data.prompts_per_step, c.data.samples_per_prompt = 64, 4
   c.data.max_prompt_tokens, c.data.max_new_tokens, c.data.overlong = 512, room, 'drop'
   c.compute.dtype, c.compute.remat = 'bfloat16', True
-  shards = machines.chips  # rows are split over all of them, as the parameters are
-  c.compute.microbatch_rows = shards * (2 if arg.answers == 'short' else 1)
-  c.compute.chunk_tokens = shards * 1024
+  c.compute.microbatch_rows = 2 if arg.answers == 'short' else 1
+  c.compute.chunk_tokens = 1024
   c.optimizer.learning_rate, c.optimizer.warmup_steps = 1e-4, 5
   c.eval.every_steps, c.eval.problems, c.eval.samples_per_problem = 25, 128, 2
   c.checkpoint.every_steps = 25

@@ -130,9 +130,10 @@ def param_shardings(specs: dict[str, Any], mesh: Mesh) -> Any:
   return unflatten({name: one(name, spec) for name, spec in flatten(specs).items()})
 
 
-def fitting(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> NamedSharding:
+def fitting(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh,
+            rules: layout.Rules = layout.TRAIN) -> NamedSharding:
   """Makes the sharding of an array that is no parameter: what does not divide stays whole."""
-  return NamedSharding(mesh, layout.fit(shape, axes, layout.TRAIN, mesh))
+  return NamedSharding(mesh, layout.fit(shape, axes, rules, mesh))
 
 
 def put(tree: Any, shardings: Any) -> Any:

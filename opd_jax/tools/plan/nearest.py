@@ -42,13 +42,15 @@ class Try:
 
 def candidates(run: Run, chips: int) -> Iterator[dict[str, Any]]:
   """Lists changes, the smallest first: one thing, then several, then the mesh."""
-  rows = run.compute.microbatch_rows or run.data.prompts_per_step * run.data.samples_per_prompt
+  mesh = run.compute.mesh
+  shards = chips // (mesh.tensor * mesh.expert)  # that rows are split into
+  rows = run.data.prompts_per_step * run.data.samples_per_prompt // shards
+  rows = min(run.compute.microbatch_rows or rows, rows)
   smaller = [rows // k for k in (2, 4, 8, 16, 32, 64, 128, 256, 512) if rows % k == 0]
   remat = {} if run.compute.remat else {'compute.remat': True}
   less = [{'compute.microbatch_rows': n} for n in smaller]
   both = [remat | change for change in less]
   wide = {} if run.compute.dtype == 'bfloat16' else {'compute.dtype': 'bfloat16'}
-  mesh = run.compute.mesh
   yield remat
   yield from less[:1]
   yield from reversed(both)  # the least rows first: whether it fits at all

@@ -14,6 +14,7 @@ import numpy as np
 from opd_jax.data.streams import OWN
 from opd_jax.doctor import lowered, memory
 from opd_jax.doctor.memory import Memory
+from opd_jax.models import layout
 from opd_jax.parallel import sharding
 from opd_jax.programs import Programs, compile_programs
 from opd_jax.settings import Run
@@ -136,8 +137,9 @@ def _times(run: Run, programs: Programs, name: str) -> float:
 def _compile(run: Run, call: lowered.Call, there: lowered.Resident, topology: Topology,
              name: str) -> Phase:
   traced, mesh, chip = call.trace(), call.mesh, topology.chip
-  rows = next(x for x in jax.tree.leaves((call.args, call.keywords)) if x.ndim == 2
-              and x.dtype == np.int32).shape[0]
+  # Laying weights out for decoding has no rows.
+  rows = next((x.shape[0] for x in jax.tree.leaves((call.args, call.keywords)) if x.ndim == 2
+               and x.dtype == np.int32), 0)
   compiled, refused = None, ''
   with tempfile.TemporaryDirectory() as folder:
     settings = hlo.options(folder) | (CPU_OPTIONS if topology.platform == 'gpu' else {})
@@ -180,12 +182,14 @@ def _said(text: str) -> str:
 
 
 def _cache(run: Run, call: lowered.Call, rows: int) -> float:
-  """Bytes of keys and values of a sampler a device, where they are split as the rows are."""
+  """Bytes of keys and values of a sampler a device: split by rows and by key/value heads."""
   length = run.data.max_prompt_tokens + run.data.max_new_tokens
   model = call.program.__wrapped__.keywords['model']
   kept = jax.eval_shape(lambda: model.init_cache(rows, length))
-  return sum(float(np.prod(x.shape)) * x.dtype.itemsize
-             for x in jax.tree.leaves(kept)) / sharding.row_shards(call.mesh)
+  axes = {4: ('batch', 'kv_heads', None, None), 2: ('batch', None)}
+  return sum(float(np.prod(sharding.fitting(
+      x.shape, axes.get(x.ndim, (None,) * x.ndim), call.mesh, layout.DECODE).shard_shape(x.shape)))
+      * x.dtype.itemsize for x in jax.tree.leaves(kept))
 
 
 def _traffic(counts: hlo.Counts, mesh: jax.sharding.Mesh, topology: Topology

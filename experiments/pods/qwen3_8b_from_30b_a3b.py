@@ -41,7 +41,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
   c.compute.dtype, c.compute.remat = 'bfloat16', True
   # Experts over four chips where there are enough: a layer of all 128 is 1.2 GB to gather.
   c.compute.mesh.expert = 4 if machines.chips >= 32 else 1
-  shards = machines.chips // c.compute.mesh.expert
   c.compute.microbatch_rows = 2 if arg.answers == 'short' else 1
   c.compute.chunk_tokens = 1024
   c.optimizer.learning_rate, c.optimizer.warmup_steps = 5e-5, 5

@@ -26,7 +26,8 @@ from opd_jax import experiment, presets
 def get_config(arg: str | None = None) -> ConfigDict:
   """Arguments: size (of the machines, see above), answers (short or long)."""
   arg = experiment.parse_arg(arg, size='v6e-16', answers='short')
-  machines, room = experiment.pick_machines(arg.size), experiment.pick_answers(arg.answers)
+  experiment.pick_machines(arg.size)  # refuses another
+  room = experiment.pick_answers(arg.answers)
   c = config_lib.default_config()
   c.name, c.steps = f'qwen3_8b_lora-{arg.size}-{arg.answers}', 100
   c.student.path = 'Qwen/Qwen3-8B-Base'

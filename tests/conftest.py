@@ -64,9 +64,9 @@ from opd_jax.models import params as params_lib  # noqa: E402
 from opd_jax.types import Model, Params, Prompts, Rollout  # noqa: E402
 
 # Files that take minutes go first: the last process to end is then not alone for long.
-LONG = ('test_train_objectives', 'test_train', 'test_mesh', 'test_resume', 'test_every_family',
-        'test_oracle', 'test_oracle_presets', 'test_train_adapters', 'test_expectations',
-        'test_cli', 'test_update', 'test_compare_estimators', 'test_pipeline')
+LONG = ('test_hosts', 'test_train_objectives', 'test_train', 'test_mesh', 'test_resume',
+        'test_every_family', 'test_oracle', 'test_oracle_presets', 'test_train_adapters',
+        'test_expectations', 'test_cli', 'test_update', 'test_compare_estimators', 'test_pipeline')
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

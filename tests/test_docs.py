@@ -78,12 +78,18 @@ def test_a_flax_module_learns():
 
 
 def _commands():
-  """(page, command line) of every `opd` line in a block that is no program."""
+  """(page, command line) of every `opd` line in a block that is no program, and in what is started
+  from a file."""
   for page, text in PAGES.items():
-    for block in re.findall(r'^```\n(.*?)^```$', text, re.DOTALL | re.MULTILINE):
-      for line in block.splitlines():
-        if found := re.search(r'(?:^|&& )(opd .*)', line):
-          yield page, found[1].partition('#')[0].strip()
+    blocks = re.findall(r'^```(?:bash|yaml)?\n(.*?)^```$', text, re.DOTALL | re.MULTILINE)
+    for line in '\n'.join(blocks).replace('\\\n', ' ').splitlines():
+      # Alone or after what starts it, up to what a shell does with its output.
+      if found := re.search(r"(?:^|(?:&&|exec|nohup|srun)(?: --\S+)* )(opd [a-z]+ --[^'>#]*)",
+                            line):
+        yield page, found[1].strip()
+  for file in (ROOT / 'docs' / 'launch').glob('*.yaml'):
+    for command in re.findall(r'command:\n((?: +- .*\n)+)', file.read_text()):
+      yield str(file.relative_to(ROOT)), ' '.join(re.findall(r'- (.*)', command))
 
 
 def _check_config(value, fields):

@@ -6,8 +6,6 @@ import os
 import signal
 from typing import Any
 
-from opd_jax.parallel import hosts
-
 
 class PreemptedError(Exception):
   """SIGTERM, SIGINT or SIGHUP arrived; a checkpoint of the step it interrupted is on disk."""
@@ -42,6 +40,7 @@ class Interrupts:
   """
 
   def __enter__(self) -> Interrupts:
+    from opd_jax.parallel import hosts  # which imports JAX: not before `end_at_once`
     self._seen = seen = []
     self._votes = hosts.Votes() if hosts.count() > 1 else None
     self._old = {}
@@ -66,6 +65,7 @@ class Interrupts:
 
   def now(self) -> bool:
     """Tells whether a signal has come to any process until now; waits for all."""
+    from opd_jax.parallel import hosts
     return hosts.any_of(bool(self._seen))
 
   def __exit__(self, *exc: Any) -> None:

@@ -82,7 +82,16 @@ def inputs(run: Run) -> dict[str, Digests]:
   Raises:
     ConfigError: it cannot be read; names the field.
   """
-  out = model_inputs(run, ('student', 'teacher', 'reference'))
+  return model_inputs(run, ('student', 'teacher', 'reference')) | data_inputs(run)
+
+
+def data_inputs(run: Run) -> dict[str, Digests]:
+  """Computes the digests of the data that a run reads.
+
+  Raises:
+    ConfigError: see `inputs`.
+  """
+  out = {}
   for name, path in tasks.sources(run.task.options).items():
     with naming(f'task.options.{name}={str(path)!r}', 'what this process can read'):
       out[f'task.options.{name}'] = digest.of_data(path)
@@ -259,6 +268,16 @@ def read_base(student: LoadedModel, adapter: Adapter | None, dtype: Any, mesh: j
     return None
   return lora.Frozen(read('student.path', student, student.model.specs, jnp.dtype(dtype), mesh),
                      adapter.settings.scale)
+
+
+def require_same_inputs(run: Run) -> None:
+  """Refuses several processes that would read other models or other data.
+
+  Raises:
+    ConfigError: names the files and the processes.
+  """
+  if hosts.count() > 1:
+    hosts.require_same(inputs(run))
 
 
 def check_directory(run: Run, settings: dict[str, Any], workdir: pathlib.Path

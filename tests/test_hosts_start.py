@@ -14,6 +14,7 @@ import pytest
 import several
 import tiny
 
+from opd_jax import config
 from opd_jax.errors import ConfigError
 from opd_jax.parallel import hosts, join, watch
 
@@ -166,18 +167,37 @@ class TestRefused:
       one_line(p, 'config.optimizer.learning_rate=0.01 on process 0', '0.5 on process 1')
     assert not (folder / 'differ').exists()
 
-  def test_other_weights_under_the_same_name(self, launcher):
-    folder = launcher.folder
+  @pytest.fixture(scope='class')
+  @staticmethod
+  def two_hosts(launcher):
+    """Their folders, with a model and a data set that have the same name and other contents."""
     for i in (0, 1):
-      (folder / f'host{i}').mkdir()
-      tiny.write_model(folder / f'host{i}' / 'model', seed=i)
-    file = write(folder, 'weights', student__path='model')
+      folder = launcher.folder / f'host{i}'
+      folder.mkdir()
+      tiny.write_model(folder / 'model', seed=i)
+      tiny.write_jsonl(folder / 'rows.jsonl', [{'q': f'{n}+{i}=', 'a': '1'} for n in range(64)])
+    return [launcher.folder / f'host{i}' for i in (0, 1)]
+
+  @pytest.mark.parametrize(('command', 'what', 'more'), [
+      ('train', 'student.path.model.safetensors', ('--workdir', 'RUN')),
+      ('doctor', 'student.path.model.safetensors', ()),
+      ('evaluate', 'model.model.safetensors', ('--model', 'model')),
+      ('train', 'task.options.source.rows.jsonl', ('--workdir', 'RUN'))])
+  def test_other_weights_or_data_under_the_same_name(
+      self, command, what, more, two_hosts, launcher):
+    c = tiny.config('sft', steps=2, student__path='model')
+    if what.startswith('task'):
+      c = tiny.config('grpo', steps=2)
+      c.task = config.task_config('prompts', source='rows.jsonl', holdout_examples=16,
+                                  prompt_column='q', answer_column='a', grader='exact')
+    file, workdir = tiny.write_config(launcher.folder / 'same.py', c), launcher.folder / 'same'
+    more = [str(workdir) if word == 'RUN' else word for word in more]
     done = [p.finish() for p in [
-        launcher.start('train', '--config', file, '--workdir', folder / 'weights', *own,
-                       cwd=folder / f'host{i}') for i, own in enumerate(several.flags(2))]]
+        launcher.start(command, '--config', file, *more, *own, cwd=host)
+        for host, own in zip(two_hosts, several.flags(2), strict=True)]]
     for p in done:
-      one_line(p, 'student.path.model.safetensors=', 'on process 0', 'on process 1')
-    assert not (folder / 'weights' / 'config.json').exists()
+      one_line(p, f'{what}=', 'on process 0', 'on process 1')
+    assert not (workdir / 'config.json').exists()
 
   def test_work_directories_that_are_not_one(self, launcher):
     folder = launcher.folder

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from opd_jax import build
+from opd_jax import build, load
 from opd_jax import config as config_lib
 from opd_jax.build import Parts
 from opd_jax.doctor import memory, rollouts, static
@@ -129,6 +129,7 @@ def command(c: ConfigDict, console: Console) -> bool:
     ConfigError: the config cannot be built at all.
   """
   run = config_lib.parse(c)
+  load.require_same_inputs(run)
   parts = build.open_parts(run)
   findings = examine(run, compile_programs(run, parts))
   base = parts.read_base()

@@ -102,6 +102,7 @@ def command(c: ConfigDict, workdir: pathlib.Path | None, console: Console) -> di
       not write.
   """
   run = check(c)
+  load.require_same_inputs(run)
   parts = build.open_parts(run)
   doctor.require(run, doctor.examine_parts(run, parts))
   shards, rows = sharding.row_shards(parts.mesh), run.diagnose.prompts * group_size(run.data)

@@ -14,9 +14,10 @@ from opd_jax import build, load, tasks
 from opd_jax import config as config_lib
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.errors import ConfigError
-from opd_jax.files import huggingface
+from opd_jax.files import digest, huggingface
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.models import flax_module
+from opd_jax.parallel import hosts
 from opd_jax.run import evaluator as evaluator_lib
 from opd_jax.run import meshes, metrics
 from opd_jax.settings import Run
@@ -38,6 +39,10 @@ def evaluate_model(c: ConfigDict, path: str, teacher_path: str) -> dict[str, Any
     if value and not pathlib.Path(value).is_dir():
       raise ConfigError(f'{name}={value!r}; allowed: a Hugging Face directory')
   run = config_lib.parse(c)
+  if hosts.count() > 1:
+    given = {'model': path, 'teacher': teacher_path}
+    hosts.require_same(load.data_inputs(run) | {
+        name: digest.of_model(folder) for name, folder in given.items() if folder})
   try:
     student = open_directory(run, 'student', path)
     teacher = open_directory(run, 'teacher', teacher_path) if teacher_path else None

@@ -67,6 +67,7 @@ def export(workdir: pathlib.Path, output: pathlib.Path, form: str, step: int, dt
                       "model; allowed: 'full'")
   borrows = run.prompt.template == 'teacher' or run.sample.stop != 'student'
   read = load.model_inputs(run, ('student', 'teacher') if borrows else ('student',))
+  hosts.require_same(read)
   workdir_lib.check_inputs(workdir, read, changed_inputs)
   try:
     student = load.open_student(run)

@@ -277,9 +277,13 @@ def run_command(command: str, flags: Any) -> int:
       hosts.require_same({'command': command, **hosts.versions(), **given, 'config': (
           None if flags.config is None else json.loads(flags.config.to_json()))})
   from opd_jax import config, experiment, train
+  from opd_jax.errors import ConfigError
   from opd_jax.tools import evaluate_model, export, pipeline
   interrupts.raise_again()
   c, given = flags.config, flags.workdir
+  if '://' in (given or ''):  # to pathlib, a directory here with the name 'gs:'
+    raise ConfigError(f'workdir={given!r}; allowed: a directory, for several hosts one that all of '
+                      'them have mounted (docs/pods.md)')
   workdir = pathlib.Path(given or experiment.default_workdir(c))
   if command == 'plan':
     from opd_jax.tools.plan import command as plan

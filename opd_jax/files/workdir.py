@@ -86,6 +86,7 @@ def _lock(workdir: pathlib.Path) -> TextIO:
     held.truncate(0)
     held.write(f'process {os.getpid()} on {socket.gethostname()}\n')
     held.flush()
+    os.fsync(held.fileno())  # NFS else keeps it on this host, and the others do not see it in time
   return held
 
 

@@ -11,6 +11,7 @@ import apart_child
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import several
 import tiny
 
 from opd_jax import config
@@ -76,6 +77,21 @@ def test_the_log_says_what_comes_back(runs, run, back):
   said = [line for line in (runs / 'said').read_text().splitlines() if 'devices of its own' in line]
   apart_runs = [name for name in apart_child.configs() if not name.endswith('beside')]
   assert back in said[apart_runs.index(run)], said
+
+
+def test_two_processes_give_a_device_each(runs, tmp_path):
+  """Rows go over within a process, through its memory; four parts, of 2 rows a device."""
+  c = apart_child.configs()['exact_parts']
+  c.steps, c.compute.mesh.fsdp = 3, -1
+  c.compute.teacher_mesh.fsdp, c.compute.teacher_mesh.tensor = 2, 1
+  with several.Launcher(tmp_path) as launcher:
+    done = launcher.run(2, 'train', '--config', tiny.write_config(tmp_path / 'apart.py', c),
+                        '--workdir', tmp_path / 'run')
+  assert [p.returncode for p in done] == [0, 0], [p.stderr for p in done]
+  assert 'on 2 devices of its own' in done[0].stdout
+  for a, b in zip(tiny.rows(runs / 'exact_apart', 'train'), tiny.rows(tmp_path / 'run', 'train'),
+                  strict=False):
+    assert b['loss'] == pytest.approx(a['loss'], rel=1e-4) and a['length'] == b['length']
 
 
 class TestLeast:

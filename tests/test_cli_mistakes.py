@@ -69,6 +69,7 @@ MISTAKES = [
     ('train --config broken.py', ('nonsense_module',)),
     ('train --config argument.py:huge=3', ("'huge'", "['n', 'size']")),
     ('train --config argument.py:n=x', ("'n=x'", 'int')),
+    ('train --config one.py --workdir gs://bucket/run', ("workdir='gs://bucket/run'", 'allowed')),
     ('train --config one.py --workdir one.py/run', ('workdir=', 'one.py/run')),
     ('evaluate --config one.py --model nowhere', ("model='nowhere'", 'allowed')),
     ('evaluate --config one.py', ('--model',)),

@@ -62,7 +62,7 @@ def single(launcher):
 
 
 def distillation():
-  return tiny.with_models('opd_sampled', steps=4, eval__every_steps=2, compute__microbatch_rows=16)
+  return tiny.with_models('opd_sampled', steps=4, eval__every_steps=2, compute__microbatch_rows=4)
 
 
 @pytest.fixture(scope='module')

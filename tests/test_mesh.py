@@ -69,6 +69,7 @@ def meshed(tmp_path_factory):
   for kind in KINDS:
     c = make(kind)
     c.compute.mesh.fsdp, c.compute.mesh.tensor = 2, 2
+    c.compute.microbatch_rows = 8  # of each half of the rows: as many passes as on one device
     runs[kind] = config.to_dict(c)
   done = subprocess.run(
       [sys.executable, '-c', CHILD, str(tiny.ROOT / 'tests'), str(folder)], text=True,

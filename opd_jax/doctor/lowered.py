@@ -129,7 +129,7 @@ def _head(make: Callable[[Params], Head], params: Params, mesh: jax.sharding.Mes
   head, own = jax.eval_shape(make, params), params.get('head')
   if head.matrix is None:
     return head
-  if own is not None and own.sharding.mesh == mesh and (
+  if own is not None and getattr(own.sharding, 'mesh', None) == mesh and (
       own.shape, own.dtype) == (head.matrix.shape, head.matrix.dtype):
     return head.replace(matrix=own)
   where = sharding.fitting(head.matrix.shape, ('embed', 'vocab'), mesh)

@@ -13,7 +13,7 @@ from opd_jax.errors import refuse
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.models import params as params_lib
 from opd_jax.parallel import apart as apart_lib
-from opd_jax.parallel import sharding
+from opd_jax.parallel import hosts, sharding
 from opd_jax.parallel.apart import Apart
 from opd_jax.settings import Compute, Run
 from opd_jax.types import Model
@@ -72,6 +72,11 @@ def check_apart(run: Run, streams: tuple[Stream, ...], apart: Apart, teacher: Lo
     sharding.param_shardings(teacher.model.specs, apart.mesh)
   except ValueError as e:
     raise ValueError(str(e).replace('compute.mesh', 'compute.teacher_mesh')) from e
+  for field, mesh in (('compute.mesh', apart.home), ('compute.teacher_mesh', apart.mesh)):
+    shards = sharding.row_shards(mesh)
+    if shards % hosts.count():
+      refuse(run, 'compute.teacher_devices', f'{field} splits rows {shards} ways, and they go over '
+             f'within each of {hosts.count()} processes', f'a multiple of {hosts.count()} ways')
   for stream in streams:
     parts = run.compute.pipeline_parts if stream.on_policy else 1
     for field, mesh in (('compute.mesh', apart.home), ('compute.teacher_mesh', apart.mesh)):

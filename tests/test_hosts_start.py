@@ -260,3 +260,50 @@ def test_of_several_that_end_the_one_from_which_it_came_is_named(watchers):
   for watcher in watchers:
     assert watcher.stderr.readline() == b'error: one has died\n'
   second.stdin = None
+
+
+EXCHANGES = '''
+import sys
+from opd_jax.parallel import hosts, join
+join.join(join.find(sys.argv[1], 2, int(sys.argv[2])))
+import jax
+import numpy as np
+i = hosts.index()
+assert (i, hosts.count()) == (int(sys.argv[2]), 2)
+assert hosts.exchange({'a': i}) == [{'a': 0}, {'a': 1}]
+for sizes in ((1, 10**6), (10**6, 2 * 10**6), (10, 20)):  # through the store, or over devices
+  got = hosts.exchange(bytes([i]) * sizes[i])
+  assert got == [b'\\0' * sizes[0], b'\\1' * sizes[1]]
+assert hosts.decide(lambda: hosts.decide(lambda: i)) == 0
+try:
+  hosts.decide(lambda: 1 // 0)
+  raise AssertionError
+except (ZeroDivisionError if i == 0 else hosts.HostError) as e:
+  assert 'division' in str(e) and (i == 0 or 'process 0 of 2' in str(e))
+for n in (0, 1, 7):
+  seen = []
+  assert hosts.divide(range(n), lambda part: seen.extend(part) or [2 * x for x in part]) == [
+      2 * x for x in range(n)]
+  assert len(seen) <= (n + 1) // 2
+rows = jax.sharding.NamedSharding(jax.make_mesh((4,), ('a',)), jax.sharding.PartitionSpec('a'))
+spread = jax.make_array_from_callback((8,), rows, lambda at: np.arange(8.0)[at])
+try:
+  np.asarray(spread)
+  raise AssertionError('nothing to gather')
+except RuntimeError:
+  pass
+assert hosts.fetch({'x': spread, 'y': np.ones(2)})['x'].tolist() == list(range(8))
+votes = hosts.Votes()
+assert [votes(i == 1 and step == 2) for step in range(5)] == [False, False, False, True, False]
+assert not hosts.any_of(False) and hosts.any_of(i == 1)
+hosts.leave()
+'''
+
+
+def test_what_goes_between_processes():
+  address = f'127.0.0.1:{several.free_port()}'
+  processes = [subprocess.Popen(
+      [sys.executable, '-c', EXCHANGES, address, str(i)], text=True, stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE, env=tiny.environment(devices=2)) for i in (0, 1)]
+  done = [p.communicate(timeout=tiny.PATIENCE_S) for p in processes]
+  assert [p.returncode for p in processes] == [0, 0], done

@@ -349,7 +349,7 @@ class TestHost:
       raise MemoryError('another process holds the device')
 
     with monkeypatch.context() as patch:
-      patch.setattr(ocp.CheckpointManager, 'restore', full)
+      patch.setattr(ocp.StandardCheckpointHandler, 'restore', full)
       with pytest.raises(checkpoint.DamagedError, match='nothing was changed.*another process'):
         store.restore_latest(jax.eval_shape(lambda: state))
     assert store.steps() == [1, 2]

@@ -111,7 +111,7 @@ def exchange(value: Any) -> list[Any]:
   if count() == 1:
     return [value]
   assert not _STATE.deciding, 'the others do not take part in a decision'
-  data, call = pickle.dumps(value), next(_STATE.calls)
+  data, call = pickle.dumps(value), f'{next(_STATE.calls)}/exchange'
   small = len(data) <= SMALL_BYTES
   _put(f'{call}/{index()}', data if small else b'')
   found = [_get(f'{call}/{i}') for i in range(count())]
@@ -139,7 +139,7 @@ def decide(choose: Callable[[], T]) -> T:
   """
   if count() == 1 or _STATE.deciding:  # a decision that is a part of another
     return choose()
-  call = next(_STATE.calls)
+  call = f'{next(_STATE.calls)}/decide'
   if not is_primary():
     error, value = pickle.loads(_get(f'{call}/0'))
     if error is not None:

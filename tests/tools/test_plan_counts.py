@@ -68,6 +68,13 @@ class TestModules:
     assert (reduce.members, reduce.sent_bytes) == (tuple(range(8)), 2 * 256 * 7 / 8)
     assert (permute.members, permute.sent_bytes) == ((0, 1), 256)
 
+  def test_a_text_that_was_not_partitioned(self):
+    def f(w, x):
+      return jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=5)[0]
+
+    text = jax.jit(f).lower(jnp.ones((8, 8)), jnp.ones((4, 8))).compiler_ir('hlo').as_hlo_text()
+    assert hlo.count(text, (1,)).flops == 5 * 2 * 4 * 8 * 8
+
   def test_a_trip_count_that_xla_knows(self):
     text = MODULE.replace('GROUPS', '{}').replace(
         'body=%body.1_spmd', 'body=%body.1_spmd, backend_config={"known_trip_count":{"n":"3"}}')
@@ -109,7 +116,7 @@ class TestProducts:
     masked = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * (
         batch * length * (length - 1) / 2)
     formula = flops.forward_flops(model, np.full(batch, length))
-    assert products.count(traced.jaxpr, 1) == formula + masked
+    assert products.count(traced.jaxpr, 1).flops == formula + masked
     # And those that XLA counts, which sees the body of the scan over layers once.
     once = traced.lower().cost_analysis()['flops']
     assert once < 0.6 * (formula + masked)
@@ -122,15 +129,23 @@ class TestProducts:
     sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
     forward = jax.jit(f).trace(x, w, sizes)
     both = jax.jit(jax.grad(f, argnums=(0, 1))).trace(x, w, sizes)
-    assert products.count(forward.jaxpr, 1) == 2 * 64 * 8 * 16
-    assert products.count(both.jaxpr, 1) == 3 * 2 * 64 * 8 * 16
+    one = 2 * 64 * 8 * 16
+    size = 4 * (64 * 8 + 4 * 8 * 16 + 64 * 16)
+    assert products.count(forward.jaxpr, 1) == products.Products(
+        one, one, size, frozenset([(4, 8, 16)]))
+    found = products.count(both.jaxpr, 1)
+    assert found.flops == found.ragged_flops == 3 * one
+    # Those of XLA's CPU, which are of every group, are known by the shape of the matrices.
+    text = both.lower().compiler_ir('hlo').as_hlo_text()
+    assert hlo.count(text, (1,)).flops == 4 * 3 * one
+    assert hlo.count(text, (1,), found.experts).flops == 0
 
   def test_a_loop_that_may_end_early_is_counted_to_its_end(self):
     def decode(x):
       return jax.lax.while_loop(lambda c: jnp.all(c < 9), lambda c: c @ c, x)
 
     traced = jax.jit(decode).trace(jax.ShapeDtypeStruct((4, 4), jnp.float32))
-    assert products.count(traced.jaxpr, 10) == 10 * 2 * 4**3
+    assert products.count(traced.jaxpr, 10).flops == 10 * 2 * 4**3
 
 
 class TestHardware:

@@ -24,7 +24,7 @@ PASS = 'spmd-partitioning'
 BYTES = dict(pred=1, s4=1, u4=1, s8=1, u8=1, s16=2, u16=2, bf16=2, f16=2, s32=4, u32=4, f32=4,
              s64=8, u64=8, f64=8, c64=8)
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$')
-_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Counts:
   """What one device does.
 
   Attributes:
-    flops: of products.
+    flops: of products, without those that were left out.
     product_bytes: their operands and results. What operations between them re-read is not counted:
       they are fused with them, or left out.
     collectives: all of them.
@@ -103,12 +103,14 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
   return computations, entry
 
 
-def count(text: str, mesh_shape: tuple[int, ...]) -> Counts:
+def count(text: str, mesh_shape: tuple[int, ...],
+          without: frozenset[tuple[int, ...]] = frozenset()) -> Counts:
   """Counts what one device does in a module.
 
   Args:
     text: of the module.
-    mesh_shape: of the mesh, for groups that are written by its axes.
+    mesh_shape: of the mesh, for the groups of all devices.
+    without: shapes of arrays whose products are left out.
   """
   computations, entry = parse(text)
   out = Counts()
@@ -124,7 +126,9 @@ def count(text: str, mesh_shape: tuple[int, ...]) -> Counts:
         if len(members) > 1:
           out.collectives.append(Collective(kind, members, size, times))
       elif i.op == 'dot':
-        a, b = (shapes[n] for n in re.findall(r'%([\w.\-]+)', i.rest)[:2])
+        a, b = (shapes[name] for name in _operands(i.rest)[:2])
+        if not without.isdisjoint(tuple(dims(x)) for x in (a, b, i.shape)):
+          continue
         inner = [dims(a)[int(d)] for d in _list(i.rest, 'lhs_contracting_dims')]
         out.flops += times * 2.0 * math.prod(dims(i.shape)) * math.prod(inner)
         out.product_bytes += times * sum(map(shape_bytes, (a, b, i.shape)))
@@ -148,6 +152,12 @@ def trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
   numbers = [int(i.rest.partition(')')[0]) for i in computations[condition]
              if i.op == 'constant' and i.shape.startswith(('s32[]', 's64[]', 'u32[]'))]
   return max(numbers, default=1)
+
+
+def _operands(rest: str) -> list[str]:
+  """Their names, which some texts write with a % and their shape."""
+  inside = rest.partition(')')[0]
+  return re.findall(r'%([\w.\-]+)', inside) or inside.split(', ')
 
 
 def _called(i: Instruction) -> Iterator[str]:

@@ -150,20 +150,19 @@ def _compile(run: Run, call: lowered.Call, there: lowered.Resident, topology: To
         raise
       refused = _said(str(e))
     text = hlo.partitioned(folder) or call.text()
-  counts = hlo.count(text, mesh.devices.shape)
+  asked = products.count(traced.jaxpr, max(run.data.max_new_tokens - 1, 1))
+  # Of experts what is asked for counts: XLA's CPU multiplies each row by the matrices of all.
+  counts = hlo.count(text, mesh.devices.shape, asked.experts)
   once = [lowered.bytes_each(x) for x in jax.tree.leaves((call.args, call.keywords))]
   out = compiled.memory_analysis().output_size_in_bytes if compiled else 0.0
-  hbm = sum(once) + out + counts.product_bytes + 2 * sum(
+  hbm = sum(once) + out + counts.product_bytes + asked.ragged_bytes / mesh.size + 2 * sum(
       c.times * c.result_bytes for c in counts.collectives)
-  flops = products.count(traced.jaxpr, max(run.data.max_new_tokens - 1, 1))
-  # XLA's CPU multiplies by every expert and not by those that are used: only what is asked counts.
-  dense = topology.platform == 'gpu' and 'ragged_dot' in str(traced.jaxpr)
-  device_flops = flops / mesh.size if dense else max(counts.flops, flops / mesh.size)
+  device_flops = counts.flops + asked.ragged_flops / mesh.size
   traffic = _traffic(counts, mesh, topology)
   rate = chip.flops_per_s if run.compute.dtype == 'bfloat16' else chip.wide_flops_per_s
   return Phase(
       name, 1.0, memory.memory_of(call, compiled, there) if compiled else None, refused,
-      _cache(run, call, rows) if name.endswith('sample') else 0.0, flops, device_flops, hbm,
+      _cache(run, call, rows) if name.endswith('sample') else 0.0, asked.flops, device_flops, hbm,
       traffic, {'compute': device_flops / rate, 'memory': hbm / chip.hbm_bytes_per_s,
                 'network': sum(t.seconds for t in traffic)}, rows * _length(run, name))
 

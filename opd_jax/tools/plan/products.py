@@ -3,6 +3,7 @@ together, before XLA partitions or repeats any."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,34 +11,62 @@ import jax
 from jax.extend import core
 
 
-def count(jaxpr: Any, loop_trips: int) -> float:
-  """Counts floating-point operations of matrix products, two for each multiplication.
+@dataclasses.dataclass(frozen=True)
+class Products:
+  """What the products of a program are, all devices together.
+
+  Attributes:
+    flops: floating-point operations, two for each multiplication.
+    ragged_flops: of those, what is of experts: a row with the matrix of its group. Compilers have
+      no common form of it, and XLA's CPU multiplies each row by every matrix.
+    ragged_bytes: operands and results of these.
+    experts: shapes of the matrices of all groups of a device, by which these products are known.
+  """
+
+  flops: float = 0.0
+  ragged_flops: float = 0.0
+  ragged_bytes: float = 0.0
+  experts: frozenset[tuple[int, ...]] = frozenset()
+
+  def __add__(self, other: Products) -> Products:
+    return Products(self.flops + other.flops, self.ragged_flops + other.ragged_flops,
+                    self.ragged_bytes + other.ragged_bytes, self.experts | other.experts)
+
+  def times(self, n: float) -> Products:
+    """Multiplies all of it."""
+    return Products(n * self.flops, n * self.ragged_flops, n * self.ragged_bytes, self.experts)
+
+
+def count(jaxpr: Any, loop_trips: int) -> Products:
+  """Counts matrix products.
 
   Args:
     jaxpr: of `trace(...).jaxpr`.
     loop_trips: of loops whose length is no part of the program: decoding, which may end early.
   """
   jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
-  total = 0.0
+  total = Products()
   for eqn in jaxpr.eqns:
-    name = eqn.primitive.name
+    name, values = eqn.primitive.name, eqn.params
     if name == 'dot_general':
-      (inner, _), _ = eqn.params['dimension_numbers']
+      (inner, _), _ = values['dimension_numbers']
       sizes = [eqn.invars[0].aval.shape[d] for d in inner]
-      total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(sizes)
+      total += Products(2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(sizes))
     elif name.startswith('ragged_dot'):
       total += _ragged(eqn)
     elif name == 'scan':
-      total += eqn.params['length'] * count(eqn.params['jaxpr'], loop_trips)
+      total += count(values['jaxpr'], loop_trips).times(values['length'])
     elif name == 'while':
-      total += loop_trips * count(eqn.params['body_jaxpr'], loop_trips)
+      total += count(values['body_jaxpr'], loop_trips).times(loop_trips)
     elif name == 'cond':
-      total += max(count(branch, loop_trips) for branch in eqn.params['branches'])
+      total += max((count(branch, loop_trips) for branch in values['branches']),
+                   key=lambda found: found.flops)
     elif name == 'shard_map':  # its shapes are those of one device
-      total += eqn.params['mesh'].size * count(eqn.params['jaxpr'], loop_trips)
+      total += count(values['jaxpr'], loop_trips).times(values['mesh'].size)
     else:
-      total += sum(count(inner, loop_trips) for value in eqn.params.values()
-                   for inner in jax.tree.leaves(value, is_leaf=_is_jaxpr) if _is_jaxpr(inner))
+      for inner in jax.tree.leaves(list(values.values()), is_leaf=_is_jaxpr):
+        if _is_jaxpr(inner):
+          total += count(inner, loop_trips)
   return total
 
 
@@ -45,11 +74,14 @@ def _is_jaxpr(x: Any) -> bool:
   return isinstance(x, core.Jaxpr | core.ClosedJaxpr)
 
 
-def _ragged(eqn: Any) -> float:
-  """Each row with the matrix of its group: 2 rows x inputs x outputs."""
+def _ragged(eqn: Any) -> Products:
   numbers = eqn.params['ragged_dot_dimension_numbers']
   (_, inner), (_, batch) = numbers.dot_dimension_numbers
   left, right = (v.aval.shape for v in eqn.invars[:2])
   groups = tuple(numbers.rhs_group_dimensions)
   outputs = [n for d, n in enumerate(right) if d not in (*inner, *batch, *groups)]
-  return 2.0 * math.prod(left) * math.prod(outputs)
+  flops = 2.0 * math.prod(left) * math.prod(outputs)
+  arrays = [v.aval for v in (*eqn.invars[:2], *eqn.outvars)]
+  grouped = right if groups else eqn.outvars[0].aval.shape  # the gradient of the matrices is one
+  return Products(flops, flops, float(sum(a.size * a.dtype.itemsize for a in arrays)),
+                  frozenset([tuple(grouped)]))

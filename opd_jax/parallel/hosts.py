@@ -90,7 +90,8 @@ def replicate(tree: Any) -> Any:
   def one(x: Any) -> Any:
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
       return x
-    out = jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
+    with jax.set_mesh(x.sharding.mesh):  # which need not be the one in context
+      out = jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
     # On CPU devices, programs with collectives must not be in flight together.
     return jax.block_until_ready(out) if jax.default_backend() == 'cpu' else out
 

@@ -78,14 +78,18 @@ class Lowered:
             where, sharding.replicated(self.mesh))).lower(
                 self.state, (Batch(self.rollout, scores, scores),), Heads(), None, self.key)
 
-  def sample(self):
+  def truncated(self):
+    """The sampler with both kinds of truncation."""
+    return self.sample(top_p=0.9, top_k=20)
+
+  def sample(self, top_p: float = 1.0, top_k: int = 0):
     """The sampler, which lays the weights out for decoding first."""
     prompts = Prompts(self._rows(self.prompt, dtype=jnp.int32),
                       self._rows(self.prompt, dtype=jnp.bool_))
     return jax.jit(functools.partial(
-        sample.sample_fn, model=self.model, max_new_tokens=self.room, temperature=1.0, top_p=1.0,
-        top_k=0, stop_tokens=(7,), pad_token=0), out_shardings=sharding.by_rows(self.mesh)).lower(
-            self.state.params, prompts, self.key)
+        sample.sample_fn, model=self.model, max_new_tokens=self.room, temperature=1.0, top_p=top_p,
+        top_k=top_k, stop_tokens=(7,), pad_token=0),
+        out_shardings=sharding.by_rows(self.mesh)).lower(self.state.params, prompts, self.key)
 
   def decode_layout(self):
     return jax.jit(self.model.for_decoding).lower(self.state.params)
@@ -101,6 +105,7 @@ CASES = {
     'sample gathered': ('sample', 64, 16, 1, dict(fsdp=8)),
     'sample split': ('sample', 64, 16, 8, dict(fsdp=8)),
     'sample half split': ('sample', 64, 16, 2, dict(fsdp=4, tensor=2)),
+    'truncated split': ('truncated', 64, 16, 8, dict(fsdp=8)),
     'layout gathered': ('decode_layout', 64, 16, 1, dict(fsdp=8)),
     'layout split': ('decode_layout', 64, 16, 8, dict(fsdp=8)),
     'layout half split': ('decode_layout', 64, 16, 2, dict(fsdp=8))}

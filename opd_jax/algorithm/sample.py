@@ -22,7 +22,7 @@ def truncate(logits: Float[Array, 'B V'], top_k: int, top_p: float) -> Float[Arr
   with the last one kept are kept too.
   """
   if top_k:
-    kth = jax.lax.top_k(logits, top_k)[0][:, -1:]
+    kth = layout.on_own_rows(lambda x: jax.lax.top_k(x, top_k)[0][:, -1:], logits)
     logits = jnp.where(logits < kth, -jnp.inf, logits)
   if top_p < 1.0:
     ordered = -jnp.sort(-jax.nn.softmax(logits, axis=-1), axis=-1)
@@ -80,6 +80,8 @@ def choose(logits: Float[Array, 'B V'], key: PRNGKeyArray, *, temperature: float
     tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     zeros = jnp.zeros(tokens.shape, logits.dtype)
     return tokens, zeros, zeros
+  if top_k or top_p < 1.0:  # truncation looks at whole rows: each device at some of them
+    logits = layout.rows(logits)
   full = logits / temperature
   kept = truncate(full, top_k, top_p)
   tokens = draw(kept, key, part)
@@ -185,7 +187,8 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
   def forward(weights, tokens, positions, valid, caches):
     outs = [m.forward(w, tokens, positions, valid, cache)
             for (m, _), w, cache in zip(writers, weights, caches, strict=True)]
-    logits = [head.logits(hidden[:, -1]) for head, (hidden, _) in zip(heads, outs, strict=True)]
+    logits = [layout.constrain(head.logits(hidden[:, -1]), ('batch', 'vocab'), layout.DECODE)
+              for head, (hidden, _) in zip(heads, outs, strict=True)]
     return logits, [cache for _, cache in outs]
 
   def choose_at(step, logits):

@@ -15,6 +15,7 @@ Without a mesh of several devices in context nothing here does anything.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import math
 from typing import Any
 
@@ -96,6 +97,23 @@ def rows(tree: Any, rules: Rules = TRAIN) -> Any:
   """Holds activations [B, ...] split by rows, and whole along all other axes."""
   return jax.tree.map(
       lambda x: constrain(x, ('batch', *(None,) * (x.ndim - 1)), rules), tree)
+
+
+def on_own_rows(f: Callable[[Any], Any], x: Any) -> Any:
+  """Applies a function of rows [B, ...] on each device to its own: what the partitioner cannot
+  split by rows (the CPU's top-k, say) it would compute of all of them everywhere."""
+  mesh = mesh_of_several()
+  names = () if mesh is None else tuple(
+      n for n in axis_names(fit(x.shape, ('batch', None), TRAIN, mesh)) if mesh.shape[n] > 1)
+  if not names:
+    return f(x)
+  return jax.shard_map(f, in_specs=PartitionSpec(names), out_specs=PartitionSpec(names),
+                       axis_names=set(names))(x)
+
+
+def axis_names(spec: PartitionSpec) -> list[str]:
+  """Lists the mesh axes of a spec."""
+  return [name for part in spec if part for name in ((part,) if isinstance(part, str) else part)]
 
 
 def whole_head(head: Any, dtype: Any) -> Any:

@@ -64,13 +64,10 @@ def decode_splits(specs: dict[str, Any], sizes: dict[str, int], devices: int) ->
 
   def fits(split):
     mesh = AbstractMesh((data, fsdp // split, split, tensor, expert), layout.MESH_AXES)
-    return all('decode' in _names(layout.fit(s.shape, s.axes, layout.DECODE, mesh)) for s in named)
+    specs = [layout.fit(s.shape, s.axes, layout.DECODE, mesh) for s in named]
+    return all('decode' in layout.axis_names(spec) for spec in specs)
 
   return [1] + [n for n in range(2, fsdp + 1) if fsdp % n == 0 and named and fits(n)]
-
-
-def _names(spec):
-  return [name for part in spec if part for name in ((part,) if isinstance(part, str) else part)]
 
 
 def resolve(sizes: dict[str, int], devices: int) -> tuple[int, ...]:
@@ -154,7 +151,7 @@ def decode_bytes(specs: dict[str, Any], mesh: Mesh, itemsize: int) -> int:
   for spec in flatten(specs).values():
     held = layout.partition_spec(spec.axes)
     wanted = layout.fit(spec.shape, spec.axes, layout.DECODE, mesh)
-    parts = [(_parts(mesh, _names([a])), _parts(mesh, _names([b])))
+    parts = [(_parts(mesh, layout.axis_names([a])), _parts(mesh, layout.axis_names([b])))
              for a, b in zip(held, wanted, strict=True)]
     size = math.prod(spec.shape)
     total += itemsize * (size / math.prod(b for _, b in parts)

@@ -29,6 +29,7 @@ from opd_jax.data.streams import GIVEN, OWN, Stream
 from opd_jax.files import checkpoint
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.models import lora
+from opd_jax.models.placement import LaidOut
 from opd_jax.parallel import apart as apart_lib
 from opd_jax.parallel import sharding
 from opd_jax.parallel import state as state_lib
@@ -121,10 +122,12 @@ class Programs:
     key = key if place is home else apart_lib.move_key(key, place)
     with jax.set_mesh(place):
       weights = self.layouts[stream.name](author)
-    for prompts in apart_lib.split_prompts(examples.prompts(indices), parts, home):
+    for i, prompts in enumerate(apart_lib.split_prompts(examples.prompts(indices), parts, home), 1):
       with jax.set_mesh(place):
         rollout = self.writers[stream.name](
             weights, sharding.put(prompts, sharding.by_rows(place)), key, **mixed)
+      if i == parts:
+        del weights  # not to be kept while the rows are graded
       yield self.wait(rollout if place is home else apart_lib.move_rows(rollout, home))
 
   def grade(self, stream: Stream, student: Params, graders: Graders, indices: np.ndarray,
@@ -195,7 +198,9 @@ def compile_programs(run: Run, parts: Parts) -> Programs:
         key=load.fold_in(jax.random.key(run.seed), load.EVAL, 0))
 
   evaluator = evaluator_of(parts.student, parts.teacher and parts.teacher.model, parts.mesh,
-                           parts.apart and evaluator_lib.make_see(parts.apart, parts.teacher.model))
+                           parts.apart and evaluator_lib.make_see(
+                               parts.apart, parts.teacher.model,
+                               len(parts.held_out) * run.eval.samples_per_problem))
   of_teacher = None
   if parts.teacher is not None and parts.teacher.model is not None:
     # A teacher of the student's form is evaluated by the same programs.
@@ -233,7 +238,7 @@ def make_layout(run: Run, parts: Parts, stream: Stream, wait: bool) -> DecodeLay
   if mesh.size == 1:
     return DecodeLayout(None, 0, wait)
   received = sharding.decode_bytes(model.specs, mesh, jnp.dtype(run.compute.dtype).itemsize)
-  return DecodeLayout(jax.jit(model.for_decoding), received, wait)
+  return DecodeLayout(jax.jit(lambda params: LaidOut(model.for_decoding(params))), received, wait)
 
 
 def make_writer(run: Run, parts: Parts, stream: Stream) -> Callable[..., Rollout]:

@@ -250,7 +250,9 @@ VALUES = ('', '0', '-1', '1', '2', '3.5', '1e400', 'nan', 'x', 'None', 'True', '
           'f(x)', 'teacher_top_k(0)', 'teacher_top_k(1e99)', 'teacher_top_k("a")', 'skew_kl(2)',
           'jensen_shannon(0.5)', 'skew_kl()', 'skew_kl(1,2,3)', 'truncated(-1)', '__import__("os")',
           'off: why', 'off', 'off:', '(' * 500, "a" * 4000, 'ppo_clip(0.2)', 'group_mean_std')
-FLAGS = {'workdir': ('run', '/dev/null/x', '.', '', '/proc/x', 'a' * 300, 'é'),
+FLAGS = {'coordinator': ('127.0.0.1:1', 'nobody', ':', ''), 'processes': ('1', '0', '-1', 'two'),
+         'process': ('0', '1', '-2', 'x'),
+         'workdir': ('run', '/dev/null/x', '.', '', '/proc/x', 'a' * 300, 'é'),
          'stage': ('first', 'second', '', '..', 'first/..'),
          'model': ('MODEL', 'nowhere', '', '/', '/dev/null', '.'),
          'teacher': ('MODEL', 'nowhere', '', '/'), 'output': ('new', '', '/proc/x', '.', 'a/b/c'),

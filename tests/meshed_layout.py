@@ -18,6 +18,7 @@ import optax
 from opd_jax import models
 from opd_jax.algorithm import sample, score, update
 from opd_jax.algorithm.objective import Objective
+from opd_jax.models.placement import LaidOut
 from opd_jax.parallel import sharding
 from opd_jax.parallel import state as state_lib
 from opd_jax.types import Batch, Heads, Prompts, Rollout, Scores, Wants
@@ -82,14 +83,23 @@ class Lowered:
     """The sampler with both kinds of truncation."""
     return self.sample(top_p=0.9, top_k=20)
 
-  def sample(self, top_p: float = 1.0, top_k: int = 0):
+  def sample_laid_out(self):
+    """The sampler as the loop calls it, after the weights were laid out."""
+    laid = jax.jit(lambda params: LaidOut(self.model.for_decoding(params))).lower(
+        self.state.params)
+    weights = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+                           laid.out_info, laid.compile().output_shardings)
+    return self.sample(weights=weights)
+
+  def sample(self, top_p: float = 1.0, top_k: int = 0, weights: Any = None):
     """The sampler, which lays the weights out for decoding first."""
     prompts = Prompts(self._rows(self.prompt, dtype=jnp.int32),
                       self._rows(self.prompt, dtype=jnp.bool_))
     return jax.jit(functools.partial(
         sample.sample_fn, model=self.model, max_new_tokens=self.room, temperature=1.0, top_p=top_p,
         top_k=top_k, stop_tokens=(7,), pad_token=0),
-        out_shardings=sharding.by_rows(self.mesh)).lower(self.state.params, prompts, self.key)
+        out_shardings=sharding.by_rows(self.mesh)).lower(
+            self.state.params if weights is None else weights, prompts, self.key)
 
   def decode_layout(self):
     return jax.jit(self.model.for_decoding).lower(self.state.params)
@@ -105,6 +115,7 @@ CASES = {
     'sample gathered': ('sample', 64, 16, 1, dict(fsdp=8)),
     'sample split': ('sample', 64, 16, 8, dict(fsdp=8)),
     'sample half split': ('sample', 64, 16, 2, dict(fsdp=4, tensor=2)),
+    'sample laid out': ('sample_laid_out', 64, 16, 2, dict(fsdp=8)),
     'truncated split': ('truncated', 64, 16, 8, dict(fsdp=8)),
     'layout gathered': ('decode_layout', 64, 16, 1, dict(fsdp=8)),
     'layout split': ('decode_layout', 64, 16, 8, dict(fsdp=8)),

@@ -1,5 +1,6 @@
 """The same loop on a 2x2 mesh of CPU devices, and what the mesh refuses."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -230,8 +231,9 @@ def test_the_split_for_decoding_is_chosen_by_size():
   def chosen(devices=64, **changes):
     shape = {**tiny.SHAPE, 'vocab_size': 151936, 'num_key_value_heads': 8,
              'num_attention_heads': 32, 'head_dim': 128, **changes}
-    return meshes.choose_decode_split(
-        settings.Compute(dtype='bfloat16'), models.build(shape), devices)
+    model, compute = models.build(shape), settings.Compute(dtype='bfloat16')
+    fits = sharding.decode_splits(model.specs, dataclasses.asdict(compute.mesh), devices)
+    return meshes.choose_decode_split(compute, model, devices, fits)
 
   assert chosen(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28) == 2  # 1.7 GiB
   wide = dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36)
@@ -239,3 +241,15 @@ def test_the_split_for_decoding_is_chosen_by_size():
   assert chosen(**wide, num_key_value_heads=4) == 4
   assert chosen(**wide, devices=4) == 4
   assert chosen(hidden_size=64, intermediate_size=64) == 1
+
+
+def test_a_split_for_decoding_divides_every_model_and_all_experts():
+  experts = {**tiny.SHAPE, 'model_type': 'qwen3_moe', 'vocab_size': 64, 'num_experts': 6,
+             'num_experts_per_tok': 2, 'moe_intermediate_size': 8, 'norm_topk_prob': True,
+             'num_attention_heads': 8, 'num_key_value_heads': 8}
+  sizes = dict(data=1, fsdp=8, tensor=1, expert=1)
+  assert sharding.decode_splits(models.build(experts).specs, sizes, 8) == [1, 2]
+  wide = {**tiny.SHAPE, 'vocab_size': 64, 'num_attention_heads': 8, 'num_key_value_heads': 8}
+  both = [models.build({**wide, 'num_key_value_heads': 2}), models.build(wide)]
+  with pytest.raises(ValueError, match=r'compute\.decode_split=8\b.*allowed.*\[1, 2\]'):
+    meshes.make_mesh(settings.Compute(decode_split=8), both, jax.devices() * 8)

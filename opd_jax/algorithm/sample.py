@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from opd_jax.models import layout
+from opd_jax.models import layout, placement
 from opd_jax.models.nn import positions_of
 from opd_jax.types import Model, Params, Part, Prompts, Rollout
 
@@ -155,7 +155,7 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
   """Samples one completion a row: a prefill, then a decode loop that stops when all rows ended.
 
   Args:
-    params: of `model`.
+    params: of `model`; or `placement.LaidOut`, where that was done before.
     prompts: tokens [B, P], left-padded; of a part of a batch, with the rows that they are.
     key: the draws at token t use fold_in(key, t); a row's draw does not depend on other rows'
       content.
@@ -180,15 +180,14 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
                temperature=temperature, top_p=top_p, top_k=top_k)
   (batch, prompt_length), room = prompts.tokens.shape, max_new_tokens
   prompts = layout.rows(prompts, layout.DECODE)
-  writers = [(m, m.for_decoding(p)) for m, p in
+  writers = [(m, placement.laid_out(m, p)) for m, p in
              [(model, params)] + [(mix_model, mix_params)] * bool(mix_share)]
   heads = [m.head(p) for m, p in writers]
 
   def forward(weights, tokens, positions, valid, caches):
     outs = [m.forward(w, tokens, positions, valid, cache)
             for (m, _), w, cache in zip(writers, weights, caches, strict=True)]
-    logits = [layout.constrain(head.logits(hidden[:, -1]), ('batch', 'vocab'), layout.DECODE)
-              for head, (hidden, _) in zip(heads, outs, strict=True)]
+    logits = [layout.token_logits(h, x[:, -1]) for h, (x, _) in zip(heads, outs, strict=True)]
     return logits, [cache for _, cache in outs]
 
   def choose_at(step, logits):

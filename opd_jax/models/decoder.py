@@ -218,7 +218,8 @@ def _embed(d: Decoder, table: Array, tokens: Array, decoding: bool) -> Array:
 def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
   """Without `remat` everything is kept for the backward pass but the weights that were gathered,
   which would be the whole model on every device."""
-  return primitive.name != 'sharding_constraint'
+  # Within shard_map a weight becomes what may differ by device, which would be kept as well.
+  return primitive.name not in ('sharding_constraint', 'pvary', 'pcast')
 
 
 def forward(d: Decoder, params: Params, tokens: Int[Array, 'B S'], positions: Int[Array, 'B S'],

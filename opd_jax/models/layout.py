@@ -122,6 +122,11 @@ def whole_head(head: Any, dtype: Any) -> Any:
   return jax.tree.map(lambda x: constrain(x.astype(dtype), (None, 'vocab'), USED), head)
 
 
+def token_logits(head: Any, hidden: Any) -> Any:
+  """Computes the logits [B, V] of a decode step, split by rows and vocabulary."""
+  return constrain(head.logits(hidden), ('batch', 'vocab'), DECODE)
+
+
 def pad_vocabulary(x: Any, axes: tuple[str | None, ...]) -> Any:
   """Pads the vocabulary axis of a weight, if it has one, so that blocks lie on one device each."""
   mesh = mesh_of_several()

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from flax import struct
+
 from opd_jax.models import layout
 from opd_jax.models.lora import LoRA, split_axes
 from opd_jax.models.params import ParamSpec, flatten, unflatten
-from opd_jax.types import Params
+from opd_jax.types import Model, Params
+
+
+@struct.dataclass
+class LaidOut:
+  """Parameters that `Model.for_decoding` has laid out already, before they are sampled from."""
+
+  params: Params
+
+
+def laid_out(model: Model, params: Params | LaidOut) -> Params:
+  """Lays parameters out for decoding, unless that was done before."""
+  return params.params if isinstance(params, LaidOut) else model.for_decoding(params)
 
 
 def used(weights: dict[str, Any], specs: dict[str, ParamSpec], dtype: Any) -> dict[str, Any]:

@@ -92,16 +92,17 @@ def move_rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 def _through_host(x, target):
   """Every process has the rows that its devices need."""
-  pieces = {shard.index[0].start or 0: np.asarray(shard.data) for shard in x.addressable_shards}
-  first = min(pieces)
-  here = np.concatenate([pieces[start] for start in sorted(pieces)])
+  here = {}
+  for shard in x.addressable_shards:
+    here.update(zip(range(*shard.index[0].indices(x.shape[0])), np.asarray(shard.data),
+                    strict=True))
 
   def rows(index):
-    begin, end, _ = index[0].indices(x.shape[0])
-    if begin < first or end > first + len(here):
-      raise ValueError(f'rows {begin} to {end} are of another process, which has {first} to '
-                       f'{first + len(here)} here; allowed: meshes that split rows alike')
-    return here[begin - first:end - first]
+    asked = range(*index[0].indices(x.shape[0]))
+    if missing := [i for i in asked if i not in here]:
+      raise ValueError(f'the rows {missing[:4]} are of another process; allowed: meshes that split '
+                       'rows among the processes alike')
+    return np.stack([here[i] for i in asked])
 
   return jax.make_array_from_callback(x.shape, target, rows)
 

@@ -19,8 +19,8 @@ _PADDED = ('vocab', 'batch')  # what decoding splits whatever its size, or not b
 SIZES = ('data', 'fsdp', 'tensor', 'expert')  # of `compute.mesh`
 
 
-def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None, decode_split: int = 1
-              ) -> Mesh:
+def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None, decode_split: int = 1,
+              in_order: bool = False) -> Mesh:
   """Makes a mesh with the axes `layout.MESH_AXES`.
 
   Axes are Auto (GSPMD propagates): a user's divergence must not need sharding annotations.
@@ -29,6 +29,8 @@ def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None, decode_sp
     sizes: of the axes `SIZES`; one may be -1, for all devices that are left.
     devices: all of them by default.
     decode_split: how many neighbours along fsdp are the axis decode.
+    in_order: whether devices are taken as they come: a part of all of them, which need not be a box
+      of the torus.
 
   Raises:
     ValueError: sizes that do not multiply to the number of devices, with both numbers; devices of
@@ -44,10 +46,17 @@ def make_mesh(sizes: dict[str, int], devices: list[Any] | None = None, decode_sp
     raise ValueError(f'compute.mesh={sizes}: the devices are {len(slices)} slices; allowed: one, '
                      'whose devices are joined by more than the data center network')
   shape = (data, fsdp, tensor, expert)
+  if in_order:
+    return _mesh(np.asarray(devices), shape, decode_split)
   try:  # along the physical axes where they fit
     grid = mesh_utils.create_device_mesh(shape, devices)
   except NotImplementedError:
     grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  return _mesh(grid, shape, decode_split)
+
+
+def _mesh(grid, shape, decode_split):
+  data, fsdp, tensor, expert = shape
   grid = grid.reshape(data, fsdp // decode_split, decode_split, tensor, expert)
   return Mesh(grid, layout.MESH_AXES, axis_types=(AxisType.Auto,) * grid.ndim)
 
@@ -65,7 +74,9 @@ def decode_splits(specs: dict[str, Any], sizes: dict[str, int], devices: int) ->
   def fits(split):
     mesh = AbstractMesh((data, fsdp // split, split, tensor, expert), layout.MESH_AXES)
     specs = [layout.fit(s.shape, s.axes, layout.DECODE, mesh) for s in named]
-    return all('decode' in layout.axis_names(spec) for spec in specs)
+    whole = [size % (expert * split) == 0 for s in named
+             for size, axis in zip(s.shape, s.axes, strict=True) if axis == 'experts']
+    return all(whole) and all('decode' in layout.axis_names(spec) for spec in specs)
 
   return [1] + [n for n in range(2, fsdp + 1) if fsdp % n == 0 and named and fits(n)]
 

@@ -119,6 +119,8 @@ FIELDS = (
     *unread('compute.pipeline_parts compute.teacher_mesh.data compute.teacher_mesh.fsdp '
             'compute.teacher_mesh.tensor compute.teacher_mesh.expert',
             lambda r: not r.compute.teacher_devices, 'compute.teacher_devices=0'),
+    *unread('compute.pipeline_parts', lambda r: r.data.source != 'student',
+            "data.source other than 'student'"),
     *unread('compute.teacher_devices', lambda r: not _has_teacher(r), NO_TEACHER),
     Rule('compute.teacher_devices teacher.kind',
          lambda r: r.compute.teacher_devices and r.teacher.kind == 'initial_student',

@@ -31,11 +31,11 @@ def make_sampler(run: Run, model: Model, stop_tokens: tuple[int, ...], pad_token
   return functools.partial(sample.sample_fn, **settings | other)
 
 
-def make_see(apart: Apart, model: Model) -> Callable[[Params, Rollout], evaluate.Seen]:
+def make_see(apart: Apart, model: Model, rows: int) -> Callable[[Params, Rollout], evaluate.Seen]:
   """Makes what a teacher on devices of its own tells the evaluation of the student."""
   program = jax.jit(functools.partial(
       score.teacher_logprob_fn, model=model, temperature=1.0, wants=Wants(hidden=True),
-      chunk_tokens=apart.chunk_tokens, microbatch_rows=0),
+      chunk_tokens=apart.chunk_tokens, microbatch_rows=apart.rows_of_pass(rows)),
       out_shardings=sharding.by_rows(apart.mesh))
   return lambda params, rollout: evaluate.see(apart, program, model, params, rollout)
 

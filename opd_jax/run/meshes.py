@@ -19,23 +19,25 @@ from opd_jax.settings import Compute, Run
 from opd_jax.types import Model
 
 
-def make_mesh(compute: Compute, writers: list[Model], devices: list[Any] | None = None
-              ) -> jax.sharding.Mesh:
-  """Makes the mesh of a run on all devices (or on those given), for models that write.
+def make_mesh(compute: Compute, writers: list[Model], devices: list[Any] | None = None,
+              in_order: bool = False) -> jax.sharding.Mesh:
+  """Makes the mesh of a run on all devices (or on those given, in their order if that is said),
+  for models that write.
 
   Raises:
     ValueError: it does not fit the devices, or compute.decode_split the models.
   """
   devices = jax.devices() if devices is None else devices
   sizes = dataclasses.asdict(compute.mesh)
+  fits = [sharding.decode_splits(model.specs, sizes, len(devices)) for model in writers]
+  fits = sorted(set.intersection(*map(set, fits))) if fits else [1]
   split = compute.decode_split or max(
-      [1] + [choose_decode_split(compute, m, len(devices)) for m in writers])
-  mesh = sharding.make_mesh(sizes, devices, split)
-  for model in writers:
-    fits = sharding.decode_splits(model.specs, sizes, len(devices))
-    if compute.decode_split and split not in fits:
-      raise ValueError(f'compute.decode_split={split} does not divide the heads, the feed-forward '
-                       f'width or the experts of a {model.family} that writes; allowed: {fits}')
+      [1] + [choose_decode_split(compute, m, len(devices), fits) for m in writers])
+  mesh = sharding.make_mesh(sizes, devices, split, in_order)
+  if writers and split not in fits:
+    raise ValueError(f'compute.decode_split={split} does not divide the heads, the feed-forward '
+                     'width or the experts of '
+                     f"{' or '.join(m.family for m in writers)}; allowed: {fits}")
   return mesh
 
 
@@ -52,10 +54,10 @@ def make_meshes(compute: Compute, student: LoadedModel, teacher: LoadedModel | N
     return make_mesh(compute, models, devices), None
   devices = jax.devices() if devices is None else devices
   ours, theirs = apart_lib.split_devices(devices, compute.teacher_devices)
-  home = make_mesh(compute, [student.model], ours)
+  home = make_mesh(compute, [student.model], ours, in_order=True)
   try:
     there = make_mesh(dataclasses.replace(compute, mesh=compute.teacher_mesh, decode_split=0),
-                      [teacher.model], theirs)
+                      [teacher.model], theirs, in_order=True)
   except ValueError as e:
     raise ValueError(str(e).replace('compute.mesh', 'compute.teacher_mesh')) from e
   return home, Apart(there, home, compute.chunk_tokens * sharding.row_shards(there),
@@ -87,9 +89,9 @@ def check_apart(run: Run, streams: tuple[Stream, ...], apart: Apart, teacher: Lo
                f'a multiple of {shards * parts} rows in a step')
 
 
-def choose_decode_split(compute: Compute, model: Model, devices: int) -> int:
-  """Chooses into how many parts the weights of a model are split where it decodes: the fewest that
-  leave a device at most 1 GiB of them, else the most that there are.
+def choose_decode_split(compute: Compute, model: Model, devices: int, fits: list[int]) -> int:
+  """Chooses into how many parts, of those that fit, the weights of a model are split where it
+  decodes: the fewest that leave a device at most 1 GiB of them, else the most.
 
   A device reads its weights for every token, 1 GiB in about a millisecond of today's memories,
   and a split model adds up its activations twice a layer, some 10 microseconds each.
@@ -98,7 +100,6 @@ def choose_decode_split(compute: Compute, model: Model, devices: int) -> int:
   _, _, tensor, expert = sharding.resolve(sizes, devices)
   size = params_lib.count_params(model.specs) * jnp.dtype(compute.dtype).itemsize
   parts = tensor * (expert if 'experts' in _axes(model.specs) else 1)
-  fits = sharding.decode_splits(model.specs, sizes, devices)
   return next((n for n in fits if size / (parts * n) <= 2**30), fits[-1])
 
 

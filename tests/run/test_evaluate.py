@@ -110,7 +110,7 @@ class TestEvaluator:
 
   def test_against_its_parts(self, models, evaluator):
     values, _ = evaluator(models[0].params, models[1].params, 0)
-    rollout = evaluator._sample(models[0].params, evaluator._prompts, evaluator._key)
+    rollout = evaluator.sample(models[0].params, evaluator._put(2), evaluator._key)
     # Graded here from the tokens themselves: the characters up to EOS.
     rewards = []
     for b, row in enumerate(np.asarray(rollout.tokens)):
@@ -134,7 +134,7 @@ class TestEvaluator:
 
   def test_reverse_kl_is_the_exact_one_on_the_students_own_samples(self, models, evaluator):
     values, _ = evaluator(models[0].params, models[1].params, 0)
-    rollout = evaluator._sample(models[0].params, evaluator._prompts, evaluator._key)
+    rollout = evaluator.sample(models[0].params, evaluator._put(2), evaluator._key)
     logprobs = []
     for m in models:
       positions = sample.positions_of(rollout.valid)
@@ -159,20 +159,20 @@ class TestEvaluator:
     assert 0 < values['overlap_count'] < 1
 
   def test_microbatches_are_those_of_training(self, models, evaluator):
-    rollout = evaluator._sample(models[0].params, evaluator._prompts, evaluator._key)
+    rollout = evaluator.sample(models[0].params, evaluator._put(2), evaluator._key)
     small = make_evaluator(models, 12, compute__microbatch_rows=16)
     rows = jax.tree.map(lambda x: x[:24] if x.ndim else x, rollout)
     both = models[0].params, models[1].params
     # 24 rows: the largest part of 16 that divides them is 8.
-    assert 'f32[8,10,32]' in small._compare.lower(*both, rows).compile().as_text()
-    mine, whole = small._compare(*both, rows), evaluator._compare(*both, rollout)
+    assert 'f32[8,10,32]' in small.compare.lower(*both, rows).compile().as_text()
+    mine, whole = small.compare(*both, rows), evaluator.compare(*both, rollout)
     assert mine.keys() == whole.keys() == {'reverse_kl', 'tokens', *evaluate.OVERLAP}
     for name in mine:  # absolutely: of the mass outside little is left, as a difference from 1
       np.testing.assert_allclose(mine[name], whole[name][:24], rtol=1e-4, atol=1e-5, err_msg=name)
 
   def test_greedy_is_the_most_likely_token(self, models, evaluator):
     student = models[0]
-    rollout = evaluator._greedy(student.params, evaluator._greedy_prompts, evaluator._key)
+    rollout = evaluator.greedy(student.params, evaluator._put(1), evaluator._key)
     hidden = score.completion_hidden(student.model, student.params, rollout)
     best = np.asarray(jnp.argmax(student.model.head(student.params).logits(hidden), axis=-1))
     alive = np.asarray(rollout.valid)[:, rollout.prompt_length:]

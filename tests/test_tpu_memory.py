@@ -27,7 +27,9 @@ QWEN3_30B_A3B = dict(
 
 def _mesh(topology, split, **sizes):
   from jax.experimental import topologies
-  os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+  os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+                 'TPU_ACCELERATOR_TYPE': 'v5p-8', 'TPU_WORKER_HOSTNAMES': 'localhost'}
+  os.environ.pop('XLA_FLAGS', None)  # libtpu ends the process over one that it does not know
   devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
   return meshed_layout.make_mesh(split, list(devices), **sizes)
 
@@ -40,9 +42,10 @@ def _mesh(topology, split, **sizes):
     ids=['8B', '32B', '30B-A3B'])
 def test_temporaries_of_a_chip(program, shape, topology, sizes, rows, most):
   mesh = _mesh(topology, 4, **sizes)
+  # Of 512 + 1024 tokens, as many rows in a pass as there are chips. (Made before the mesh is set: it
+  # is of devices on which nothing can be computed.)
+  lowered = meshed_layout.Lowered(mesh, rows, mesh.size, 512, 1024, **shape)
   with jax.set_mesh(mesh):
-    # Of 512 + 1024 tokens, as many rows in a pass as there are chips.
-    lowered = meshed_layout.Lowered(mesh, rows, mesh.size, 512, 1024, **shape)
     compiled = (lowered.update() if program == 'update' else
                 lowered.score(jnp.bfloat16)).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < most * GIB

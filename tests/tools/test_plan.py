@@ -287,7 +287,7 @@ class TestTpus:
         num_key_value_heads=8, head_dim=128, intermediate_size=3072, tie_word_embeddings=True,
         rope_theta=1e6, max_position_embeddings=40960, vocab_size=151936)))
     c = tiny.config('opd_sampled', student__path='q', teacher__path='q', compute__dtype='bfloat16',
-                    compute__remat=True, compute__microbatch_rows=8, data__prompts_per_step=64,
+                    compute__remat=True, compute__microbatch_rows=2, data__prompts_per_step=64,
                     data__max_prompt_tokens=512, data__max_new_tokens=1024)
     done = subprocess.run([sys.executable, '-c', UPDATE], text=True, capture_output=True,
                           input=json.dumps([config.to_dict(c), str(tmp_path)]),

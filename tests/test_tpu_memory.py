@@ -42,8 +42,8 @@ def _mesh(topology, split, **sizes):
     ids=['8B', '32B', '30B-A3B'])
 def test_temporaries_of_a_chip(program, shape, topology, sizes, rows, most):
   mesh = _mesh(topology, 4, **sizes)
-  # Of 512 + 1024 tokens, as many rows in a pass as there are chips. (Made before the mesh is set: it
-  # is of devices on which nothing can be computed.)
+  # Of 512 + 1024 tokens, as many rows in a pass as there are chips. (Made before the mesh is set:
+  # that is of devices on which nothing can be computed.)
   lowered = meshed_layout.Lowered(mesh, rows, mesh.size, 512, 1024, **shape)
   with jax.set_mesh(mesh):
     compiled = (lowered.update() if program == 'update' else

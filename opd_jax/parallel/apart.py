@@ -57,11 +57,11 @@ class Apart:
     """Counts the rows of a forward pass on all its devices, of so many that it grades at once."""
     return math.gcd(self.microbatch_rows * sharding.row_shards(self.mesh), rows)
 
-  def call(self, program: Any, params: Any, rollout: Any, *more: Any) -> Any:
-    """Runs a compiled (params, rollout, ...) -> rows on the teacher's devices, for rows that lie on
+  def call(self, program: Any, params: Any, rollout: Any) -> Any:
+    """Runs a compiled (params, rollout) -> rows on the teacher's devices, for rows that lie on
     the student's; so does what comes back."""
     with jax.set_mesh(self.mesh):
-      out = program(params, move_rows(rollout, self.mesh), *more)
+      out = program(params, move_rows(rollout, self.mesh))
     return move_rows(out, self.home)
 
   def bring(self, head: Any) -> Any:

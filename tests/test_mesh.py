@@ -25,6 +25,9 @@ KINDS = ('opd_sampled', 'opd_exact', ADAPTERS)
 # nothing but rounding may move by a visible part of a step; that is why parameters are compared to
 # a part of the distance that training moved them, and not to their own size.
 RELATIVE = 1e-4
+# The gradient of the sampled objective is a sum of large terms that cancel: its norm moves by up to
+# 6e-4 from the second step on, where XLA's optimizations are on.
+SAMPLED_GRADIENT = 2e-3
 FSDP = ('fsdp', 'decode')
 LINEAR = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 OF_THE_DISTANCE = 1e-2
@@ -89,11 +92,13 @@ def pair(request, meshed, tmp_path_factory):
 
 
 def test_losses_and_gradients(pair):
-  _, single, mesh = pair
+  kind, single, mesh = pair
   for a, b in zip(tiny.rows(single, 'train'), tiny.rows(mesh, 'train'), strict=True):
+    moved = kind == 'opd_sampled' and a['step'] > 1
     assert (a['step'], a['length'], a['flops']) == (b['step'], b['length'], b['flops'])
     for name in ('loss', 'grad_norm', 'reverse_kl', 'entropy_student', 'entropy_teacher'):
-      assert b[name] == pytest.approx(a[name], rel=RELATIVE), (a['step'], name)
+      near = SAMPLED_GRADIENT if moved and name == 'grad_norm' else RELATIVE
+      assert b[name] == pytest.approx(a[name], rel=near), (a['step'], name)
     assert b['gap_max'] < 1e-5
 
 

@@ -37,15 +37,7 @@ class Prompts:
 
   tokens: jax.Array  # int32 [B, P]
   valid: jax.Array  # bool [B, P], False on the padding
-  part: Part | None = None  # which rows these are, of a larger batch
-
-
-@struct.dataclass
-class Part:
-  """Which rows of a batch are written: what is drawn for them is what they have there."""
-
-  rows: jax.Array  # int32 [B], their places in it
-  of: int = struct.field(pytree_node=False)  # how many it has
+  rows: jax.Array | None = None  # int32 [B], their places in the batch of which they are a part
 
 
 @struct.dataclass

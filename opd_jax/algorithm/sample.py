@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from opd_jax.models import layout, placement
 from opd_jax.models.nn import positions_of
-from opd_jax.types import Model, Params, Part, Prompts, Rollout
+from opd_jax.types import Model, Params, Prompts, Rollout
 
 _BLOCK = layout.BLOCK  # of the two-level draw: near sqrt(V) for the vocabularies in use
 
@@ -33,12 +34,22 @@ def truncate(logits: Float[Array, 'B V'], top_k: int, top_p: float) -> Float[Arr
   return logits
 
 
-def draw(logits: Float[Array, 'B V'], key: PRNGKeyArray, part: Part | None = None
-         ) -> Int[Array, 'B']:
+def row_uniforms(key: PRNGKeyArray, rows: Int[Array, 'B'], steps: Any, dtype: Any
+                 ) -> Float[Array, 'B 2']:
+  """Draws the uniforms for token `steps` of each row, from fold_in(fold_in(key, row), step): they
+  depend on no other row, nor on which rows are written together."""
+  def one(row, step):
+    return jax.random.uniform(
+        jax.random.fold_in(jax.random.fold_in(key, row), step), (2,), dtype=dtype)
+
+  return jax.vmap(one)(rows, jnp.broadcast_to(steps, rows.shape))
+
+
+def draw(logits: Float[Array, 'B V'], uniforms: Float[Array, 'B 2']) -> Int[Array, 'B']:
   """Draws once a row from softmax(logits), by inverting the cumulative distribution twice.
 
-  First a block of tokens is drawn by its mass, then a token within it, each with a uniform of its
-  own. On CPU this is several times faster than Gumbel-argmax over a large vocabulary (one uniform
+  First a block of tokens is drawn by its mass, then a token within it, each with a uniform in [0, 1)
+  of its own. On CPU this is several times faster than Gumbel-argmax over a large vocabulary (one uniform
   a block instead of one a token, and no argmax), and two levels keep the cumulative sums short,
   hence exact to float32 rounding. A token of probability zero is never drawn.
   """
@@ -46,9 +57,6 @@ def draw(logits: Float[Array, 'B V'], key: PRNGKeyArray, part: Part | None = Non
   block = min(_BLOCK, vocab)
   padded = jnp.pad(logits, ((0, 0), (0, -vocab % block)), constant_values=-jnp.inf)
   weights = jnp.exp(padded - jnp.max(padded, axis=-1, keepdims=True)).reshape(batch, -1, block)
-  uniforms = jax.random.uniform(key, (2, part.of if part else batch), dtype=logits.dtype)
-  if part:
-    uniforms = uniforms[:, part.rows]
 
   def invert(weights, uniform):
     # The first token of positive weight whose cumulative weight passes the target. Rounding may let
@@ -59,15 +67,14 @@ def draw(logits: Float[Array, 'B V'], key: PRNGKeyArray, part: Part | None = Non
     first = jnp.min(jnp.where(passed & (weights > 0), index, weights.shape[-1]), axis=-1)
     return jnp.minimum(first, jnp.max(jnp.where(weights > 0, index, 0), axis=-1))
 
-  which = invert(jnp.sum(weights, axis=-1), uniforms[0])
+  which = invert(jnp.sum(weights, axis=-1), uniforms[:, 0])
   within = jnp.take_along_axis(weights, which[:, None, None], axis=1)[:, 0]
-  return (which * block + invert(within, uniforms[1])).astype(jnp.int32)
+  return (which * block + invert(within, uniforms[:, 1])).astype(jnp.int32)
 
 
-def choose(logits: Float[Array, 'B V'], key: PRNGKeyArray, *, temperature: float, top_p: float,
-           top_k: int, part: Part | None = None
-           ) -> tuple[Int[Array, 'B'], Float[Array, 'B'], Float[Array, 'B']]:
-  """Samples a token a row, of a whole batch or of a part of it.
+def choose(logits: Float[Array, 'B V'], uniforms: Float[Array, 'B 2'], *, temperature: float,
+           top_p: float, top_k: int) -> tuple[Int[Array, 'B'], Float[Array, 'B'], Float[Array, 'B']]:
+  """Samples a token a row; greedy choice reads no `uniforms`.
 
   Returns:
     tokens; their log-probability under the distribution sampled from, which is
@@ -84,7 +91,7 @@ def choose(logits: Float[Array, 'B V'], key: PRNGKeyArray, *, temperature: float
     logits = layout.rows(logits)
   full = logits / temperature
   kept = truncate(full, top_k, top_p)
-  tokens = draw(kept, key, part)
+  tokens = draw(kept, uniforms)
   kept_total = jax.nn.logsumexp(kept, axis=-1)
   chosen = jnp.take_along_axis(kept, tokens[:, None], axis=-1)[:, 0]
   mass = jnp.zeros_like(chosen)
@@ -93,16 +100,16 @@ def choose(logits: Float[Array, 'B V'], key: PRNGKeyArray, *, temperature: float
   return tokens, chosen - kept_total, mass
 
 
-def choose_mixed(own: Float[Array, 'B V'], others: Float[Array, 'B W'], key: PRNGKeyArray, *,
-                 temperature: float, mix_temperature: float, mix_share: float
-                 ) -> tuple[Int[Array, 'B'], Float[Array, 'B'], Float[Array, 'B']]:
+def choose_mixed(own: Float[Array, 'B V'], others: Float[Array, 'B W'],
+                 uniforms: Float[Array, 'B 2'], *, temperature: float, mix_temperature: float,
+                 mix_share: float) -> tuple[Int[Array, 'B'], Float[Array, 'B'], Float[Array, 'B']]:
   """Samples a token a row from p_mix = mix_share p_T + (1 - mix_share) p_S.
 
   Args:
     own: logits of the student, p_S = softmax(own / temperature).
     others: logits of the teacher, p_T = softmax(others / mix_temperature). The narrower vocabulary
       has every token; what the wider has beyond it has probability zero (`Head`).
-    key: for the draw.
+    uniforms: for the draw.
     temperature, mix_temperature, mix_share: as in `sample_fn`.
 
   Returns:
@@ -112,7 +119,7 @@ def choose_mixed(own: Float[Array, 'B V'], others: Float[Array, 'B W'], key: PRN
   student = jax.nn.log_softmax(own / temperature, axis=-1)[:, :width]
   teacher = jax.nn.log_softmax(others / mix_temperature, axis=-1)[:, :width]
   mixed = jnp.logaddexp(math.log(mix_share) + teacher, math.log1p(-mix_share) + student)
-  tokens = draw(mixed, key)
+  tokens = draw(mixed, uniforms)
   chosen, chosen_own = (jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
                         for logprobs in (mixed, student))
   return tokens, chosen, chosen_own - chosen
@@ -157,8 +164,7 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
   Args:
     params: of `model`; or `placement.LaidOut`, where that was done before.
     prompts: tokens [B, P], left-padded; of a part of a batch, with the rows that they are.
-    key: the draws at token t use fold_in(key, t); a row's draw does not depend on other rows'
-      content.
+    key: token t of row r is drawn with fold_in(fold_in(key, r), t), whatever else is written.
     model: static.
     max_new_tokens: C, the room for the completion.
     temperature, top_p, top_k: of the sampling distribution; 1.0, 1.0, 0 is the model itself.
@@ -179,7 +185,8 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
   check_mixing(model, mix_params, mix_model, mix_share=mix_share, mix_temperature=mix_temperature,
                temperature=temperature, top_p=top_p, top_k=top_k)
   (batch, prompt_length), room = prompts.tokens.shape, max_new_tokens
-  prompts = layout.rows(prompts, layout.DECODE)
+  row_numbers = jnp.arange(batch) if prompts.rows is None else prompts.rows
+  prompts, row_numbers = layout.rows((prompts, row_numbers), layout.DECODE)
   writers = [(m, placement.laid_out(m, p)) for m, p in
              [(model, params)] + [(mix_model, mix_params)] * bool(mix_share)]
   heads = [m.head(p) for m, p in writers]
@@ -191,13 +198,12 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
     return logits, [cache for _, cache in outs]
 
   def choose_at(step, logits):
-    step_key = jax.random.fold_in(key, step)
+    uniforms = row_uniforms(key, row_numbers, step, jnp.promote_types(logits[0].dtype, jnp.float32))
     if mix_share:
-      chosen = choose_mixed(*logits, step_key, temperature=temperature, mix_share=mix_share,
+      chosen = choose_mixed(*logits, uniforms, temperature=temperature, mix_share=mix_share,
                             mix_temperature=mix_temperature)
     else:
-      chosen = choose(*logits, step_key, temperature=temperature, top_p=top_p, top_k=top_k,
-                      part=prompts.part)
+      chosen = choose(*logits, uniforms, temperature=temperature, top_p=top_p, top_k=top_k)
     return layout.rows(chosen, layout.DECODE)
 
   def is_stop(tokens):

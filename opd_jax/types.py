@@ -194,6 +194,8 @@ class Model:
       in the dtype and (on a mesh) in the layout in which decoding reads them.
     unstack: (params) -> the same parameters with the layers as a tuple, for unrolled decoding.
     to_hf: () -> the dict of a Hugging Face config.json.
+    refill: (cache, the cache of fresh prompts, source [B]) -> the cache, in which some rows gave
+      their places to those (`decoder.refill`); None where that cannot be done.
     attention_windows: of each layer, how many keys a query sees at most, None for all; () where no
       layer has a bound. For counting operations.
   """
@@ -207,5 +209,6 @@ class Model:
   init_cache: Callable[[int, int], Any]
   unstack: Callable[[Params], Params]
   to_hf: Callable[[], dict[str, Any]]
+  refill: Callable[[Any, Any, jax.Array], Any] | None = None
   attention_windows: tuple[int | None, ...] = ()
   for_decoding: Callable[[Params], Params] = lambda params: params

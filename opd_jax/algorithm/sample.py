@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from opd_jax.algorithm import slots as slots_lib
 from opd_jax.models import layout, placement
 from opd_jax.models.nn import positions_of
 from opd_jax.types import Model, Params, Prompts, Rollout
@@ -48,10 +50,10 @@ def row_uniforms(key: PRNGKeyArray, rows: Int[Array, 'B'], steps: Any, dtype: An
 def draw(logits: Float[Array, 'B V'], uniforms: Float[Array, 'B 2']) -> Int[Array, 'B']:
   """Draws once a row from softmax(logits), by inverting the cumulative distribution twice.
 
-  First a block of tokens is drawn by its mass, then a token within it, each with a uniform in [0, 1)
-  of its own. On CPU this is several times faster than Gumbel-argmax over a large vocabulary (one uniform
-  a block instead of one a token, and no argmax), and two levels keep the cumulative sums short,
-  hence exact to float32 rounding. A token of probability zero is never drawn.
+  First a block of tokens is drawn by its mass, then a token within it, each with a uniform in
+  [0, 1) of its own. On CPU this is several times faster than Gumbel-argmax over a large vocabulary
+  (one uniform a block instead of one a token, and no argmax), and two levels keep the cumulative
+  sums short, hence exact to float32 rounding. A token of probability zero is never drawn.
   """
   batch, vocab = logits.shape
   block = min(_BLOCK, vocab)
@@ -73,7 +75,8 @@ def draw(logits: Float[Array, 'B V'], uniforms: Float[Array, 'B 2']) -> Int[Arra
 
 
 def choose(logits: Float[Array, 'B V'], uniforms: Float[Array, 'B 2'], *, temperature: float,
-           top_p: float, top_k: int) -> tuple[Int[Array, 'B'], Float[Array, 'B'], Float[Array, 'B']]:
+           top_p: float, top_k: int
+           ) -> tuple[Int[Array, 'B'], Float[Array, 'B'], Float[Array, 'B']]:
   """Samples a token a row; greedy choice reads no `uniforms`.
 
   Returns:
@@ -158,7 +161,7 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
               max_new_tokens: int, temperature: float, top_p: float, top_k: int,
               stop_tokens: tuple[int, ...], pad_token: int, mix_params: Params | None = None,
               mix_model: Model | None = None, mix_share: float = 0.0,
-              mix_temperature: float = 1.0) -> Rollout:
+              mix_temperature: float = 1.0, slots: int = 0) -> Rollout:
   """Samples one completion a row: a prefill, then a decode loop that stops when all rows ended.
 
   Args:
@@ -175,18 +178,24 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
       2023, MiniLLM, arXiv 2306.08543, section 2.2); with 0 the teacher is not run, and the other
       `mix` arguments are not read.
     mix_temperature: of p_T; `temperature` is that of p_S.
+    slots: static. So many rows are written at a time, the next as one ends (`slots.write`); 0 for
+      all at once, as it is for fewer rows than that, and for rows that a mesh does not divide as it
+      does the slots. Tokens are the same, but for rounding in batches of another size.
 
   Returns:
     A `Rollout` with T = P + C.
 
   Raises:
-    ValueError: see `check_mixing`.
+    ValueError: slots of a model that has no `refill`; see also `check_mixing`.
   """
   check_mixing(model, mix_params, mix_model, mix_share=mix_share, mix_temperature=mix_temperature,
                temperature=temperature, top_p=top_p, top_k=top_k)
-  (batch, prompt_length), room = prompts.tokens.shape, max_new_tokens
-  row_numbers = jnp.arange(batch) if prompts.rows is None else prompts.rows
-  prompts, row_numbers = layout.rows((prompts, row_numbers), layout.DECODE)
+  if slots and any(m.refill is None for m in (model, *[mix_model] * bool(mix_share))):
+    raise ValueError(f'slots={slots} with a model of the family {model.family!r}, or one mixed in, '
+                     'whose cache takes no fresh prompts; allowed: 0')
+  batch = len(prompts.tokens)
+  numbers = jnp.arange(batch) if prompts.rows is None else prompts.rows
+  prompts, numbers = layout.rows((prompts, numbers), layout.DECODE)
   writers = [(m, placement.laid_out(m, p)) for m, p in
              [(model, params)] + [(mix_model, mix_params)] * bool(mix_share)]
   heads = [m.head(p) for m, p in writers]
@@ -197,8 +206,15 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
     logits = [layout.token_logits(h, x[:, -1]) for h, (x, _) in zip(heads, outs, strict=True)]
     return logits, [cache for _, cache in outs]
 
-  def choose_at(step, logits):
-    uniforms = row_uniforms(key, row_numbers, step, jnp.promote_types(logits[0].dtype, jnp.float32))
+  def prefill(tokens, valid, length):
+    return forward([p for _, p in writers], tokens, positions_of(valid), valid,
+                   [m.init_cache(len(tokens), length) for m, _ in writers])
+
+  def refill(caches, new, source):
+    return [m.refill(c, n, source) for (m, _), c, n in zip(writers, caches, new, strict=True)]
+
+  def choose_at(logits, numbers, step):
+    uniforms = row_uniforms(key, numbers, step, jnp.promote_types(logits[0].dtype, jnp.float32))
     if mix_share:
       chosen = choose_mixed(*logits, uniforms, temperature=temperature, mix_share=mix_share,
                             mix_temperature=mix_temperature)
@@ -206,28 +222,36 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
       chosen = choose(*logits, uniforms, temperature=temperature, top_p=top_p, top_k=top_k)
     return layout.rows(chosen, layout.DECODE)
 
-  def is_stop(tokens):
-    return jnp.isin(tokens, jnp.array(stop_tokens, jnp.int32))
+  # Unrolled layers: a scan would copy the whole cache in and out at every token.
+  decode = functools.partial(forward, [m.unstack(p) for m, p in writers])
+  how = dict(prompts=prompts, numbers=numbers, room=max_new_tokens, pad_token=pad_token,
+             prefill=prefill, decode=decode, choose=choose_at,
+             is_stop=lambda tokens: jnp.isin(tokens, jnp.array(stop_tokens, jnp.int32)))
+  divided = layout.row_parts(batch, layout.DECODE) == layout.row_parts(slots, layout.DECODE)
+  if 0 < slots <= batch and divided:
+    out, done, _ = slots_lib.Writer(**how, slots=slots, refill=refill).write()
+  else:
+    out, done = _all_at_once(**how)
+  return _as_rollout(prompts, out, done)
 
-  prompt_sizes = jnp.sum(prompts.valid.astype(jnp.int32), axis=-1)
-  logits, caches = forward(
-      [p for _, p in writers], prompts.tokens, positions_of(prompts.valid), prompts.valid,
-      [m.init_cache(batch, prompt_length + room) for m, _ in writers])
-  token, logprob, offset = choose_at(0, logits)
+
+def _all_at_once(prompts, numbers, room, pad_token, prefill, decode, choose, is_stop):
+  """Writes all rows until the last has ended; arguments and results as of `slots.Writer`."""
+  batch, prompt_length = prompts.tokens.shape
+  sizes = jnp.sum(prompts.valid.astype(jnp.int32), axis=-1)
+  logits, caches = prefill(prompts.tokens, prompts.valid, prompt_length + room)
+  token, logprob, offset = choose(logits, numbers, 0)
 
   def fill(first, value):
     return jnp.full((batch, room), value, first.dtype).at[:, 0].set(first)
 
   out = dict(tokens=fill(token, pad_token), alive=fill(jnp.ones(batch, bool), False),
              logprobs=fill(logprob, 0), offset=fill(offset, 0))
-  # Unrolled layers: a scan would copy the whole cache in and out at every token.
-  decode_weights = [m.unstack(p) for m, p in writers]
 
   def body(carry):
     step, token, done, caches, out = carry
-    logits, caches = forward(decode_weights, token[:, None], (prompt_sizes + step - 1)[:, None],
-                             ~done[:, None], caches)
-    token, logprob, offset = choose_at(step, logits)
+    logits, caches = decode(token[:, None], (sizes + step - 1)[:, None], ~done[:, None], caches)
+    token, logprob, offset = choose(logits, numbers, step)
     done, token = layout.rows((done, jnp.where(done, pad_token, token)), layout.DECODE)
     new = dict(tokens=token, alive=~done, logprobs=jnp.where(done, 0, logprob),
                offset=jnp.where(done, 0, offset))
@@ -240,8 +264,7 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
 
   _, _, done, _, out = jax.lax.while_loop(
       running, body, (jnp.int32(1), token, is_stop(token), caches, out))
-
-  return _as_rollout(prompts, out, done)
+  return out, done
 
 
 def _as_rollout(prompts: Prompts, out: dict[str, Array], done: Array) -> Rollout:

@@ -89,7 +89,8 @@ def scripted(on_forward=lambda: None, logits=None) -> Model:
   return Model(family='scripted', config=types.SimpleNamespace(vocab_size=SCRIPT_VOCAB),
                vocab_in_use=SCRIPT_VOCAB, specs={}, forward=forward,
                head=lambda params: Head(None, SCRIPT_VOCAB),
-               init_cache=lambda batch, length: {}, unstack=lambda params: params, to_hf=dict)
+               init_cache=lambda batch, length: {}, unstack=lambda params: params, to_hf=dict,
+               refill=lambda cache, new, source: cache)
 
 
 def sampler_of(model, **changes):

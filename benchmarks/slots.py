@@ -5,7 +5,7 @@
 
 A Qwen3-shaped model of random weights to which a rule is added for when it stops: the logit of the
 stop token is such that the lengths are log-normal, with room for eight times the median. Both
-samplers draw the same rows, in turn, and the useful tokens (those of rows, not of slots) of a second
+samplers draw the same rows, in turn, and the useful tokens (of rows, not of slots) of a second
 are compared.
 """
 

@@ -196,6 +196,7 @@ class Model:
     to_hf: () -> the dict of a Hugging Face config.json.
     refill: (cache, the cache of fresh prompts, source [B]) -> the cache, in which some rows gave
       their places to those (`decoder.refill`); None where that cannot be done.
+    grow: (cache, places) -> the cache with so many places (`decoder.grow`); None likewise.
     attention_windows: of each layer, how many keys a query sees at most, None for all; () where no
       layer has a bound. For counting operations.
   """
@@ -210,5 +211,6 @@ class Model:
   unstack: Callable[[Params], Params]
   to_hf: Callable[[], dict[str, Any]]
   refill: Callable[[Any, Any, jax.Array], Any] | None = None
+  grow: Callable[[Any, int], Any] | None = None
   attention_windows: tuple[int | None, ...] = ()
   for_decoding: Callable[[Params], Params] = lambda params: params

@@ -222,10 +222,14 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
       chosen = choose(*logits, uniforms, temperature=temperature, top_p=top_p, top_k=top_k)
     return layout.rows(chosen, layout.DECODE)
 
+  def grow(caches, places):
+    return [m.grow(c, places) for (m, _), c in zip(writers, caches, strict=True)]
+
   # Unrolled layers: a scan would copy the whole cache in and out at every token.
   decode = functools.partial(forward, [m.unstack(p) for m, p in writers])
   how = dict(prompts=prompts, numbers=numbers, room=max_new_tokens, pad_token=pad_token,
              prefill=prefill, decode=decode, choose=choose_at,
+             grow=grow if all(m.grow for m, _ in writers) else None,
              is_stop=lambda tokens: jnp.isin(tokens, jnp.array(stop_tokens, jnp.int32)))
   divided = layout.row_parts(batch, layout.DECODE) == layout.row_parts(slots, layout.DECODE)
   if 0 < slots <= batch and divided:
@@ -235,11 +239,12 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
   return _as_rollout(prompts, out, done)
 
 
-def _all_at_once(prompts, numbers, room, pad_token, prefill, decode, choose, is_stop):
+def _all_at_once(prompts, numbers, room, pad_token, prefill, decode, choose, grow, is_stop):
   """Writes all rows until the last has ended; arguments and results as of `slots.Writer`."""
   batch, prompt_length = prompts.tokens.shape
   sizes = jnp.sum(prompts.valid.astype(jnp.int32), axis=-1)
-  logits, caches = prefill(prompts.tokens, prompts.valid, prompt_length + room)
+  lengths = slots_lib.lengths(room) if grow else [room]
+  logits, caches = prefill(prompts.tokens, prompts.valid, prompt_length + lengths[0])
   token, logprob, offset = choose(logits, numbers, 0)
 
   def fill(first, value):
@@ -259,12 +264,14 @@ def _all_at_once(prompts, numbers, room, pad_token, prefill, decode, choose, is_
            for name in out}
     return step + 1, token, done | is_stop(token), caches, out
 
-  def running(carry):
-    return (carry[0] < room) & ~jnp.all(carry[2])  # step, done
-
-  _, _, done, _, out = jax.lax.while_loop(
-      running, body, (jnp.int32(1), token, is_stop(token), caches, out))
-  return out, done
+  carry = jnp.int32(1), token, is_stop(token), caches, out
+  for length in lengths:
+    if length != lengths[0]:
+      step, token, done, caches, out = carry
+      carry = step, token, done, grow(caches, prompt_length + length), out
+    carry = jax.lax.while_loop(
+        lambda c, length=length: (c[0] < room) & (c[0] <= length) & ~jnp.all(c[2]), body, carry)
+  return carry[4], carry[2]
 
 
 def _as_rollout(prompts: Prompts, out: dict[str, Array], done: Array) -> Rollout:

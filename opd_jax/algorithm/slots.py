@@ -24,12 +24,19 @@ from opd_jax.types import Prompts
 
 PARTS = 8  # a prefill is of this part of the slots: so many have to be free before it is worth it
 NARROWER = (2, 4)  # parts of the slots into which the last rows move
+LONG = 512  # tokens of room from which on the cache begins small: each length compiles a loop
 _own = functools.partial(layout.on_own_rows, rules=layout.DECODE)
 
 
 def group_size(slots: int) -> int:
   """Says how many rows of a device's `slots` are refilled at a time."""
   return max(1, slots // PARTS)
+
+
+def lengths(room: int) -> list[int]:
+  """Lists for how many tokens of a completion the cache has places, one after another: each step
+  reads them all."""
+  return [room // 4, room // 2, room] if room >= LONG else [room]
 
 
 def widths(slots: int, rows: int) -> list[int]:
@@ -59,6 +66,7 @@ class Writer:
     choose: (logits, numbers [n], steps [n]) -> tokens, log-probs, offsets [n].
     refill: (caches, new caches, source [n]) -> the caches, in which slot i has the prompt at
       source[i] of the new ones, ending before the present place; what it has, where that is -1.
+    grow: (caches, length) -> the caches with so many places; None where they cannot.
     is_stop: (tokens) -> bool.
   """
 
@@ -71,6 +79,7 @@ class Writer:
   decode: Callable[..., Any]
   choose: Callable[..., Any]
   refill: Callable[..., Any]
+  grow: Callable[..., Any] | None
   is_stop: Callable[[jax.Array], jax.Array]
 
   @property
@@ -95,20 +104,30 @@ class Writer:
       {'tokens', 'logprobs', 'offset', 'alive': [B, C]}; whether rows ended by a stop token [B]; and
       how many slots were decoded, steps times slots, int32.
     """
-    state, sizes = self._begin(), widths(self.width, self.rows)
-    for here, enough in zip(sizes, [*sizes[1:], 0], strict=True):
-      if here != self.width:
-        state = self._narrow(state, here)
-      going = functools.partial(self._busy, enough=enough)
-      if here == self.width < self.rows:
-        state = jax.lax.while_loop(going, lambda state, going=going: jax.lax.while_loop(
-            lambda s: going(s) & ~self._wants_rows(s), self._step,
-            jax.lax.while_loop(self._wants_rows, self._renew, state)), state)
-      else:
-        state = jax.lax.while_loop(going, self._step, state)
+    prompt_length, sizes = self.prompts.tokens.shape[1], [*widths(self.width, self.rows), 0]
+    rooms = lengths(self.room) if self.grow else [self.room]
+    state = self._begin(prompt_length + rooms[0])
+    for room in rooms:
+      if room != rooms[0]:
+        state = {**state, 'caches': self.grow(state['caches'], prompt_length + room)}
+      state = self._through_queue(
+          functools.partial(self._busy, enough=sizes[1], room=room), state)
+    for here, enough in zip(sizes[1:-1], sizes[2:], strict=True):
+      state = jax.lax.while_loop(functools.partial(self._busy, enough=enough, room=self.room),
+                                 self._step, self._narrow(state, here))
     stops = self.is_stop(state['out']['tokens'])  # padding may be one
     alive = jnp.cumsum(stops, axis=1) - stops == 0
     return {**state['out'], 'alive': alive}, jnp.any(stops, axis=1), state['spent']
+
+  def _through_queue(self, going, state):
+    if self.width == self.rows:
+      return jax.lax.while_loop(going, self._step, state)
+
+    def fill_and_go(state):
+      state = jax.lax.while_loop(self._wants_rows, self._renew, state)
+      return jax.lax.while_loop(lambda s: going(s) & ~self._wants_rows(s), self._step, state)
+
+    return jax.lax.while_loop(going, fill_and_go, state)
 
   def _start(self, tokens, valid, numbers, at, places):
     """Prefills rows and draws their first tokens."""
@@ -119,12 +138,11 @@ class Writer:
                  step=jnp.ones_like(at), token=token, live=live)
     return fresh, dict(tokens=token, logprobs=logprob, offset=offset), caches
 
-  def _begin(self):
+  def _begin(self, places):
     taken = _own(lambda t: jax.tree.map(lambda x: x[:self.width], t),
                  (self.prompts.tokens, self.prompts.valid, self.numbers))
     at = layout.rows(jnp.tile(jnp.arange(self.width), self.shards), layout.DECODE)
-    fresh, chosen, caches = self._start(
-        *taken, at, self.prompts.tokens.shape[1] + self.room)
+    fresh, chosen, caches = self._start(*taken, at, places)
     blank = {name: jnp.full((len(self.numbers), self.room), self.pad_token * (name == 'tokens'),
                             x.dtype) for name, x in chosen.items()}
     return dict(slots=fresh, caches=caches, next=jnp.full(self.shards, self.width),
@@ -141,9 +159,11 @@ class Writer:
     group = jnp.minimum(group_size(self.width), waiting)
     return jnp.any((waiting > 0) & (self.width - live >= group))
 
-  def _busy(self, state, enough):
+  def _busy(self, state, enough, room):
+    """Whether to go on: more live than are enough, and all have a place for their last token."""
     live, waiting = self._per_device(state)
-    return jnp.any(waiting > 0) | jnp.any(live > enough)
+    longest = jnp.max(state['slots']['step'], where=state['slots']['live'], initial=0)
+    return (jnp.any(waiting > 0) | jnp.any(live > enough)) & (longest <= room)
 
   def _renew(self, state):
     """Gives free slots to rows that wait."""

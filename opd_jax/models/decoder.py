@@ -308,6 +308,20 @@ def refill(cache: dict[str, Any], new: dict[str, Any], source: Int[Array, 'B']) 
           'valid': lay(cache['valid'], new['valid']), 'index': cache['index']}
 
 
+def grow(cache: dict[str, Any], places: int) -> dict[str, Any]:
+  """Gives a cache more places: what was written last stays just before the place that is next."""
+  old = cache['valid'].shape[1]
+
+  def wider(x):
+    axis = x.ndim - 2 if x.ndim == 4 else 1
+    oldest_first = jnp.roll(x, -cache['index'], axis)
+    wide = jnp.pad(oldest_first, [(0, places - old if i == axis else 0) for i in range(x.ndim)])
+    return jnp.roll(wide, cache['index'] - old, axis)
+
+  return {'kv': jax.tree.map(wider, cache['kv']), 'valid': wider(cache['valid']),
+          'index': cache['index']}
+
+
 def parse(family: Family, hf_config: dict[str, Any]) -> Any:
   """Reads config.json strictly.
 
@@ -358,5 +372,5 @@ def make_model(family: Family, hf_config: dict[str, Any], dtype: Any, remat: boo
   return Model(family=name, config=c, vocab_in_use=c.vocab_size, specs=specs,
                forward=functools.partial(forward, decoder), head=head, init_cache=init_cache,
                for_decoding=lambda params: placement.decoding(params, specs, dtype),
-               unstack=unstack, refill=refill, to_hf=lambda: dict(written),
+               unstack=unstack, refill=refill, grow=grow, to_hf=lambda: dict(written),
                attention_windows=tuple(kind.window for kind in each))

@@ -19,6 +19,7 @@ from sampling import (
 )
 
 from opd_jax import models
+from opd_jax.algorithm import sample
 from opd_jax.algorithm import slots as slots_lib
 
 ROWS = 24
@@ -70,6 +71,28 @@ def test_rows_of_a_transformer(kind, slots, temperature):
     np.testing.assert_array_equal(want.sampler_logprobs, found.sampler_logprobs)
   else:  # float32 sums in batches of another size
     np.testing.assert_allclose(want.sampler_logprobs, found.sampler_logprobs, atol=2e-5)
+
+
+@pytest.mark.parametrize('slots', [0, 5, ROWS])
+def test_a_cache_that_grows_changes_nothing(monkeypatch, slots):
+  model, params = _model('gemma2')
+  rows, key = left_padded(_prompts(6, 40), 6), jax.random.key(1)
+
+  def written():
+    return jax.jit(functools.partial(
+        sample.sample_fn, model=model, max_new_tokens=20, temperature=1.0, top_p=1.0, top_k=0,
+        stop_tokens=STOPS[1:], pad_token=0, slots=slots))(params, rows, key)
+
+  want, seen = written(), []
+  monkeypatch.setattr(slots_lib, 'LONG', 20)
+  grow = model.grow
+  model = dataclasses.replace(model, grow=lambda c, n: seen.append(n) or grow(c, n))
+  found = written()
+  assert seen == [16, 26]  # from 11: prompts of 6
+  assert np.max(np.sum(want.mask, axis=1)) > 10
+  np.testing.assert_array_equal(want.tokens, found.tokens)
+  # Sums over fewer places.
+  np.testing.assert_allclose(want.sampler_logprobs, found.sampler_logprobs, atol=2e-5)
 
 
 def test_a_teacher_is_mixed_in_with_a_cache_of_its_own():

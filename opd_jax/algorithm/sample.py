@@ -253,8 +253,9 @@ def _all_at_once(prompts, numbers, room, pad_token, prefill, decode, choose, gro
   out = dict(tokens=fill(token, pad_token), alive=fill(jnp.ones(batch, bool), False),
              logprobs=fill(logprob, 0), offset=fill(offset, 0))
 
-  def body(carry):
-    step, token, done, caches, out = carry
+  def body(carry, first):
+    i, token, done, caches, out = carry
+    step = first + i
     logits, caches = decode(token[:, None], (sizes + step - 1)[:, None], ~done[:, None], caches)
     token, logprob, offset = choose(logits, numbers, step)
     done, token = layout.rows((done, jnp.where(done, pad_token, token)), layout.DECODE)
@@ -262,16 +263,17 @@ def _all_at_once(prompts, numbers, room, pad_token, prefill, decode, choose, gro
                offset=jnp.where(done, 0, offset))
     out = {name: jax.lax.dynamic_update_slice_in_dim(out[name], new[name][:, None], step, axis=1)
            for name in out}
-    return step + 1, token, done | is_stop(token), caches, out
+    return i + 1, token, done | is_stop(token), caches, out
 
-  carry = jnp.int32(1), token, is_stop(token), caches, out
+  done, first = is_stop(token), 1
   for length in lengths:
-    if length != lengths[0]:
-      step, token, done, caches, out = carry
-      carry = step, token, done, grow(caches, prompt_length + length), out
-    carry = jax.lax.while_loop(
-        lambda c, length=length: (c[0] < room) & (c[0] <= length) & ~jnp.all(c[2]), body, carry)
-  return carry[4], carry[2]
+    caches = caches if length == lengths[0] else grow(caches, prompt_length + length)
+    trips = min(length, room - 1) + 1 - first  # said in the program, for who counts what it does
+    _, token, done, caches, out = jax.lax.while_loop(
+        lambda c, trips=trips: (c[0] < trips) & ~jnp.all(c[2]),
+        functools.partial(body, first=first), (jnp.int32(0), token, done, caches, out))
+    first += trips
+  return out, done
 
 
 def _as_rollout(prompts: Prompts, out: dict[str, Array], done: Array) -> Rollout:

@@ -1,6 +1,6 @@
 """What the programs of a step reach on the accelerator that is here, with weights at random.
 
-    python benchmarks/accelerator.py                            (Qwen3-0.6B and 4B, one after another)
+    python benchmarks/accelerator.py                            (Qwen3-0.6B, then 4B)
     python benchmarks/accelerator.py --only 0.6b --rows 64,256 --answer 1024 --json out.json
 
 Of student and teacher alike in shape, one device: writing in tokens/s, and the share of the

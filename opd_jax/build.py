@@ -189,6 +189,11 @@ def check_models(run: Run, streams: tuple[Stream, ...], mesh: jax.sharding.Mesh,
   if rows % (streams[0].microbatch_rows or rows):
     refuse(run, 'compute.microbatch_rows', f'compute.mesh leaves {rows // shards} rows to a shard, '
            'which it does not divide', f'a divisor of {rows // shards}, or 0')
+  if run.sample.slots % shards:
+    refuse(run, 'sample.slots', f'compute.mesh splits rows {shards} ways',
+           f'a multiple of {shards}')
+  if run.sample.slots and (fixed := [m.model.family for m in loaded if not m.model.refill]):
+    refuse(run, 'sample.slots', f'the cache of {fixed[0]} takes no fresh prompts', '0')
   here = [m.model.specs for m in loaded if m is not elsewhere]
   for specs in here + ([adapter.specs] if adapter else []):
     sharding.param_shardings(specs, mesh)  # raises where the mesh does not fit

@@ -22,13 +22,14 @@ import numpy as np
 
 from opd_jax import load
 from opd_jax.algorithm import score, update
+from opd_jax.algorithm import slots as slots_lib
 from opd_jax.algorithm.objective import wants
 from opd_jax.build import Parts
 from opd_jax.data import examples as examples_lib
 from opd_jax.data.streams import GIVEN, OWN, Stream
 from opd_jax.files import checkpoint
 from opd_jax.files.huggingface import LoadedModel
-from opd_jax.models import lora
+from opd_jax.models import layout, lora
 from opd_jax.models.placement import LaidOut
 from opd_jax.parallel import apart as apart_lib
 from opd_jax.parallel import sharding
@@ -167,14 +168,17 @@ class Programs:
     """Picks the heads of the models whose hidden states the loss takes."""
     return Heads(**{part: grader.head for part, grader in graders.items()})
 
-  def counts(self) -> dict[str, float]:
-    """Counts compiled programs (one a function that is in use, or something retraces), and what
-    laying the student out for decoding moves."""
+  def counts(self, lengths: np.ndarray, slots: int) -> dict[str, float]:
+    """Counts compiled programs (one a function that is in use, or something retraces), what laying
+    the student out for decoding moves, and which part of decoding wrote rows of these lengths."""
     functions = {*self.writers.values(), *self.scorers.values(), *self.updates.values()}
-    moved = self.layouts[OWN].report() if OWN in self.layouts else {}
+    decoded = {}
+    if OWN in self.layouts:
+      decoded = {**self.layouts[OWN].report(), 'decode_useful': slots_lib.useful_share(
+          lengths, slots, layout.row_parts(len(lengths), layout.DECODE, self.parts.mesh))}
     compiled = sum(f._cache_size() for f in functions)
     compiled += sum(layout.compile_count() for layout in self.layouts.values())
-    return {'compiles': compiled, **moved}
+    return {'compiles': compiled, **decoded}
 
 
 def compile_programs(run: Run, parts: Parts) -> Programs:

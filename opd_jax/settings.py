@@ -175,6 +175,9 @@ class Sample:
   # In training, tokens come from this share of the teacher's distribution and the rest of the
   # student's (MiniLLM, 2023, arXiv 2306.08543, section 2.2).
   teacher_mix: float = 0.0
+  # So many rows are written at a time, in evaluations too, and where one ends the next begins; 0
+  # for all rows at once (algorithm/slots.py).
+  slots: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

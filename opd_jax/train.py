@@ -168,7 +168,7 @@ def restore(run: Run, programs: Programs, store: checkpoint.Checkpoints, workdir
           reference=parts.reference and parts.reference.model,
           adapter_specs=parts.adapter and parts.adapter.specs,
           updates=run.optimizer.updates_per_batch),
-      counts=programs.counts)
+      counts=lambda lengths: programs.counts(lengths, run.sample.slots))
   if parts.apart:
     book.say(parts.describe_apart(run.name))
   return state, book

@@ -37,15 +37,7 @@ class Prompts:
 
   tokens: jax.Array  # int32 [B, P]
   valid: jax.Array  # bool [B, P], False on the padding
-  part: Part | None = None  # which rows these are, of a larger batch
-
-
-@struct.dataclass
-class Part:
-  """Which rows of a batch are written: what is drawn for them is what they have there."""
-
-  rows: jax.Array  # int32 [B], their places in it
-  of: int = struct.field(pytree_node=False)  # how many it has
+  rows: jax.Array | None = None  # int32 [B], their places in the batch of which they are a part
 
 
 @struct.dataclass
@@ -202,6 +194,9 @@ class Model:
       in the dtype and (on a mesh) in the layout in which decoding reads them.
     unstack: (params) -> the same parameters with the layers as a tuple, for unrolled decoding.
     to_hf: () -> the dict of a Hugging Face config.json.
+    refill: (cache, the cache of fresh prompts, source [B]) -> the cache, in which some rows gave
+      their places to those (`decoder.refill`); None where that cannot be done.
+    grow: (cache, places) -> the cache with so many places (`decoder.grow`); None likewise.
     attention_windows: of each layer, how many keys a query sees at most, None for all; () where no
       layer has a bound. For counting operations.
   """
@@ -215,5 +210,7 @@ class Model:
   init_cache: Callable[[int, int], Any]
   unstack: Callable[[Params], Params]
   to_hf: Callable[[], dict[str, Any]]
+  refill: Callable[[Any, Any, jax.Array], Any] | None = None
+  grow: Callable[[Any, int], Any] | None = None
   attention_windows: tuple[int | None, ...] = ()
   for_decoding: Callable[[Params], Params] = lambda params: params

@@ -116,4 +116,4 @@ def test_models_compute_the_same_on_a_mesh(differences, case):
   assert found['written'] > 40  # or there would be little to compare
   assert found['tokens'] <= (20 if short else 0)  # a draw may fall on the other side of a token
   for name in ('sampler', 'scores', 'params', 'loss'):
-    assert found[name] < (0.1 if short else 1e-5), (name, found)
+    assert found[name] < (0.1 if short else 2e-5), (name, found)

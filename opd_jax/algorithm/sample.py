@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from opd_jax.algorithm import slots as slots_lib
 from opd_jax.models import layout, placement
 from opd_jax.models.nn import positions_of
-from opd_jax.types import Model, Params, Part, Prompts, Rollout
+from opd_jax.types import Model, Params, Prompts, Rollout
 
 _BLOCK = layout.BLOCK  # of the two-level draw: near sqrt(V) for the vocabularies in use
 
@@ -33,22 +36,29 @@ def truncate(logits: Float[Array, 'B V'], top_k: int, top_p: float) -> Float[Arr
   return logits
 
 
-def draw(logits: Float[Array, 'B V'], key: PRNGKeyArray, part: Part | None = None
-         ) -> Int[Array, 'B']:
+def row_uniforms(key: PRNGKeyArray, rows: Int[Array, 'B'], steps: Any, dtype: Any
+                 ) -> Float[Array, 'B 2']:
+  """Draws the uniforms for token `steps` of each row, from fold_in(fold_in(key, row), step): they
+  depend on no other row, nor on which rows are written together."""
+  def one(row, step):
+    return jax.random.uniform(
+        jax.random.fold_in(jax.random.fold_in(key, row), step), (2,), dtype=dtype)
+
+  return jax.vmap(one)(rows, jnp.broadcast_to(steps, rows.shape))
+
+
+def draw(logits: Float[Array, 'B V'], uniforms: Float[Array, 'B 2']) -> Int[Array, 'B']:
   """Draws once a row from softmax(logits), by inverting the cumulative distribution twice.
 
-  First a block of tokens is drawn by its mass, then a token within it, each with a uniform of its
-  own. On CPU this is several times faster than Gumbel-argmax over a large vocabulary (one uniform
-  a block instead of one a token, and no argmax), and two levels keep the cumulative sums short,
-  hence exact to float32 rounding. A token of probability zero is never drawn.
+  First a block of tokens is drawn by its mass, then a token within it, each with a uniform in
+  [0, 1) of its own. On CPU this is several times faster than Gumbel-argmax over a large vocabulary
+  (one uniform a block instead of one a token, and no argmax), and two levels keep the cumulative
+  sums short, hence exact to float32 rounding. A token of probability zero is never drawn.
   """
   batch, vocab = logits.shape
   block = min(_BLOCK, vocab)
   padded = jnp.pad(logits, ((0, 0), (0, -vocab % block)), constant_values=-jnp.inf)
   weights = jnp.exp(padded - jnp.max(padded, axis=-1, keepdims=True)).reshape(batch, -1, block)
-  uniforms = jax.random.uniform(key, (2, part.of if part else batch), dtype=logits.dtype)
-  if part:
-    uniforms = uniforms[:, part.rows]
 
   def invert(weights, uniform):
     # The first token of positive weight whose cumulative weight passes the target. Rounding may let
@@ -59,15 +69,15 @@ def draw(logits: Float[Array, 'B V'], key: PRNGKeyArray, part: Part | None = Non
     first = jnp.min(jnp.where(passed & (weights > 0), index, weights.shape[-1]), axis=-1)
     return jnp.minimum(first, jnp.max(jnp.where(weights > 0, index, 0), axis=-1))
 
-  which = invert(jnp.sum(weights, axis=-1), uniforms[0])
+  which = invert(jnp.sum(weights, axis=-1), uniforms[:, 0])
   within = jnp.take_along_axis(weights, which[:, None, None], axis=1)[:, 0]
-  return (which * block + invert(within, uniforms[1])).astype(jnp.int32)
+  return (which * block + invert(within, uniforms[:, 1])).astype(jnp.int32)
 
 
-def choose(logits: Float[Array, 'B V'], key: PRNGKeyArray, *, temperature: float, top_p: float,
-           top_k: int, part: Part | None = None
+def choose(logits: Float[Array, 'B V'], uniforms: Float[Array, 'B 2'], *, temperature: float,
+           top_p: float, top_k: int
            ) -> tuple[Int[Array, 'B'], Float[Array, 'B'], Float[Array, 'B']]:
-  """Samples a token a row, of a whole batch or of a part of it.
+  """Samples a token a row; greedy choice reads no `uniforms`.
 
   Returns:
     tokens; their log-probability under the distribution sampled from, which is
@@ -84,7 +94,7 @@ def choose(logits: Float[Array, 'B V'], key: PRNGKeyArray, *, temperature: float
     logits = layout.rows(logits)
   full = logits / temperature
   kept = truncate(full, top_k, top_p)
-  tokens = draw(kept, key, part)
+  tokens = draw(kept, uniforms)
   kept_total = jax.nn.logsumexp(kept, axis=-1)
   chosen = jnp.take_along_axis(kept, tokens[:, None], axis=-1)[:, 0]
   mass = jnp.zeros_like(chosen)
@@ -93,16 +103,16 @@ def choose(logits: Float[Array, 'B V'], key: PRNGKeyArray, *, temperature: float
   return tokens, chosen - kept_total, mass
 
 
-def choose_mixed(own: Float[Array, 'B V'], others: Float[Array, 'B W'], key: PRNGKeyArray, *,
-                 temperature: float, mix_temperature: float, mix_share: float
-                 ) -> tuple[Int[Array, 'B'], Float[Array, 'B'], Float[Array, 'B']]:
+def choose_mixed(own: Float[Array, 'B V'], others: Float[Array, 'B W'],
+                 uniforms: Float[Array, 'B 2'], *, temperature: float, mix_temperature: float,
+                 mix_share: float) -> tuple[Int[Array, 'B'], Float[Array, 'B'], Float[Array, 'B']]:
   """Samples a token a row from p_mix = mix_share p_T + (1 - mix_share) p_S.
 
   Args:
     own: logits of the student, p_S = softmax(own / temperature).
     others: logits of the teacher, p_T = softmax(others / mix_temperature). The narrower vocabulary
       has every token; what the wider has beyond it has probability zero (`Head`).
-    key: for the draw.
+    uniforms: for the draw.
     temperature, mix_temperature, mix_share: as in `sample_fn`.
 
   Returns:
@@ -112,7 +122,7 @@ def choose_mixed(own: Float[Array, 'B V'], others: Float[Array, 'B W'], key: PRN
   student = jax.nn.log_softmax(own / temperature, axis=-1)[:, :width]
   teacher = jax.nn.log_softmax(others / mix_temperature, axis=-1)[:, :width]
   mixed = jnp.logaddexp(math.log(mix_share) + teacher, math.log1p(-mix_share) + student)
-  tokens = draw(mixed, key)
+  tokens = draw(mixed, uniforms)
   chosen, chosen_own = (jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
                         for logprobs in (mixed, student))
   return tokens, chosen, chosen_own - chosen
@@ -151,14 +161,13 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
               max_new_tokens: int, temperature: float, top_p: float, top_k: int,
               stop_tokens: tuple[int, ...], pad_token: int, mix_params: Params | None = None,
               mix_model: Model | None = None, mix_share: float = 0.0,
-              mix_temperature: float = 1.0) -> Rollout:
+              mix_temperature: float = 1.0, slots: int = 0) -> Rollout:
   """Samples one completion a row: a prefill, then a decode loop that stops when all rows ended.
 
   Args:
     params: of `model`; or `placement.LaidOut`, where that was done before.
     prompts: tokens [B, P], left-padded; of a part of a batch, with the rows that they are.
-    key: the draws at token t use fold_in(key, t); a row's draw does not depend on other rows'
-      content.
+    key: token t of row r is drawn with fold_in(fold_in(key, r), t), whatever else is written.
     model: static.
     max_new_tokens: C, the room for the completion.
     temperature, top_p, top_k: of the sampling distribution; 1.0, 1.0, 0 is the model itself.
@@ -169,17 +178,24 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
       2023, MiniLLM, arXiv 2306.08543, section 2.2); with 0 the teacher is not run, and the other
       `mix` arguments are not read.
     mix_temperature: of p_T; `temperature` is that of p_S.
+    slots: static. So many rows are written at a time, the next as one ends (`slots.write`); 0 for
+      all at once, as it is for fewer rows than that, and for rows that a mesh does not divide as it
+      does the slots. Tokens are the same, but for rounding in batches of another size.
 
   Returns:
     A `Rollout` with T = P + C.
 
   Raises:
-    ValueError: see `check_mixing`.
+    ValueError: slots of a model that has no `refill`; see also `check_mixing`.
   """
   check_mixing(model, mix_params, mix_model, mix_share=mix_share, mix_temperature=mix_temperature,
                temperature=temperature, top_p=top_p, top_k=top_k)
-  (batch, prompt_length), room = prompts.tokens.shape, max_new_tokens
-  prompts = layout.rows(prompts, layout.DECODE)
+  if slots and any(m.refill is None for m in (model, *[mix_model] * bool(mix_share))):
+    raise ValueError(f'slots={slots} with a model of the family {model.family!r}, or one mixed in, '
+                     'whose cache takes no fresh prompts; allowed: 0')
+  batch = len(prompts.tokens)
+  numbers = jnp.arange(batch) if prompts.rows is None else prompts.rows
+  prompts, numbers = layout.rows((prompts, numbers), layout.DECODE)
   writers = [(m, placement.laid_out(m, p)) for m, p in
              [(model, params)] + [(mix_model, mix_params)] * bool(mix_share)]
   heads = [m.head(p) for m, p in writers]
@@ -190,52 +206,74 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
     logits = [layout.token_logits(h, x[:, -1]) for h, (x, _) in zip(heads, outs, strict=True)]
     return logits, [cache for _, cache in outs]
 
-  def choose_at(step, logits):
-    step_key = jax.random.fold_in(key, step)
+  def prefill(tokens, valid, length):
+    return forward([p for _, p in writers], tokens, positions_of(valid), valid,
+                   [m.init_cache(len(tokens), length) for m, _ in writers])
+
+  def refill(caches, new, source):
+    return [m.refill(c, n, source) for (m, _), c, n in zip(writers, caches, new, strict=True)]
+
+  def choose_at(logits, numbers, step):
+    uniforms = row_uniforms(key, numbers, step, jnp.promote_types(logits[0].dtype, jnp.float32))
     if mix_share:
-      chosen = choose_mixed(*logits, step_key, temperature=temperature, mix_share=mix_share,
+      chosen = choose_mixed(*logits, uniforms, temperature=temperature, mix_share=mix_share,
                             mix_temperature=mix_temperature)
     else:
-      chosen = choose(*logits, step_key, temperature=temperature, top_p=top_p, top_k=top_k,
-                      part=prompts.part)
+      chosen = choose(*logits, uniforms, temperature=temperature, top_p=top_p, top_k=top_k)
     return layout.rows(chosen, layout.DECODE)
 
-  def is_stop(tokens):
-    return jnp.isin(tokens, jnp.array(stop_tokens, jnp.int32))
+  def grow(caches, places):
+    return [m.grow(c, places) for (m, _), c in zip(writers, caches, strict=True)]
 
-  prompt_sizes = jnp.sum(prompts.valid.astype(jnp.int32), axis=-1)
-  logits, caches = forward(
-      [p for _, p in writers], prompts.tokens, positions_of(prompts.valid), prompts.valid,
-      [m.init_cache(batch, prompt_length + room) for m, _ in writers])
-  token, logprob, offset = choose_at(0, logits)
+  # Unrolled layers: a scan would copy the whole cache in and out at every token.
+  decode = functools.partial(forward, [m.unstack(p) for m, p in writers])
+  how = dict(prompts=prompts, numbers=numbers, room=max_new_tokens, pad_token=pad_token,
+             prefill=prefill, decode=decode, choose=choose_at,
+             grow=grow if all(m.grow for m, _ in writers) else None,
+             is_stop=lambda tokens: jnp.isin(tokens, jnp.array(stop_tokens, jnp.int32)))
+  divided = layout.row_parts(batch, layout.DECODE) == layout.row_parts(slots, layout.DECODE)
+  if 0 < slots <= batch and divided:
+    out, done, _ = slots_lib.Writer(**how, slots=slots, refill=refill).write()
+  else:
+    out, done = _all_at_once(**how)
+  return _as_rollout(prompts, out, done)
+
+
+def _all_at_once(prompts, numbers, room, pad_token, prefill, decode, choose, grow, is_stop):
+  """Writes all rows until the last has ended; arguments and results as of `slots.Writer`."""
+  batch, prompt_length = prompts.tokens.shape
+  sizes = jnp.sum(prompts.valid.astype(jnp.int32), axis=-1)
+  lengths = slots_lib.lengths(room) if grow else [room]
+  logits, caches = prefill(prompts.tokens, prompts.valid, prompt_length + lengths[0])
+  token, logprob, offset = choose(logits, numbers, 0)
 
   def fill(first, value):
     return jnp.full((batch, room), value, first.dtype).at[:, 0].set(first)
 
   out = dict(tokens=fill(token, pad_token), alive=fill(jnp.ones(batch, bool), False),
              logprobs=fill(logprob, 0), offset=fill(offset, 0))
-  # Unrolled layers: a scan would copy the whole cache in and out at every token.
-  decode_weights = [m.unstack(p) for m, p in writers]
 
-  def body(carry):
-    step, token, done, caches, out = carry
-    logits, caches = forward(decode_weights, token[:, None], (prompt_sizes + step - 1)[:, None],
-                             ~done[:, None], caches)
-    token, logprob, offset = choose_at(step, logits)
+  def body(carry, first):
+    i, token, done, caches, out = carry
+    step = first + i
+    logits, caches = decode(token[:, None], (sizes + step - 1)[:, None], ~done[:, None], caches)
+    token, logprob, offset = choose(logits, numbers, step)
     done, token = layout.rows((done, jnp.where(done, pad_token, token)), layout.DECODE)
     new = dict(tokens=token, alive=~done, logprobs=jnp.where(done, 0, logprob),
                offset=jnp.where(done, 0, offset))
     out = {name: jax.lax.dynamic_update_slice_in_dim(out[name], new[name][:, None], step, axis=1)
            for name in out}
-    return step + 1, token, done | is_stop(token), caches, out
+    return i + 1, token, done | is_stop(token), caches, out
 
-  def running(carry):
-    return (carry[0] < room) & ~jnp.all(carry[2])  # step, done
-
-  _, _, done, _, out = jax.lax.while_loop(
-      running, body, (jnp.int32(1), token, is_stop(token), caches, out))
-
-  return _as_rollout(prompts, out, done)
+  done, first = is_stop(token), 1
+  for length in lengths:
+    caches = caches if length == lengths[0] else grow(caches, prompt_length + length)
+    trips = min(length, room - 1) + 1 - first  # said in the program, for who counts what it does
+    _, token, done, caches, out = jax.lax.while_loop(
+        lambda c, trips=trips: (c[0] < trips) & ~jnp.all(c[2]),
+        functools.partial(body, first=first), (jnp.int32(0), token, done, caches, out))
+    first += trips
+  return out, done
 
 
 def _as_rollout(prompts: Prompts, out: dict[str, Array], done: Array) -> Rollout:

@@ -25,7 +25,7 @@ from opd_jax.parallel import sharding
 from opd_jax.programs import Programs
 from opd_jax.run.evaluate import Seen
 from opd_jax.settings import Run
-from opd_jax.types import Batch, Head, Heads, Params, Part, Prompts, Rollout, TrainState
+from opd_jax.types import Batch, Head, Heads, Params, Prompts, Rollout, TrainState
 
 COMPARE = 'evaluate compare'
 
@@ -171,7 +171,7 @@ def calls(run: Run, programs: Programs, there: Resident) -> dict[str, Call]:
       mixed = {'mix_params': there.graders['teacher']} if stream.teacher_mix else {}
       out[f'{name}sample'] = call(
           programs.writers[stream.name], writer,
-          _prompts(run, stream.rows // pieces, place, stream.rows if pieces > 1 else 0),
+          _prompts(run, stream.rows // pieces, place, part=pieces > 1),
           jax.ShapeDtypeStruct(early.shape, early.dtype, sharding=sharding.replicated(place)),
           mesh=place, **mixed)
     rows, scores = _rollout(run, stream.rows, mesh), {}
@@ -232,11 +232,11 @@ def _by_rows(tree: Any, rows: int, mesh: jax.sharding.Mesh) -> Any:
   return jax.tree.map(lambda x: _array((rows, *x.shape[1:]), x.dtype, mesh), tree)
 
 
-def _prompts(run: Run, rows: int, mesh: jax.sharding.Mesh, of: int = 0) -> Prompts:
-  """Prompts; `of`, where they are a part of a batch: how many rows it has."""
+def _prompts(run: Run, rows: int, mesh: jax.sharding.Mesh, part: bool = False) -> Prompts:
+  """Prompts of a batch, or of a part of one, which says which."""
   shape = rows, run.data.max_prompt_tokens
-  part = Part(_array((rows,), 'int32', mesh), of) if of else None
-  return Prompts(_array(shape, 'int32', mesh), _array(shape, 'bool', mesh), part)
+  places = _array((rows,), 'int32', mesh) if part else None
+  return Prompts(_array(shape, 'int32', mesh), _array(shape, 'bool', mesh), places)
 
 
 def _rollout(run: Run, rows: int, mesh: jax.sharding.Mesh) -> Rollout:

@@ -198,6 +198,10 @@ def _of_kind(kind: Any, options: list[Any]) -> Any:
 def _masks(d: Decoder, length: int, index: Any, seen: Array) -> list[Array]:
   """For each kind, which of the T slots each of the `length` queries from slot `index` may read."""
   slots = jnp.arange(seen.shape[1])[None, :]
+  if length == 1 and seen.shape[1] > 1:  # of a ring, of which a row has `seen` its own places
+    back = (index - slots) % seen.shape[1]
+    return [(back < seen.shape[1] if kind.window is None else back < kind.window)[None]
+            & seen[:, None, :] for kind in d.kinds]
   queries = index + jnp.arange(length)[:, None]
   causal = slots <= queries
   return [(causal if kind.window is None else causal & (slots > queries - kind.window))[None]
@@ -238,8 +242,8 @@ def forward(d: Decoder, params: Params, tokens: Int[Array, 'B S'], positions: In
     x = x * jnp.asarray(family.embed_scale(c), d.dtype)
   ropes = [nn.rope_tables(positions, c.head_dim, k.theta, d.dtype, k.scaling) for k in d.kinds]
   index, seen = 0, valid
-  if cache is not None:
-    index = cache['index']
+  if cache is not None:  # a ring: rows in slots go round (algorithm/slots.py)
+    index = cache['index'] % cache['valid'].shape[1]
     seen = jax.lax.dynamic_update_slice_in_dim(cache['valid'], valid, index, axis=1)
     seen = layout.rows(seen, rules)
   masks = _masks(d, length, index, seen)
@@ -279,8 +283,43 @@ def forward(d: Decoder, params: Params, tokens: Int[Array, 'B S'], positions: In
 
   x = family.norm(x, params['final_norm'], c.rms_norm_eps)
   if cache is not None:
-    cache = {'kv': kv, 'valid': seen, 'index': index + length}
+    cache = {'kv': kv, 'valid': seen, 'index': cache['index'] + length}
   return x, cache
+
+
+def refill(cache: dict[str, Any], new: dict[str, Any], source: Int[Array, 'B']) -> dict[str, Any]:
+  """Puts fresh prompts into the places of some rows of a cache: row i has that at source[i] of the
+  `new` cache, so that it ends before the place that is written next; what it has, where that is -1.
+  """
+  places, length = cache['valid'].shape[1], new['valid'].shape[1]
+
+  def lay(old, x):
+    axis = x.ndim - 2 if x.ndim == 4 else 1
+    wide = jnp.pad(x, [(0, places - length if i == axis else 0) for i in range(x.ndim)])
+    wide = jnp.roll(wide, cache['index'] - length, axis)
+
+    def own(old, wide, source):
+      chosen = (source >= 0).reshape(-1, *(1,) * (old.ndim - 1))
+      return jnp.where(chosen, wide[jnp.maximum(source, 0)], old)
+
+    return layout.on_own_rows(own, old, wide, source, rules=layout.DECODE)
+
+  return {'kv': jax.tree.map(lay, cache['kv'], new['kv']),
+          'valid': lay(cache['valid'], new['valid']), 'index': cache['index']}
+
+
+def grow(cache: dict[str, Any], places: int) -> dict[str, Any]:
+  """Gives a cache more places: what was written last stays just before the place that is next."""
+  old = cache['valid'].shape[1]
+
+  def wider(x):
+    axis = x.ndim - 2 if x.ndim == 4 else 1
+    oldest_first = jnp.roll(x, -cache['index'], axis)
+    wide = jnp.pad(oldest_first, [(0, places - old if i == axis else 0) for i in range(x.ndim)])
+    return jnp.roll(wide, cache['index'] - old, axis)
+
+  return {'kv': jax.tree.map(wider, cache['kv']), 'valid': wider(cache['valid']),
+          'index': cache['index']}
 
 
 def parse(family: Family, hf_config: dict[str, Any]) -> Any:
@@ -333,5 +372,5 @@ def make_model(family: Family, hf_config: dict[str, Any], dtype: Any, remat: boo
   return Model(family=name, config=c, vocab_in_use=c.vocab_size, specs=specs,
                forward=functools.partial(forward, decoder), head=head, init_cache=init_cache,
                for_decoding=lambda params: placement.decoding(params, specs, dtype),
-               unstack=unstack, to_hf=lambda: dict(written),
+               unstack=unstack, refill=refill, grow=grow, to_hf=lambda: dict(written),
                attention_windows=tuple(kind.window for kind in each))

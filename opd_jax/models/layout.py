@@ -99,16 +99,25 @@ def rows(tree: Any, rules: Rules = TRAIN) -> Any:
       lambda x: constrain(x, ('batch', *(None,) * (x.ndim - 1)), rules), tree)
 
 
-def on_own_rows(f: Callable[[Any], Any], x: Any) -> Any:
+def _row_axes(n: int, rules: Rules, mesh: Any) -> tuple[str, ...]:
+  return () if mesh is None else tuple(
+      name for name in axis_names(fit((n,), ('batch',), rules, mesh)) if mesh.shape[name] > 1)
+
+
+def row_parts(n: int, rules: Rules = TRAIN, mesh: Any = None) -> int:
+  """Counts the parts into which a mesh, or that in context, splits n rows."""
+  mesh = mesh or mesh_of_several()
+  return math.prod(mesh.shape[name] for name in _row_axes(n, rules, mesh))
+
+
+def on_own_rows(f: Callable[..., Any], *trees: Any, rules: Rules = TRAIN) -> Any:
   """Applies a function of rows [B, ...] on each device to its own: what the partitioner cannot
   split by rows (the CPU's top-k, say) it would compute of all of them everywhere."""
-  mesh = mesh_of_several()
-  names = () if mesh is None else tuple(
-      n for n in axis_names(fit(x.shape, ('batch', None), TRAIN, mesh)) if mesh.shape[n] > 1)
+  names = _row_axes(jax.tree.leaves(trees)[0].shape[0], rules, mesh_of_several())
   if not names:
-    return f(x)
+    return f(*trees)
   return jax.shard_map(f, in_specs=PartitionSpec(names), out_specs=PartitionSpec(names),
-                       axis_names=set(names))(x)
+                       axis_names=set(names))(*trees)
 
 
 def axis_names(spec: PartitionSpec) -> list[str]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax.parallel import hosts, sharding
-from opd_jax.types import Part, Prompts, Wants
+from opd_jax.types import Prompts, Wants
 
 
 def split_devices(devices: list[Any], for_teacher: int) -> tuple[list[Any], list[Any]]:
@@ -117,7 +117,7 @@ def split_prompts(prompts: Prompts, parts: int, mesh: jax.sharding.Mesh) -> Iter
   places = np.arange(rows, dtype=np.int32).reshape(sharding.row_shards(mesh), parts, -1)
   for i in range(parts):
     here = places[:, i].reshape(-1)
-    yield Prompts(prompts.tokens[here], prompts.valid[here], Part(here, rows))
+    yield Prompts(prompts.tokens[here], prompts.valid[here], here)
 
 
 def join_parts(parts: list[Any], mesh: jax.sharding.Mesh) -> Any:

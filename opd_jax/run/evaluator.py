@@ -27,7 +27,7 @@ def make_sampler(run: Run, model: Model, stop_tokens: tuple[int, ...], pad_token
   settings = dict(
       model=model, max_new_tokens=run.data.max_new_tokens, temperature=run.sample.temperature,
       top_p=run.sample.top_p, top_k=run.sample.top_k, stop_tokens=stop_tokens,
-      pad_token=pad_token)
+      pad_token=pad_token, slots=run.sample.slots)
   return functools.partial(sample.sample_fn, **settings | other)
 
 

@@ -48,6 +48,11 @@ def tile(logits, rows=DRAWS):
   return jnp.asarray(np.tile(np.asarray(logits, np.float32), (rows, 1)))
 
 
+def uniforms(seed, rows=DRAWS, step=0):
+  """Those of a token of many rows."""
+  return sample.row_uniforms(jax.random.key(seed), jnp.arange(rows), step, jnp.float32)
+
+
 def truncated(logits, temperature, top_k, top_p):
   """The renormalized distribution of one row and the mass kept, float64: tokens enter the nucleus
   from the most likely down until its mass reaches top_p."""
@@ -84,7 +89,8 @@ def scripted(on_forward=lambda: None, logits=None) -> Model:
   return Model(family='scripted', config=types.SimpleNamespace(vocab_size=SCRIPT_VOCAB),
                vocab_in_use=SCRIPT_VOCAB, specs={}, forward=forward,
                head=lambda params: Head(None, SCRIPT_VOCAB),
-               init_cache=lambda batch, length: {}, unstack=lambda params: params, to_hf=dict)
+               init_cache=lambda batch, length: {}, unstack=lambda params: params, to_hf=dict,
+               refill=lambda cache, new, source: cache)
 
 
 def sampler_of(model, **changes):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sampling import agrees, random_logits, tile, truncated
+from sampling import agrees, random_logits, tile, truncated, uniforms
 
 from opd_jax.algorithm import sample
 
@@ -19,7 +19,7 @@ from opd_jax.algorithm import sample
 @pytest.mark.parametrize('vocab', [7, 256, 300, 700])  # one block; one full; two; three, 188 short
 def test_draw_frequencies(vocab):
   logits = random_logits(vocab)
-  tokens = jax.jit(sample.draw)(tile(logits), jax.random.key(1))
+  tokens = jax.jit(sample.draw)(tile(logits), uniforms(1))
   assert agrees(tokens, np.exp(numpy_log_softmax(logits)))
 
 
@@ -28,19 +28,17 @@ def test_draw_never_picks_probability_zero():
   # First and last token of a block, a whole block of zeros (256..511), one token alone in a block.
   allowed = [0, 1, 254, 512, 700, 767, 900, 1099]
   logits[allowed] = [0, -3, 1, 2, -8, 0, 1, -1]
-  tokens = jax.jit(sample.draw)(tile(logits), jax.random.key(2))
+  tokens = jax.jit(sample.draw)(tile(logits), uniforms(2))
   assert agrees(tokens, np.exp(numpy_log_softmax(logits)))
   assert set(np.unique(tokens)) <= set(allowed)
 
 
 @pytest.mark.parametrize('uniform', [0.0, 1 - 2**-23])  # all that jax.random.uniform can return
-def test_draw_at_the_ends_of_the_uniform(monkeypatch, uniform):
-  monkeypatch.setattr(jax.random, 'uniform',
-                      lambda key, shape, dtype: jnp.full(shape, uniform, dtype))
+def test_draw_at_the_ends_of_the_uniform(uniform):
   logits = np.full(600, -np.inf, np.float32)
   allowed = [258, 300, 510]
   logits[allowed] = [0.3, -1, 0.1]
-  token = int(sample.draw(tile(logits, 1), jax.random.key(0))[0])
+  token = int(sample.draw(tile(logits, 1), jnp.full((1, 2), uniform))[0])
   assert token == (258 if uniform == 0.0 else 510)
 
 
@@ -54,21 +52,18 @@ def test_draw_where_rounding_makes_cumulative_sums_go_down_and_up(monkeypatch):
   weights = jnp.exp(logits - logits.max(1, keepdims=True))
   sums = np.asarray(jnp.cumsum(weights, axis=-1))
   places = np.argwhere((np.asarray(weights)[:, 1:] == 0) & (np.diff(sums, axis=1) > 0))
-  uniforms, rows = [], []
+  chosen, rows = [], []
   for row, i in places:  # a uniform whose target falls into the step at token i + 1
     total = sums[row, -1]
     uniform = np.float32(sums[row, i] / total)
     for u in (uniform, np.nextafter(uniform, np.float32(1)), np.nextafter(uniform, np.float32(0))):
       if sums[row, i] <= u * total < sums[row, i + 1]:
-        uniforms.append(u)
+        chosen.append(u)
         rows.append(row)
         break
   if not rows:
     pytest.skip('cumulative sums are monotone on this machine')
-  monkeypatch.setattr(
-      jax.random, 'uniform',
-      lambda key, shape, dtype: jnp.broadcast_to(jnp.asarray(uniforms)[None], shape))
-  drawn = sample.draw(jnp.asarray(logits[rows]), jax.random.key(0))
+  drawn = sample.draw(jnp.asarray(logits[rows]), jnp.tile(jnp.asarray(chosen)[:, None], (1, 2)))
   picked = jnp.take_along_axis(jnp.asarray(logits[rows]), drawn[:, None], axis=1)
   assert bool(jnp.all(jnp.isfinite(picked))), 'a token of probability zero was drawn'
 
@@ -77,14 +72,22 @@ def test_draw_where_no_cumulative_sum_reaches_the_target(monkeypatch):
   # Rounding again: the total may come out above the sum up to the last token of positive weight,
   # and the largest uniform then points behind it. One row in twenty here.
   monkeypatch.setattr(sample, '_BLOCK', 1)
-  monkeypatch.setattr(jax.random, 'uniform',
-                      lambda key, shape, dtype: jnp.full(shape, 1 - 2**-23, dtype))
   rng = np.random.RandomState(0)
   logits = (3 * rng.standard_normal((1000, 600))).astype(np.float32)
   logits[np.arange(600)[None] >= rng.randint(100, 580, (1000, 1))] = -np.inf
-  drawn = np.asarray(sample.draw(jnp.asarray(logits), jax.random.key(0)))
+  drawn = np.asarray(sample.draw(jnp.asarray(logits), jnp.full((1000, 2), 1 - 2**-23)))
   assert np.all((drawn >= 0) & (drawn < 600))
   assert np.all(np.isfinite(logits[np.arange(1000), drawn])), 'a token of probability zero'
+
+
+def test_uniforms_depend_on_row_and_token_alone():
+  key, rows = jax.random.key(5), jnp.arange(6)
+  all_rows = sample.row_uniforms(key, rows, 3, jnp.float32)
+  some = sample.row_uniforms(key, rows[jnp.array([4, 1])], jnp.array([3, 2]), jnp.float32)
+  np.testing.assert_array_equal(some[0], all_rows[4])
+  np.testing.assert_array_equal(some[1], sample.row_uniforms(key, rows, 2, jnp.float32)[1])
+  both = np.concatenate([all_rows, sample.row_uniforms(key, rows, 2, jnp.float32)])
+  assert len(np.unique(both)) == both.size, 'a number is used twice'
 
 
 # --- truncate, choose ---
@@ -100,7 +103,7 @@ def test_choose_samples_the_truncated_distribution_and_reports_its_logprobs(knob
   logits = random_logits(300, seed=3)
   want, mass = truncated(logits, **knobs)
   tokens, logprobs, logmass = jax.jit(functools.partial(sample.choose, **knobs))(
-      tile(logits), jax.random.key(4))
+      tile(logits), uniforms(4))
   assert agrees(tokens, want)
   # float32 log-probs down to -10: spacing 1e-6, plus the rounding of a sum of 300 terms.
   np.testing.assert_allclose(logprobs, np.log(want[np.asarray(tokens)]), atol=5e-6)
@@ -111,7 +114,7 @@ def test_choose_samples_the_truncated_distribution_and_reports_its_logprobs(knob
 
 def test_choose_at_temperature_zero_is_a_point_mass_on_the_argmax():
   logits = jnp.asarray(np.stack([random_logits(300, seed=s) for s in range(5)]))
-  tokens, logprobs, mass = sample.choose(logits, jax.random.key(0), temperature=0.0, top_p=1.0,
+  tokens, logprobs, mass = sample.choose(logits, uniforms(0, 5), temperature=0.0, top_p=1.0,
                                          top_k=0)
   np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
   assert not np.any(np.asarray(logprobs)) and not np.any(np.asarray(mass))

@@ -180,6 +180,18 @@ def test_rows_do_not_see_each_other(tiny_model):
     assert all(jax.tree.leaves(same))
 
 
+def test_a_row_is_the_same_in_every_batch(tiny_model):
+  model, params = tiny_model
+  sampler = real_sampler(model, temperature=1.0)
+  whole = sampler(params, left_padded(PROMPTS, 6), jax.random.key(3))
+  rows = np.array([3, 1])
+  part = left_padded([PROMPTS[i] for i in rows], 6).replace(rows=jnp.asarray(rows))
+  found = sampler(params, part, jax.random.key(3))
+  np.testing.assert_array_equal(found.tokens, whole.tokens[rows])
+  assert not np.array_equal(
+      sampler(params, part.replace(rows=None), jax.random.key(3)).tokens, whole.tokens[rows])
+
+
 def test_another_key_gives_other_samples_and_the_same_key_the_same(tiny_model):
   model, params = tiny_model
   sampler, prompts = real_sampler(model, temperature=1.0), left_padded(PROMPTS, 6)

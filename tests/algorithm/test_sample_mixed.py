@@ -35,6 +35,7 @@ from sampling import (
   sampler_of,
   scripted,
   tile,
+  uniforms,
 )
 
 from opd_jax import models
@@ -58,7 +59,7 @@ def test_choose_mixed_samples_the_mixture_and_reports_its_logprobs(width, mix_wi
   padded = [tile(np.pad(x, (0, w - 300), constant_values=UNUSED_LOGIT))
             for x, w in ((own, width), (theirs, mix_width))]
   tokens, logprobs, offset = jax.jit(functools.partial(sample.choose_mixed, **MIX))(
-      *padded, jax.random.key(4))
+      *padded, uniforms(4))
   assert agrees(tokens, np.exp(want))
   tokens = np.asarray(tokens)
   # float32 log-probs, of the student's down to -18: spacing 2e-6, and the sums of 300 terms.

@@ -232,7 +232,7 @@ def compile_programs(run: Run, parts: Parts) -> Programs:
 def term_of(stream: Stream) -> update.Term:
   """Makes a stream's part in the loss."""
   return update.Term(stream.name, stream.objective, stream.samples, stream.on_policy,
-                     stream.microbatch_rows)
+                     stream.microbatch_rows, stream.length_buckets)
 
 
 def make_layout(run: Run, parts: Parts, stream: Stream, wait: bool) -> DecodeLayout:
@@ -262,11 +262,11 @@ def make_scorers(parts: Parts, streams: tuple[Stream, ...]
   """Makes the scorers of streams, by (stream, model); equal keys are one program."""
   @functools.cache
   def scorer(model: Model, temperature: float, apart: Apart | None, wanted: Wants,
-             microbatch_rows: int):
+             microbatch_rows: int, length_buckets: int):
     return jax.jit(functools.partial(
         score.teacher_logprob_fn, model=model, temperature=temperature, wants=wanted,
-        chunk_tokens=(apart or parts).chunk_tokens, microbatch_rows=microbatch_rows),
-        out_shardings=sharding.by_rows((apart or parts).mesh))
+        chunk_tokens=(apart or parts).chunk_tokens, microbatch_rows=microbatch_rows,
+        length_buckets=length_buckets), out_shardings=sharding.by_rows((apart or parts).mesh))
 
   out = {}
   for stream in streams:
@@ -284,5 +284,5 @@ def make_scorers(parts: Parts, streams: tuple[Stream, ...]
       rows = stream.microbatch_rows
       if form[-1]:
         rows = form[-1].rows_of_pass(stream.rows // (form[-1].parts if stream.on_policy else 1))
-      out[stream.name, part] = scorer(*form, needed[form], rows)
+      out[stream.name, part] = scorer(*form, needed[form], rows, stream.length_buckets)
   return out

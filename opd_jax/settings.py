@@ -85,6 +85,9 @@ class Compute:
   # vocabulary rows exist at a time.
   microbatch_rows: int = 0
   chunk_tokens: int = 4096
+  # To how many lengths (the room, its half, its quarter, ...) passes of rows alike in length are
+  # cut; 1 for the room alone, 0 for as many as leave the shortest 128 tokens, at most four.
+  length_buckets: int = 0
   mesh: Mesh = Mesh()
   # Into how many parts, of the devices of `mesh.fsdp`, the weights are split where tokens are
   # decoded; 1 gathers them whole, 0 chooses by their size (run/meshes.py).

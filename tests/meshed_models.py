@@ -37,6 +37,7 @@ class Case:
   mesh: jax.sharding.Mesh
   adapted: bool = False
   slots: int = 0  # on the mesh
+  buckets: int = 1  # there, too
 
 
 def _build(family: str = 'qwen3', **options: Any) -> tuple[Model, Params]:
@@ -54,7 +55,8 @@ def _whole():
 
 
 def _windows():
-  return Case(*_build('gemma2'), meshed_layout.make_mesh(2, fsdp=2, tensor=2), slots=4)
+  return Case(*_build('gemma2'), meshed_layout.make_mesh(2, fsdp=2, tensor=2), slots=4,
+              buckets=2)
 
 
 def _experts():
@@ -62,7 +64,8 @@ def _experts():
 
 
 def _adapters():
-  return Case(*_build(), meshed_layout.make_mesh(1, data=2, fsdp=2), adapted=True, slots=4)
+  return Case(*_build(), meshed_layout.make_mesh(1, data=2, fsdp=2), adapted=True, slots=4,
+              buckets=3)
 
 
 def _bfloat16():
@@ -78,7 +81,7 @@ CASES = {'whole': _whole, 'windows': _windows, 'experts': _experts, 'adapters': 
          'bfloat16': _bfloat16, 'module': _module}
 
 
-def _programs(model, slots):
+def _programs(model, slots, buckets):
   optimizer = optax.sgd(1.0)
   common = dict(model=model, chunk_tokens=16)
   write = quick_jit(lambda params, prompts, key: sample.sample_fn(
@@ -86,17 +89,18 @@ def _programs(model, slots):
       top_p=1.0, top_k=0, stop_tokens=(1,), pad_token=0, slots=slots))
   grade = quick_jit(functools.partial(
       score.teacher_logprob_fn, temperature=1.0, wants=Wants(logprobs=True, hidden=True),
-      microbatch_rows=4, **common))
+      microbatch_rows=4, length_buckets=buckets, **common))
   step = quick_jit(functools.partial(
-      update.update_fn, optimizer=optimizer, terms=(update.Term('own', EXACT, microbatch_rows=4),),
+      update.update_fn, optimizer=optimizer, terms=(
+          update.Term('own', EXACT, microbatch_rows=4, length_buckets=buckets),),
       **common))
   return write, grade, step
 
 
-def _run(case, trained, frozen, teacher, prompts, given=None, slots=0):
+def _run(case, trained, frozen, teacher, prompts, given=None, slots=0, buckets=1):
   """What the student writes, what the teacher says of it (or of a rollout that is given), and where
   the student moves on that."""
-  write, grade, step = _programs(case.model, slots)
+  write, grade, step = _programs(case.model, slots, buckets)
   wait = jax.block_until_ready  # collectives of several programs can deadlock on few processors
   rollout = wait(write(lora.join(frozen, trained), prompts, jax.random.key(3)))
   given = rollout if given is None else given
@@ -134,7 +138,7 @@ def differences() -> dict[str, dict[str, float]]:
                 frozen and frozen.replace(base=sharding.put(frozen.base, where)),
                 sharding.put(teacher, where), sharding.put(prompts, sharding.by_rows(case.mesh)),
                 sharding.put(want[0], sharding.by_rows(case.mesh)))
-      got = _run(case, *placed, slots=case.slots)
+      got = _run(case, *placed, slots=case.slots, buckets=case.buckets)
     moved = max(np.abs(np.asarray(a) - np.asarray(b)).max()
                 for a, b in zip(*map(jax.tree.leaves, (want[2], trained)), strict=True))
     far = [max(np.abs(np.asarray(a) - np.asarray(b)).max() for a, b in zip(

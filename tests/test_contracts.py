@@ -46,7 +46,7 @@ COMPILES = ('programs.py', 'run/evaluator.py', 'doctor/rollouts.py', 'tools/comp
 CONFIGS = ('config.py', 'experiment.py', 'presets.py')
 TAKES_CONFIG = ('train.py', 'doctor/examine.py')  # `train` and `command`; and all of tools/
 # What a step does, from the loop to the gradient; a choice or a gate is looked up, one at a time.
-PATH, PATH_LINES = ('types', 'algorithm', 'programs', 'train'), 3000
+PATH, PATH_LINES = ('types', 'algorithm', 'programs', 'train'), 3100
 
 
 @functools.cache

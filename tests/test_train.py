@@ -21,7 +21,7 @@ from opd_jax.run.book import NonFiniteError
 from opd_jax.tasks import arithmetic
 
 EVERYWHERE = {'kind', 'step', 'loss', 'grad_norm', 'update_norm', 'entropy_student', 'logprob',
-              'length', 'truncation_rate', 'flops', 'perf'}
+              'length', 'truncation_rate', 'scored_useful', 'flops', 'perf'}
 ON_POLICY = {'gap_mean', 'gap_max', 'ratio_mean', 'ratio_min', 'ratio_max', 'text'}
 TAUGHT = {'reverse_kl', 'entropy_teacher'} | {f'log_ratio_p{q}' for q in ('05', 25, 50, 75, 95)}
 FIELDS = {

@@ -6,13 +6,11 @@ A vocabulary-sized row exists only for `chunk_tokens` tokens at a time: nothing 
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from opd_jax.algorithm import support, vocabulary
+from opd_jax.algorithm import buckets, support, vocabulary
 from opd_jax.models import layout
 from opd_jax.models.nn import positions_of
 from opd_jax.types import Batch, Head, Model, Params, Rollout, Scores, TopTokens, Wants
@@ -80,31 +78,9 @@ def chosen_only(batch: Batch) -> Batch:
       if (scores := getattr(batch, name)) is not None})
 
 
-def split_rows(tree: Any, microbatch_rows: int) -> Any:
-  """Splits leaves [B, ...] into [B / m, m, ...] for a loop over microbatches; m = 0: all rows.
-
-  Raises:
-    ValueError: m does not divide B.
-  """
-  rows = jax.tree.leaves(tree)[0].shape[0]
-  size = microbatch_rows or rows
-  if rows % size:
-    raise ValueError(f'microbatch_rows={size} does not divide the {rows} rows of the batch')
-  # Interleaved ([m, B/m] swapped), so that a batch sharded over devices by rows stays spread over
-  # all of them in every microbatch.
-  return jax.tree.map(lambda a: layout.constrain(
-      a.reshape(size, rows // size, *a.shape[1:]).swapaxes(0, 1),
-      (None, 'batch', *(None,) * (a.ndim - 1))), tree)
-
-
-def join_rows(tree: Any) -> Any:
-  """Inverts `split_rows`."""
-  return jax.tree.map(
-      lambda a: a.swapaxes(0, 1).reshape(a.shape[0] * a.shape[1], *a.shape[2:]), tree)
-
-
 def teacher_logprob_fn(params: Params, rollout: Rollout, *, model: Model, temperature: float,
-                       wants: Wants, chunk_tokens: int, microbatch_rows: int) -> Scores:
+                       wants: Wants, chunk_tokens: int, microbatch_rows: int,
+                       length_buckets: int = 1) -> Scores:
   """Grades a rollout with one forward pass of a model that did not (need to) write it.
 
   The same function, and so the same compiled program, scores the student when a policy-gradient
@@ -120,6 +96,7 @@ def teacher_logprob_fn(params: Params, rollout: Rollout, *, model: Model, temper
       is left to the update.
     chunk_tokens: tokens whose vocabulary rows exist at a time.
     microbatch_rows: rows per forward pass, 0 for all.
+    length_buckets: to how many lengths microbatches are cut (`buckets.lengths_of`).
 
   Raises:
     ValueError: nothing is wanted.
@@ -146,7 +123,8 @@ def teacher_logprob_fn(params: Params, rollout: Rollout, *, model: Model, temper
     return Scores(logprobs=to_rows(out['logprobs'], rows), entropy=to_rows(out['entropy'], rows),
                   hidden=kept, top=out.get('top'))
 
-  return join_rows(jax.lax.map(score, split_rows(rollout, microbatch_rows)))
+  return buckets.scan_rows(lambda _, rows: (None, score(rows)), None, rollout, rollout,
+                           microbatch_rows=microbatch_rows, buckets=length_buckets)[1]
 
 
 def only(scores: Scores, wants: Wants) -> Scores:

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 import optax
 
-from opd_jax.algorithm import metrics, signals, vocabulary
+from opd_jax.algorithm import buckets, metrics, signals, vocabulary
 from opd_jax.algorithm import score as score_lib
 from opd_jax.algorithm import support as support_lib
 from opd_jax.algorithm.objective import Objective, wants
@@ -217,6 +217,7 @@ class Term:
       something.
     microbatch_rows: rows per forward and backward pass, 0 for all. The gradient is the full batch's
       whatever it is: weights are normalized over the global batch before the split.
+    length_buckets: to how many lengths they are cut (`buckets.lengths_of`).
   """
 
   name: str
@@ -224,6 +225,7 @@ class Term:
   group_size: int = 1
   on_policy: bool = True
   microbatch_rows: int = 0
+  length_buckets: int = 1
 
 
 def gradient(params: Params, batch: Batch, heads: Heads, step: Array, key: PRNGKeyArray | None,
@@ -247,9 +249,10 @@ def gradient(params: Params, batch: Batch, heads: Heads, step: Array, key: PRNGK
     return jax.tree.map(jnp.add, carry, (value, grads)), aux
 
   zeros = (jnp.zeros((), rows.weights.dtype), jax.tree.map(jnp.zeros_like, params))
-  (total, grads), aux = jax.lax.scan(accumulate, zeros,
-                                     score_lib.split_rows(rows, term.microbatch_rows))
-  reported |= metrics.batch_metrics(o, term.on_policy, batch, score_lib.join_rows(aux))
+  (total, grads), aux, reported['scored_useful'] = buckets.scan_rows(
+      accumulate, zeros, rows, batch.rollout, microbatch_rows=term.microbatch_rows,
+      buckets=term.length_buckets)
+  reported |= metrics.batch_metrics(o, term.on_policy, batch, aux)
   if o.anneal != 'none':
     reported['distill_coef'] = coef
   return total, grads, reported

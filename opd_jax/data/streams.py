@@ -36,6 +36,7 @@ class Stream:
     steps: the part of 0..1 that a step's draw (`step_draw`) must fall into for the stream to take
       part, the upper end excluded.
     microbatch_rows: rows per forward and backward pass, on all devices together; 0 for all.
+    length_buckets: to how many lengths these are cut.
     warm_steps: the first steps of a run, in which the student writes nothing.
   """
 
@@ -48,6 +49,7 @@ class Stream:
   samples: int
   steps: tuple[float, float]
   microbatch_rows: int
+  length_buckets: int = 1
   warm_steps: int = 0
 
   @property
@@ -87,7 +89,8 @@ def make(run: Run, shards: int = 1) -> tuple[Stream, ...]:
   own = Stream(
       OWN, run.data.source, run.sample.teacher_mix if run.data.source == 'student' else 0.0,
       objective_of(run, run.data.source), run.data.split, run.data.prompts_per_step,
-      run.data.samples_per_prompt, (0.0, share), microbatch, run.data.warm_steps)
+      run.data.samples_per_prompt, (0.0, share), microbatch, run.compute.length_buckets,
+      run.data.warm_steps)
   out = [own]
   if run.data.off_policy_source != 'none':
     writer = run.data.off_policy_source
@@ -96,7 +99,8 @@ def make(run: Run, shards: int = 1) -> tuple[Stream, ...]:
   if run.given.source != 'none':
     rows = run.given.prompts_per_step
     out.append(Stream(GIVEN, run.given.source, 0.0, given_objective(run), run.given.split, rows, 1,
-                      (0.0, 1.0), math.gcd(microbatch, rows), run.data.warm_steps))
+                      (0.0, 1.0), math.gcd(microbatch, rows), run.compute.length_buckets,
+                      run.data.warm_steps))
   return tuple(out)
 
 

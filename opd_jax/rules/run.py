@@ -115,7 +115,7 @@ FIELDS = (
             'optimizer.weight_decay optimizer.clip_norm optimizer.eps', 0),
     *within('optimizer.b1 optimizer.b2', 0, 1, below=True),
     Rule('doctor.max_reverse_kl', lambda r: not r.doctor.max_reverse_kl > 0, '', 'above 0'),
-    *least('compute.decode_split compute.teacher_devices sample.slots', 0),
+    *least('compute.decode_split compute.teacher_devices compute.length_buckets sample.slots', 0),
     *least('compute.pipeline_parts', 1),
     *unread('compute.pipeline_parts compute.teacher_mesh.data compute.teacher_mesh.fsdp '
             'compute.teacher_mesh.tensor compute.teacher_mesh.expert',

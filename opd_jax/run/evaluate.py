@@ -12,7 +12,7 @@ from jaxtyping import Array
 import numpy as np
 import scipy.stats
 
-from opd_jax.algorithm import divergences, metrics, score, vocabulary
+from opd_jax.algorithm import buckets, divergences, metrics, score, vocabulary
 from opd_jax.data import examples as examples_lib
 from opd_jax.models import layout
 from opd_jax.parallel import hosts, sharding
@@ -125,7 +125,7 @@ def row_sums(params: Params, teacher_params: Params | Seen, rollout: Rollout, *,
     return {name: jnp.sum(seen[key], axis=1) for key, name in names.items()}
 
   xs = (rollout, teacher_params.hidden if apart else None)
-  out = score.join_rows(jax.lax.map(sums, score.split_rows(xs, microbatch_rows)))
+  out = buckets.join_rows(jax.lax.map(sums, buckets.split_rows(xs, microbatch_rows)))
   return out | {'tokens': jnp.sum(rollout.mask, axis=1)}
 
 

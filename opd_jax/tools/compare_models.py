@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from opd_jax.algorithm import metrics, score
+from opd_jax.algorithm import buckets, metrics
 from opd_jax.build import Parts
 from opd_jax.data import examples as examples_lib
 from opd_jax.data.streams import OWN
@@ -33,12 +33,12 @@ def support(run: Run, parts: Parts, probe: Any) -> dict[str, Any]:
   o, ks = own.objective, sorted({evaluate.clamp_top_k(k, parts.student.model) for k in TOP_KS})
 
   def look(student, teacher, rollout):
-    return score.join_rows(jax.lax.map(
+    return buckets.join_rows(jax.lax.map(
         lambda rows: evaluate.compare(
             student, teacher, rows, model=parts.student.model, teacher=parts.teacher.model,
             temperature=o.temperature, teacher_temperature=o.teacher_temperature,
             chunk_tokens=parts.chunk_tokens, overlap_top_ks=tuple(ks)),
-        score.split_rows(rollout, own.microbatch_rows)))
+        buckets.split_rows(rollout, own.microbatch_rows)))
 
   program = jax.jit(look, out_shardings=sharding.by_rows(parts.mesh))
   batches = [hosts.fetch(program(probe.student, probe.graders['teacher'].params, rollout))

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from opd_jax import models
-from opd_jax.algorithm import score, update
+from opd_jax.algorithm import buckets, score, update
 from opd_jax.algorithm.objective import Local, Objective
 from opd_jax.algorithm.update import Term
 from opd_jax.models import params as params_lib
@@ -128,16 +128,16 @@ def test_what_is_wanted_is_what_is_there():
 
 def test_split_rows_and_join_rows_are_inverse(rollout):
   for rows, count in ((0, 1), (1, 6), (2, 3), (6, 1)):
-    parts = score.split_rows(rollout, rows)
+    parts = buckets.split_rows(rollout, rows)
     assert parts.tokens.shape[:2] == (count, 6 // count)
     assert parts.prompt_length == rollout.prompt_length
-    same = jax.tree.map(jnp.array_equal, score.join_rows(parts), rollout)
+    same = jax.tree.map(jnp.array_equal, buckets.join_rows(parts), rollout)
     assert all(jax.tree.leaves(same))
 
 
 def test_split_rows_refuses_a_size_that_does_not_divide(rollout):
   with pytest.raises(ValueError, match=r'microbatch_rows=4 .*\b6 '):
-    score.split_rows(rollout, 4)
+    buckets.split_rows(rollout, 4)
 
 
 # --- memory: no [B, T, V] array, in either direction ---

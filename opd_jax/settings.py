@@ -78,6 +78,9 @@ class Compute:
 
   dtype: str = 'float32'  # of activations; trained parameters and reductions are float32
   frozen_dtype: str = 'auto'  # of teachers and of the base under an adapter: 'auto' is `dtype`
+  # The form of attention (models/attention.py): 'reference', 'blocks', 'cudnn' (NVIDIA), 'splash'
+  # (TPU); 'auto' takes the fastest that the platform has for the length, dtype and model.
+  attention: str = 'auto'
   remat: bool = False  # recompute each layer in the backward pass
   layer_unroll: int = 1  # layers per iteration of the scan over layers
   # Of each part into which the mesh splits rows (data times fsdp), so that a config means the same

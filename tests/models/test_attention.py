@@ -90,7 +90,7 @@ def test_attention_scores_of_bfloat16_factors_are_not_rounded_to_it():
 # --- whole rows ---
 
 
-def _rows(length, heads, kv_heads, width=8, dtype=jnp.float32):
+def rows_of(length, heads, kv_heads, width=8, dtype=jnp.float32):
   """Queries, keys, values and a cotangent of three rows: whole, padded left, a run within."""
   slots = np.arange(length)[None]
   first, end = np.array([[0], [length // 3], [5]]), np.array([[length], [length], [length - 7]])
@@ -110,7 +110,7 @@ def _both(f, q, k, v, d, valid):
   return [np.asarray(x, np.float64) for x in (out, *grads)]
 
 
-def _same(f, q, k, v, d, valid, window, scale, softcap, most=1e-6):
+def same(f, q, k, v, d, valid, window, scale, softcap, most=1e-6):
   mask = Mask(valid, (window,), how='reference')
   want = _both(lambda *x: attention.attention(*x, mask, scale, softcap), q, k, v, d, valid)
   got = _both(f, q, k, v, d, valid)
@@ -129,14 +129,14 @@ def _same(f, q, k, v, d, valid, window, scale, softcap, most=1e-6):
     (40, 16, 2, 2, 400, 0.0),  # all there is
     (40, 64, 4, 2, 9, 0.0)])  # one block
 def test_blocks_are_the_reference(length, block, heads, kv_heads, window, softcap):
-  q, k, v, d, valid = _rows(length, heads, kv_heads)
-  _same(lambda *x: attention.blocks(*x, valid, window, 0.4, softcap, block), q, k, v, d, valid,
+  q, k, v, d, valid = rows_of(length, heads, kv_heads)
+  same(lambda *x: attention.blocks(*x, valid, window, 0.4, softcap, block), q, k, v, d, valid,
         window, 0.4, softcap)
 
 
 def test_blocks_in_float64_against_one_query_at_a_time():
   with jax.enable_x64(True):
-    q, k, v, d, valid = _rows(40, 4, 2, dtype=jnp.float64)
+    q, k, v, d, valid = rows_of(40, 4, 2, dtype=jnp.float64)
     mask = Mask(valid, (9,))
     got = jax.jit(lambda *x: attention.blocks(*x, 9, 0.4, 1.5, 16))(q, k, v, valid)
     assert got.dtype == jnp.float64
@@ -144,7 +144,7 @@ def test_blocks_in_float64_against_one_query_at_a_time():
     read = np.asarray(valid)
     want = _attend(*map(np.asarray, (q, k, v)), allowed | ~read[:, :, None], 0.4, 1.5)
     np.testing.assert_allclose(np.asarray(got)[read], want[read], rtol=0, atol=1e-13)
-    _same(lambda *x: attention.blocks(*x, valid, 9, 0.4, 1.5, 16), q, k, v, d, valid, 9, 0.4, 1.5,
+    same(lambda *x: attention.blocks(*x, valid, 9, 0.4, 1.5, 16), q, k, v, d, valid, 9, 0.4, 1.5,
           most=1e-12)
 
 
@@ -159,7 +159,7 @@ def test_blocks_in_bfloat16_keep_their_sums_in_float32():
 
 
 def test_padding_is_exactly_nobodys_business():
-  q, k, v, d, valid = _rows(40, 4, 2)
+  q, k, v, d, valid = rows_of(40, 4, 2)
 
   @jax.jit
   def read(k, v):
@@ -177,7 +177,7 @@ def test_padding_is_exactly_nobodys_business():
 @pytest.mark.parametrize('window', [None, 100, 33])
 def test_blocks_beyond_the_mask_are_not_visited(window):
   length, block, heads, width = 512, 32, 2, 8
-  q, k, v, _, valid = _rows(length, heads, heads, width)
+  q, k, v, _, valid = rows_of(length, heads, heads, width)
   run = functools.partial(attention.blocks, valid=valid, window=window, scale=1.0, block=block)
   forward = jax.jit(run).trace(q, k, v)
   both = jax.jit(jax.grad(lambda *x: jnp.sum(run(*x)), (0, 1, 2))).trace(q, k, v)
@@ -192,12 +192,12 @@ def test_blocks_beyond_the_mask_are_not_visited(window):
 
 
 def test_blocks_by_row_under_vmap_and_a_checkpoint():
-  q, k, v, d, valid = _rows(40, 4, 2)
+  q, k, v, d, valid = rows_of(40, 4, 2)
 
   def each(q, k, v, valid):
     return attention.blocks(q[None], k[None], v[None], valid[None], 9, 0.4, 0.0, 16)[0]
 
-  _same(lambda *x: jax.vmap(jax.checkpoint(each))(*x, valid), q, k, v, d, valid, 9, 0.4, 0.0)
+  same(lambda *x: jax.vmap(jax.checkpoint(each))(*x, valid), q, k, v, d, valid, 9, 0.4, 0.0)
 
 
 @pytest.mark.parametrize(('length', 'size', 'count'), [

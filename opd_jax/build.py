@@ -192,7 +192,7 @@ def check_models(run: Run, streams: tuple[Stream, ...], mesh: jax.sharding.Mesh,
   here = [m.model.specs for m in loaded if m is not elsewhere]
   for specs in here + ([adapter.specs] if adapter else []):
     sharding.param_shardings(specs, mesh)  # raises where the mesh does not fit
-  _check_attention(run, mesh, loaded)
+  _check_layers(run, mesh, loaded)
   longest = min(m.model.config.max_position_embeddings for m in loaded)
   if run.data.max_prompt_tokens + run.data.max_new_tokens > longest:
     refuse(run, 'data.max_prompt_tokens data.max_new_tokens', '',
@@ -208,8 +208,11 @@ def check_models(run: Run, streams: tuple[Stream, ...], mesh: jax.sharding.Mesh,
       refuse(run, field, '', f'at most the vocabulary of {in_use} tokens')
 
 
-def _check_attention(run, mesh, loaded):
-  """Refuses a form of attention that these devices do not have, or not for these models."""
+def _check_layers(run, mesh, loaded):
+  """Refuses ways to compute layers that these devices do not have, or not for these models."""
+  if run.compute.remat == 'offload' and mesh.devices.flat[0].platform == 'cpu':
+    refuse(run, 'compute.remat', 'a CPU has no memory but its own',
+           "'none', 'attention' or 'layer'")
   for config in (m.model.config for m in loaded if m.model.family != flax_module.FAMILY):
     softcap = getattr(config, 'attn_logit_softcapping', None) or 0.0
     found = kernels.refusal(run.compute.attention, mesh.devices.flat[0].platform,

@@ -21,7 +21,7 @@ def names() -> list[str]:
 
 
 def build(hf_config: dict[str, Any], *, vocab_in_use: int | None = None, dtype: Any = jnp.float32,
-          attention: str = 'auto', remat: bool = False, layer_unroll: int = 1) -> Model:
+          attention: str = 'auto', remat: str = 'none', layer_unroll: int = 1) -> Model:
   """Makes the model that a Hugging Face config.json describes.
 
   Args:
@@ -29,7 +29,7 @@ def build(hf_config: dict[str, Any], *, vocab_in_use: int | None = None, dtype: 
     vocab_in_use: how many ids the tokenizer knows; by default all of `vocab_size`.
     dtype: of the activations.
     attention: of `attention.NAMES`.
-    remat: whether a gradient computes each layer again, in place of keeping what is inside it.
+    remat: of `decoder.REMATS`, what a gradient computes again in place of keeping it.
     layer_unroll: how many layers share one iteration of the scan.
 
   Raises:

@@ -49,6 +49,7 @@ class Mask:
     start: the slot of the first query. Other than 0, the queries are not all of a row.
     how: of `NAMES`.
     decoding: whether activations are laid out as decoding wants (layout.DECODE).
+    again: whether the backward pass computes all scores again in the reference form.
   """
 
   valid: Bool[Array, 'B T']
@@ -57,6 +58,7 @@ class Mask:
   start: int | Int[Array, ''] = 0
   how: str = AUTO
   decoding: bool = False
+  again: bool = False
 
   def allowed(self, queries: int) -> Bool[Array, 'B S T']:
     """Writes the mask out, of so many queries."""
@@ -90,7 +92,8 @@ def attention(q: Float[Array, 'B S N H'], k: Float[Array, 'B K T H'], v: Float[A
   scale = q.shape[-1]**-0.5 if scale is None else scale
   how = form(mask, q, k, softcap)
   if how == REFERENCE:
-    return reference(q, k, v, mask.allowed(q.shape[1]), scale, softcap)
+    run = _again if mask.again else reference
+    return run(q, k, v, mask.allowed(q.shape[1]), scale, softcap)
   if how == BLOCKS:
     return mask.by_window(lambda w: blocks(q, k, v, mask.valid, w, scale, softcap))
   run = kernels.cudnn if how == CUDNN else functools.partial(kernels.splash, softcap=softcap)
@@ -140,6 +143,22 @@ def reference(q: Float[Array, 'B S N H'], k: Float[Array, 'B K T H'], v: Float[A
   logits = jnp.where(allowed[:, None, None], logits, jnp.finfo(logits.dtype).min)
   weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
   return jnp.einsum('bkgst,bkth->bskgh', weights, v).reshape(q.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _again(q, k, v, allowed, scale, softcap):
+  return reference(q, k, v, allowed, scale, softcap)
+
+
+def _again_backward(scale, softcap, kept, d_out):
+  # The barrier: or the compiler finds that the scores are there already, and keeps them.
+  *inputs, allowed, d_out = jax.lax.optimization_barrier((*kept, d_out))
+  _, pull = jax.vjp(lambda *x: reference(*x, allowed, scale, softcap), *inputs)
+  return *pull(d_out), None
+
+
+# No `jax.checkpoint`: within that of a layer, whose policy keeps what it can, scores would be kept.
+_again.defvjp(lambda *x: (_again(*x), x[:4]), _again_backward)
 
 
 # --- blocks ---
@@ -239,6 +258,14 @@ def _blocks(q, k, v, valid, plan):
 
 
 def _forward(q, k, v, valid, plan):
+  out, logs = _run(q, k, v, valid, plan)
+  return out, (q, k, v, valid, out, logs)
+
+
+# A custom gradient which nothing asks for: seen from a `jax.checkpoint` around it, this is one
+# operation and no loop, of which a policy would keep what it can of every iteration.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _run(q, k, v, valid, plan):
   wide = reduction_dtype(q)
   least = jnp.finfo(wide).min
 
@@ -259,10 +286,16 @@ def _forward(q, k, v, valid, plan):
             _put(logs, new_top + jnp.log(some), i))
 
   one, each = q[0], q[..., 0]  # a block of queries; a number a query
-  _, _, _, out, logs = plan.visit(body, (
+  return plan.visit(body, (
       _full(least, wide, each[0]), _full(0, wide, each[0]), _full(0, wide, one),
-      _full(0, q.dtype, q), _full(0, wide, each)))
-  return out, (q, k, v, valid, out, logs)
+      _full(0, q.dtype, q), _full(0, wide, each)))[3:]
+
+
+def _no_gradient(*_):
+  raise NotImplementedError('attention in blocks has first derivatives only')
+
+
+_run.defvjp(_no_gradient, _no_gradient)
 
 
 def _backward(plan, kept, d_out):

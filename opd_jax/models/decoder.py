@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -97,7 +98,7 @@ class Decoder:
   table: dict[str, ParamSpec]
   dtype: Any
   attention: str
-  remat: bool
+  remat: str
   layer_unroll: int
 
 
@@ -208,6 +209,24 @@ def _embed(d: Decoder, table: Array, tokens: Array, decoding: bool) -> Array:
   return x.astype(d.dtype)  # in this order, or gradients add up in bf16
 
 
+# What the backward pass computes again: nothing; the scores of all keys, where attention makes them
+# at once (its other forms always do); layers, of which only what goes in is kept, on the device or
+# in the memory of its host.
+REMATS = ('none', 'attention', 'layer', 'offload')
+_INPUT = 'layer_input'
+
+
+def _remat(d: Decoder, block: Callable[..., Any], static: tuple[int, ...]) -> Callable[..., Any]:
+  """Wraps a layer, so that the backward pass has what `remat` says. The scores are attention's."""
+  policy = {
+      'layer': jax.checkpoint_policies.nothing_saveable,
+      'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
+          names_which_can_be_saved=[], names_which_can_be_offloaded=[_INPUT], offload_src='device',
+          offload_dst='pinned_host'),
+  }.get(d.remat, None if layout.mesh_of_several() is None else _all_but_gathered)
+  return block if policy is None else jax.checkpoint(block, policy=policy, static_argnums=static)
+
+
 def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
   """Without `remat` everything is kept for the backward pass but the weights that were gathered,
   which would be the whole model on every device."""
@@ -236,9 +255,10 @@ def forward(d: Decoder, params: Params, tokens: Int[Array, 'B S'], positions: In
     seen = jax.lax.dynamic_update_slice_in_dim(cache['valid'], valid, index, axis=1)
     seen = layout.rows(seen, rules)
   mask = Mask(seen, tuple(kind.window for kind in d.kinds), 0, index, d.attention,
-              cache is not None)
+              cache is not None, d.remat == 'attention')
 
   def block(x, w, kind, old):  # picks by kind in here, so that remat does not keep what is picked
+    x = checkpoint_name(x, _INPUT)
     if cache is None:
       w = placement.used(w, d.table, d.dtype)
     x, new = family.layer(c, x, w, _of_kind(kind, ropes), dataclasses.replace(mask, kind=kind),
@@ -246,9 +266,7 @@ def forward(d: Decoder, params: Params, tokens: Int[Array, 'B S'], positions: In
     return layout.rows(x, rules), new
 
   alike = len(d.kinds) == 1
-  if d.remat or layout.mesh_of_several() is not None:
-    policy = jax.checkpoint_policies.nothing_saveable if d.remat else _all_but_gathered
-    block = jax.checkpoint(block, policy=policy, static_argnums=(2,) if alike else ())
+  block = _remat(d, block, (2,) if alike else ())
   if isinstance(params['layers'], tuple):
     kv = []
     for i, w in enumerate(params['layers']):
@@ -289,7 +307,7 @@ def parse(family: Family, hf_config: dict[str, Any]) -> Any:
   return config_json.make_config(family.config, {**values, **family.read_rope(values)})
 
 
-def make_model(family: Family, hf_config: dict[str, Any], dtype: Any, attention: str, remat: bool,
+def make_model(family: Family, hf_config: dict[str, Any], dtype: Any, attention: str, remat: str,
                layer_unroll: int) -> Model:
   """Makes the contract of `types.Model` of what config.json describes.
 

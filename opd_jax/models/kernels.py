@@ -63,7 +63,12 @@ def on_own(f: Callable[..., Array], q: Float[Array, 'B S N H'], k: Float[Array, 
     return f(q, k, v, valid)
   rules = layout.DECODE if decoding else layout.TRAIN
   keys = layout.fit(k.shape, ('batch', 'kv_heads', None, None), rules, mesh)
-  rows, heads = keys[0], keys[1]  # as many parts of query heads as of key heads
+  heads = keys[1]  # as many parts of query heads as of key heads
+  # An axis that the specs leave out is summed over in the gradient: those of one device stay in.
+  split = layout.axis_names(keys)
+  rows = (*layout.axis_names(keys[:1]), *(n for n in mesh.axis_names
+                                          if mesh.shape[n] == 1 and n not in split))
+  keys = P(rows, *keys[1:])
   queries = P(rows, None, heads, None)
   # Kernels do not say by which axes their results differ, hence no check.
   return jax.shard_map(f, in_specs=(queries, keys, keys, P(rows, None)), out_specs=queries,

@@ -4,24 +4,23 @@ spend."""
 from __future__ import annotations
 
 import functools
+import math
 
-from conftest import family_config, sharp_params, ways_to_tie
+from attending import normal, rows_of, same
+from conftest import family_config, qwen3_config, sharp_params, ways_to_tie
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from opd_jax import models
-from opd_jax.models import attention, kernels
+from opd_jax.models import attention, kernels, layout
+from opd_jax.models import params as params_lib
 from opd_jax.models.attention import Mask
 from opd_jax.tools.plan import products
 
 # float32 has 6e-8 relative rounding; sums here are over at most 300 terms of order one.
 CLOSE = dict(rtol=2e-6, atol=2e-6)
-
-
-def _normal(*shape, seed=0):
-  return np.random.RandomState(seed).standard_normal(shape)
 
 
 def _attend(q, k, v, allowed, scale=None, softcap=0.0):
@@ -40,8 +39,8 @@ def _attend(q, k, v, allowed, scale=None, softcap=0.0):
 @pytest.mark.parametrize('more', [(), (0.2,), (None, 1.5), (0.7, 0.4)], ids=str)
 @pytest.mark.parametrize(('heads', 'kv_heads'), [(4, 4), (6, 2), (3, 1)])
 def test_attention_against_one_query_at_a_time(heads, kv_heads, more):
-  q = _normal(2, 3, heads, 8)
-  k, v = (_normal(2, kv_heads, 5, 8, seed=s) for s in (1, 2))
+  q = normal(2, 3, heads, 8)
+  k, v = (normal(2, kv_heads, 5, 8, seed=s) for s in (1, 2))
   allowed = np.random.RandomState(3).rand(2, 3, 5) < 0.5
   allowed[:, :, 2] = True  # every query has a key to read
   inputs = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
@@ -50,8 +49,8 @@ def test_attention_against_one_query_at_a_time(heads, kv_heads, more):
 
 
 def test_attention_ignores_forbidden_keys_exactly_and_survives_a_row_without_any():
-  q = jnp.asarray(_normal(1, 2, 4, 8), jnp.float32)
-  k, v = (jnp.asarray(_normal(1, 2, 3, 8, seed=s), jnp.float32) for s in (1, 2))
+  q = jnp.asarray(normal(1, 2, 4, 8), jnp.float32)
+  k, v = (jnp.asarray(normal(1, 2, 3, 8, seed=s), jnp.float32) for s in (1, 2))
   allowed = jnp.array([[[True, False, True], [False, False, False]]])
 
   @jax.jit
@@ -88,36 +87,6 @@ def test_attention_scores_of_bfloat16_factors_are_not_rounded_to_it():
 
 
 # --- whole rows ---
-
-
-def rows_of(length, heads, kv_heads, width=8, dtype=jnp.float32):
-  """Queries, keys, values and a cotangent of three rows: whole, padded left, a run within."""
-  slots = np.arange(length)[None]
-  first, end = np.array([[0], [length // 3], [5]]), np.array([[length], [length], [length - 7]])
-  valid = jnp.asarray((slots >= first) & (slots < end))
-  q, d = (jnp.asarray(_normal(3, length, heads, width, seed=s), dtype) for s in (0, 3))
-  k, v = (jnp.asarray(_normal(3, kv_heads, length, width, seed=s), dtype) for s in (1, 2))
-  return q, k, v, jnp.where(valid[:, :, None, None], d, 0), valid
-
-
-def _both(f, q, k, v, d, valid):
-  """The result where a query is valid, and the gradients; padding's result is read by nobody."""
-  def read(q, k, v):
-    out = jnp.where(valid[:, :, None, None], f(q, k, v), 0)
-    return jnp.sum(out * d), out
-
-  (_, out), grads = jax.jit(jax.value_and_grad(read, (0, 1, 2), has_aux=True))(q, k, v)
-  return [np.asarray(x, np.float64) for x in (out, *grads)]
-
-
-def same(f, q, k, v, d, valid, window, scale, softcap, most=1e-6):
-  mask = Mask(valid, (window,), how='reference')
-  want = _both(lambda *x: attention.attention(*x, mask, scale, softcap), q, k, v, d, valid)
-  got = _both(f, q, k, v, d, valid)
-  largest = max(1.0, *(np.abs(x).max() for x in want))
-  for a, b in zip(want, got, strict=True):
-    assert np.isfinite(b).all()
-    np.testing.assert_allclose(b, a, rtol=0, atol=most * largest)
 
 
 @pytest.mark.parametrize(('length', 'block', 'heads', 'kv_heads', 'window', 'softcap'), [
@@ -264,3 +233,38 @@ def test_a_model_in_blocks_is_the_model(family, monkeypatch):
   for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
     # Through two or three layers of sharp attention rounding grows tenfold.
     np.testing.assert_allclose(b, a, rtol=0, atol=2e-5 * max(1.0, np.abs(a).max()))
+
+
+def _kept(length, **options):
+  """The shapes of what a gradient keeps of the layers of a model, without the layers."""
+  model = models.build(qwen3_config(), **options)
+  tokens = jnp.zeros((2, length), jnp.int32)
+  valid = jnp.ones((2, length), bool)
+
+  def total(params):
+    return jnp.sum(model.forward(params, tokens, tokens, valid, None)[0])
+
+  jaxpr = jax.jit(jax.grad(total)).trace(params_lib.abstract_params(model.specs)).jaxpr
+  forward = next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == 'scan')
+  shapes = [v.aval.shape[1:] for v in forward.outvars[forward.params['num_carry']:]]
+  weights = [s.shape[1:] for s in model.specs['layers'].values()]
+  return [s for s in shapes if s not in weights], str(jaxpr)
+
+
+@pytest.mark.parametrize('devices', [1, 2])
+@pytest.mark.parametrize(('options', 'scores', 'inputs_only'), [
+    (dict(), True, False), (dict(remat='attention'), False, False),
+    (dict(attention='blocks'), False, False), (dict(remat='layer'), False, True),
+    (dict(remat='offload'), False, True)], ids=str)
+def test_what_the_backward_pass_keeps(monkeypatch, options, scores, inputs_only, devices):
+  monkeypatch.setattr(attention, 'block_size', lambda length: 16)
+  length = 37  # as nothing else is
+  mesh = jax.sharding.AbstractMesh((devices, 1, 1, 1, 1), layout.MESH_AXES)
+  with jax.sharding.use_abstract_mesh(mesh):
+    shapes, text = _kept(length, **options)
+  assert any(shape.count(length) == 2 for shape in shapes) == scores
+  # Nothing of every pair of blocks: the largest are queries, of three blocks.
+  assert scores or max(map(math.prod, shapes)) <= 2 * 48 * 24
+  width = qwen3_config()['hidden_size']
+  assert ([s for s in shapes if length in s] == [(2, length, width)]) == inputs_only
+  assert ('pinned_host' in text or '<host>' in text) == (options.get('remat') == 'offload')

@@ -8,12 +8,13 @@ from __future__ import annotations
 import functools
 import re
 
+import attending
 import jax
 from jax._src.cudnn import fused_attention_stablehlo as cudnn_lib
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_attention
+import test_layout
 
 from opd_jax.models import attention, kernels
 from opd_jax.models.attention import Mask
@@ -22,10 +23,10 @@ from opd_jax.models.attention import Mask
 @pytest.mark.parametrize(('window', 'softcap'), [(None, 1.5), (70, 0.0)])
 def test_splash_is_the_reference(window, softcap):
   # Of 200 tokens, which are padded to a block of 256, and heads of 8, which are padded to 128.
-  q, k, v, d, valid = (x[1:] for x in test_attention.rows_of(200, 2, 1))
+  q, k, v, d, valid = (x[1:] for x in attending.rows_of(200, 2, 1))
   run = functools.partial(kernels.splash, valid=valid, window=window, scale=0.4, softcap=softcap,
                           interpret=True)
-  test_attention.same(run, q, k, v, d, valid, window, 0.4, softcap)
+  attending.same(run, q, k, v, d, valid, window, 0.4, softcap)
 
 
 def _cuda(f, *args):
@@ -67,8 +68,8 @@ def test_rows_go_to_cudnn_from_their_first_token_on(monkeypatch):
 
   monkeypatch.setattr(jax.nn, 'dot_product_attention', standing_in)
   for window in (None, 9):
-    q, k, v, d, valid = test_attention.rows_of(40, 4, 2)
-    test_attention.same(
+    q, k, v, d, valid = attending.rows_of(40, 4, 2)
+    attending.same(
         lambda *x, window=window: kernels.cudnn(*x, valid, window=window, scale=0.4),  # noqa: B023
         q, k, v, d, valid, window, 0.4, 0.0)
   assert len(asked) == 2
@@ -80,3 +81,15 @@ def test_a_row_rolls_and_its_gradient_rolls_back():
   np.testing.assert_array_equal(got, np.stack([np.roll(a, b, 0) for a, b in zip(
       x, by, strict=True)]))
   np.testing.assert_array_equal(back(got)[0], x)
+
+
+@pytest.fixture(scope='module')
+def meshed():
+  return test_layout.run_child('meshed_attention', 'differences', devices=4)
+
+
+@pytest.mark.parametrize('form', ['blocks', 'splash'])
+def test_on_a_mesh_every_device_attends_for_its_rows_and_heads(meshed, form):
+  # The gradient of four rows, split in two, and of heads, split in two: nothing has to travel.
+  assert meshed[form]['travels'] == []
+  assert meshed[form]['off'] < 1e-5

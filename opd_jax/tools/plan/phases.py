@@ -96,9 +96,11 @@ def open_programs(run: Run, topology: Topology, devices: list[Any]) -> Programs:
   Raises:
     ConfigError: see `shapes.open_parts`.
   """
-  if topology.platform == 'gpu' and run.compute.attention == 'cudnn':
-    # Compiled for CPUs, which have no cuDNN; the products are the same.
-    run = dataclasses.replace(run, compute=dataclasses.replace(run.compute, attention='blocks'))
+  if topology.platform == 'gpu':  # compiled for CPUs, which have neither
+    compute = run.compute
+    run = dataclasses.replace(run, compute=dataclasses.replace(
+        compute, attention='blocks' if compute.attention == 'cudnn' else compute.attention,
+        remat='layer' if compute.remat == 'offload' else compute.remat))
   return compile_programs(run, shapes.open_parts(run, devices))
 
 

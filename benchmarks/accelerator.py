@@ -30,6 +30,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from opd_jax import config, load, presets, programs, settings  # noqa: E402
+from opd_jax.algorithm import slots  # noqa: E402
 from opd_jax.models import params  # noqa: E402
 from opd_jax.run import flops  # noqa: E402
 from opd_jax.tools.plan import shapes  # noqa: E402
@@ -75,10 +76,14 @@ def machine(dtype: str, size: int) -> dict[str, float]:
   return {'flops_per_s': 2 * size**3 / product, 'bytes_per_s': 2 * large.nbytes / copy}
 
 
-def cache_bytes(model: Model, rows: int, length: int) -> int:
-  """Counts the bytes of keys and values."""
-  kept = jax.eval_shape(lambda: model.init_cache(rows, length)['kv'])
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
+def cache_bytes(model: Model, rows: int, prompt: int, answer: int) -> float:
+  """Counts the bytes of keys and values that the steps of decoding read, one after another."""
+  kept = jax.eval_shape(lambda: model.init_cache(rows, 1)['kv'])
+  place, total, done = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept)), 0.0, 0
+  for length in slots.lengths(answer):
+    steps = min(length, answer - 1) - done
+    total, done = total + steps * place * (prompt + length), done + steps
+  return total
 
 
 def make_run(shape: str, rows: int, args: argparse.Namespace, folder: str) -> settings.Run:
@@ -92,6 +97,8 @@ def make_run(shape: str, rows: int, args: argparse.Namespace, folder: str) -> se
   c.data.max_prompt_tokens, c.data.max_new_tokens = args.prompt, args.answer
   c.compute.dtype, c.compute.chunk_tokens = args.dtype, args.chunk_tokens
   c.compute.microbatch_rows = min(rows, args.microbatch_rows)
+  c.compute.attention, c.compute.remat = args.attention, args.remat
+  c.compute.length_buckets = 1  # all are of one length
   return config.parse(c)
 
 
@@ -137,7 +144,8 @@ def step(run: settings.Run, can: dict[str, float]) -> dict[str, Any]:
     steps = run.data.max_new_tokens - 1
     first, seconds, (rollout,) = timed(lambda: list(there.write(
         stream, state.params, graders, indices, key)))
-    note('write', first, seconds, forward, steps * (weights + cache_bytes(student, rows, length)))
+    note('write', first, seconds, forward, steps * weights + cache_bytes(
+        student, rows, run.data.max_prompt_tokens, run.data.max_new_tokens))
     first, seconds, _ = timed(lambda: graders['teacher'].score(rollout, stream))
     note('score teacher', first, seconds, forward)
     batch = there.grade(stream, state.params, graders, indices, [rollout])
@@ -166,6 +174,8 @@ def main() -> None:
   flags.add_argument('--vocabulary', type=int, default=VOCABULARY)
   flags.add_argument('--dtype', default='bfloat16')
   flags.add_argument('--preset', default='opd')
+  flags.add_argument('--attention', default='auto')
+  flags.add_argument('--remat', default='none')
   flags.add_argument('--product', type=int, default=8192, help='rows of the matrices multiplied')
   flags.add_argument('--json', help='a file for all numbers')
   args = flags.parse_args()

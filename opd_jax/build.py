@@ -25,7 +25,7 @@ from opd_jax.data.streams import GIVEN, OWN, Stream
 from opd_jax.errors import ConfigError, refuse
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.load import Adapter
-from opd_jax.models import lora
+from opd_jax.models import flax_module, kernels, lora
 from opd_jax.models import params as params_lib
 from opd_jax.parallel import apart as apart_lib
 from opd_jax.parallel import sharding
@@ -197,6 +197,7 @@ def check_models(run: Run, streams: tuple[Stream, ...], mesh: jax.sharding.Mesh,
   here = [m.model.specs for m in loaded if m is not elsewhere]
   for specs in here + ([adapter.specs] if adapter else []):
     sharding.param_shardings(specs, mesh)  # raises where the mesh does not fit
+  _check_layers(run, mesh, loaded)
   longest = min(m.model.config.max_position_embeddings for m in loaded)
   if run.data.max_prompt_tokens + run.data.max_new_tokens > longest:
     refuse(run, 'data.max_prompt_tokens data.max_new_tokens', '',
@@ -210,6 +211,19 @@ def check_models(run: Run, streams: tuple[Stream, ...], mesh: jax.sharding.Mesh,
   for field, k in counts.items():
     if k > in_use:
       refuse(run, field, '', f'at most the vocabulary of {in_use} tokens')
+
+
+def _check_layers(run, mesh, loaded):
+  """Refuses ways to compute layers that these devices do not have, or not for these models."""
+  if run.compute.remat == 'offload' and mesh.devices.flat[0].platform == 'cpu':
+    refuse(run, 'compute.remat', 'a CPU has no memory but its own',
+           "'none', 'attention' or 'layer'")
+  for config in (m.model.config for m in loaded if m.model.family != flax_module.FAMILY):
+    softcap = getattr(config, 'attn_logit_softcapping', None) or 0.0
+    found = kernels.refusal(run.compute.attention, mesh.devices.flat[0].platform,
+                            run.compute.dtype, config.head_dim, softcap)
+    if found:
+      refuse(run, 'compute.attention', *found)
 
 
 def _check_wants(streams, teacher, reference):

@@ -86,8 +86,9 @@ def check_fields(c: ConfigDict, template: ConfigDict, prefix: str) -> None:
       if not field.endswith(free):
         check_fields(c[name], value, f'{field}.')
     elif type(c[name]) is not type(value):
+      was = " ('layer' for True, 'none' for False)" if field.endswith('compute.remat') else ''
       raise ConfigError(f'{field}={c[name]!r} has type {type(c[name]).__name__}; allowed: '
-                        f'{type(value).__name__}')
+                        f'{type(value).__name__}{was}')
   unknown = sorted(set(c) - set(template))
   if unknown:
     raise ConfigError(f'unknown config keys {[prefix + k for k in unknown]}; allowed: '

@@ -72,7 +72,7 @@ def naming(where: str, allowed: str = '') -> Iterator[None]:
 
 def compute_options(compute: Compute) -> dict[str, Any]:
   """Picks the `models.build` options of a run."""
-  return dict(dtype=jnp.dtype(compute.dtype), remat=compute.remat,
+  return dict(dtype=jnp.dtype(compute.dtype), attention=compute.attention, remat=compute.remat,
               layer_unroll=compute.layer_unroll)
 
 

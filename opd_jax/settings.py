@@ -78,7 +78,12 @@ class Compute:
 
   dtype: str = 'float32'  # of activations; trained parameters and reductions are float32
   frozen_dtype: str = 'auto'  # of teachers and of the base under an adapter: 'auto' is `dtype`
-  remat: bool = False  # recompute each layer in the backward pass
+  # The form of attention (models/attention.py): 'reference', 'blocks', 'cudnn' (NVIDIA), 'splash'
+  # (TPU); 'auto' takes the fastest that the platform has for the length, dtype and model.
+  attention: str = 'auto'
+  # What the backward pass computes again: 'none'; 'attention', the scores (other forms than the
+  # reference always do); 'layer', all but what enters a layer, which 'offload' keeps on the host.
+  remat: str = 'none'
   layer_unroll: int = 1  # layers per iteration of the scan over layers
   # Of each part into which the mesh splits rows (data times fsdp), so that a config means the same
   # on one device and on many: rows per forward/backward pass, 0 for all that it has; tokens whose

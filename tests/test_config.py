@@ -129,7 +129,8 @@ class TestFields:
 
   @pytest.mark.parametrize(('field', 'value', 'allowed'), [
       ('steps', 'many', 'int'), ('steps', 2.0, 'int'), ('steps', True, 'int'),
-      ('name', 3, 'str'), ('compute__remat', 1, 'bool'),
+      ('name', 3, 'str'), ('compute__remat', 1, 'str'),
+      ('compute__remat', True, "str ('layer' for True"),
       ('optimizer__learning_rate', '1e-3', 'float')])
   def test_wrong_type(self, field, value, allowed):
     values = tiny.config('sft').to_dict()

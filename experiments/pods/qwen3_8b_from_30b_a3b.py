@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   presets.apply(c, 'opd')
   c.data.prompts_per_step, c.data.samples_per_prompt = 64, 4
   c.data.max_prompt_tokens, c.data.max_new_tokens, c.data.overlong = 512, room, 'drop'
-  c.compute.dtype, c.compute.remat = 'bfloat16', True
+  c.compute.dtype, c.compute.remat = 'bfloat16', 'layer'
   # Experts over four chips where there are enough: a layer of all 128 is 1.2 GB to gather.
   c.compute.mesh.expert = 4 if machines.chips >= 32 else 1
   c.compute.microbatch_rows = 2 if arg.answers == 'short' else 1

@@ -41,7 +41,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   presets.apply(c, 'opd')
   c.data.prompts_per_step, c.data.samples_per_prompt = 64, 4
   c.data.max_prompt_tokens, c.data.max_new_tokens, c.data.overlong = 512, room, 'drop'
-  c.compute.dtype, c.compute.remat = 'bfloat16', True
+  c.compute.dtype, c.compute.remat = 'bfloat16', 'layer'
   c.compute.microbatch_rows = 2 if arg.answers == 'short' else 1
   c.compute.chunk_tokens = 1024
   c.optimizer.learning_rate, c.optimizer.warmup_steps = 1e-4, 5

@@ -21,14 +21,15 @@ def names() -> list[str]:
 
 
 def build(hf_config: dict[str, Any], *, vocab_in_use: int | None = None, dtype: Any = jnp.float32,
-          remat: bool = False, layer_unroll: int = 1) -> Model:
+          attention: str = 'auto', remat: str = 'none', layer_unroll: int = 1) -> Model:
   """Makes the model that a Hugging Face config.json describes.
 
   Args:
     hf_config: the content of config.json; `model_type` picks the file with its `FAMILY`.
     vocab_in_use: how many ids the tokenizer knows; by default all of `vocab_size`.
     dtype: of the activations.
-    remat: whether a gradient computes each layer again, in place of keeping what is inside it.
+    attention: of `attention.NAMES`.
+    remat: of `decoder.REMATS`, what a gradient computes again in place of keeping it.
     layer_unroll: how many layers share one iteration of the scan.
 
   Raises:
@@ -42,7 +43,7 @@ def build(hf_config: dict[str, Any], *, vocab_in_use: int | None = None, dtype: 
   if family not in names():
     raise ValueError(f'model_type={family!r} is not implemented; allowed: {names()}')
   module = importlib.import_module(f'opd_jax.models.families.{family}')
-  model = decoder.make_model(module.FAMILY, hf_config, dtype, remat, layer_unroll)
+  model = decoder.make_model(module.FAMILY, hf_config, dtype, attention, remat, layer_unroll)
   return model if vocab_in_use is None else limit_vocabulary(model, vocab_in_use)
 
 

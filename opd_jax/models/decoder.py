@@ -11,10 +11,12 @@ import functools
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from opd_jax.models import config_json, layout, nn, placement
+from opd_jax.models import attention, config_json, layout, nn, placement
+from opd_jax.models.attention import Mask
 from opd_jax.models.lora import LoRA
 from opd_jax.models.params import ParamSpec
 from opd_jax.types import Head, Model, Params
@@ -40,7 +42,7 @@ class Family:
 
   Attributes:
     architecture: the name of transformers' class, for config.json.
-    layer: (c, x [B,S,D], weights of one layer, (cos, sin), allowed [B,S,T], cache) -> x and the
+    layer: (c, x [B,S,D], weights of one layer, (cos, sin), `attention.Mask`, cache) -> x and the
       layer's (keys, values) [B,K,T,H]. The cache is None, or (keys, values, index) with the new
       positions to be written at `index`.
     table: (c) -> the layers' entries of the parameter table, in the order in which fresh ones are
@@ -86,7 +88,7 @@ class Decoder:
     kinds: the kinds of layers there are.
     kind_of_layer: for each layer, which of `kinds` it is.
     table: of the parameters of the layers.
-    dtype, remat, layer_unroll: how; see `models.build`.
+    dtype, attention, remat, layer_unroll: how; see `models.build`.
   """
 
   family: Family
@@ -95,7 +97,8 @@ class Decoder:
   kind_of_layer: tuple[int, ...]
   table: dict[str, ParamSpec]
   dtype: Any
-  remat: bool
+  attention: str
+  remat: str
   layer_unroll: int
 
 
@@ -110,7 +113,7 @@ def project(h: Float[Array, 'B S D'], w: dict[str, Any]
 
 
 def attend(q: Float[Array, 'B S N H'], k: Float[Array, 'B S K H'], v: Float[Array, 'B S K H'],
-           o: Array | LoRA, rope: tuple[Array, Array], allowed: Bool[Array, 'B S T'], cache: Any, *,
+           o: Array | LoRA, rope: tuple[Array, Array], mask: Mask, cache: Any, *,
            scale: float | None = None, softcap: float = 0.0
            ) -> tuple[Float[Array, 'B S D'], tuple[Array, Array]]:
   """Rotates, caches, attends and projects back; also returns the layer's (keys, values)."""
@@ -120,7 +123,7 @@ def attend(q: Float[Array, 'B S N H'], k: Float[Array, 'B S K H'], v: Float[Arra
     old_k, old_v, index = cache
     k = jax.lax.dynamic_update_slice_in_dim(old_k, k, index, axis=2)
     v = jax.lax.dynamic_update_slice_in_dim(old_v, v, index, axis=2)
-  mixed = nn.attention(q, k, v, allowed, scale, softcap)
+  mixed = attention.attention(q, k, v, mask, scale, softcap)
   return nn.einsum('bsnh,nhd->bsd', mixed, o), (k, v)
 
 
@@ -195,19 +198,6 @@ def _of_kind(kind: Any, options: list[Any]) -> Any:
   return jax.tree.map(lambda *leaves: jax.lax.select_n(kind, *leaves), *options)
 
 
-def _masks(d: Decoder, length: int, index: Any, seen: Array) -> list[Array]:
-  """For each kind, which of the T slots each of the `length` queries from slot `index` may read."""
-  slots = jnp.arange(seen.shape[1])[None, :]
-  if length == 1 and seen.shape[1] > 1:  # of a ring, of which a row has `seen` its own places
-    back = (index - slots) % seen.shape[1]
-    return [(back < seen.shape[1] if kind.window is None else back < kind.window)[None]
-            & seen[:, None, :] for kind in d.kinds]
-  queries = index + jnp.arange(length)[:, None]
-  causal = slots <= queries
-  return [(causal if kind.window is None else causal & (slots > queries - kind.window))[None]
-          & seen[:, None, :] for kind in d.kinds]
-
-
 def _embed(d: Decoder, table: Array, tokens: Array, decoding: bool) -> Array:
   """Looks tokens up. In training the table stays split along the width: every device looks its
   columns up for the rows of its group, and columns are exchanged for rows."""
@@ -217,6 +207,24 @@ def _embed(d: Decoder, table: Array, tokens: Array, decoding: bool) -> Array:
   if not decoding:
     x = layout.constrain(x, ('group', None, 'embed'))
   return x.astype(d.dtype)  # in this order, or gradients add up in bf16
+
+
+# What the backward pass computes again: nothing; the scores of all keys, where attention makes them
+# at once (its other forms always do); layers, of which only what goes in is kept, on the device or
+# in the memory of its host.
+REMATS = ('none', 'attention', 'layer', 'offload')
+_INPUT = 'layer_input'
+
+
+def _remat(d: Decoder, block: Callable[..., Any], static: tuple[int, ...]) -> Callable[..., Any]:
+  """Wraps a layer, so that the backward pass has what `remat` says. The scores are attention's."""
+  policy = {
+      'layer': jax.checkpoint_policies.nothing_saveable,
+      'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
+          names_which_can_be_saved=[], names_which_can_be_offloaded=[_INPUT], offload_src='device',
+          offload_dst='pinned_host'),
+  }.get(d.remat, None if layout.mesh_of_several() is None else _all_but_gathered)
+  return block if policy is None else jax.checkpoint(block, policy=policy, static_argnums=static)
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -246,19 +254,19 @@ def forward(d: Decoder, params: Params, tokens: Int[Array, 'B S'], positions: In
     index = cache['index'] % cache['valid'].shape[1]
     seen = jax.lax.dynamic_update_slice_in_dim(cache['valid'], valid, index, axis=1)
     seen = layout.rows(seen, rules)
-  masks = _masks(d, length, index, seen)
+  mask = Mask(seen, tuple(kind.window for kind in d.kinds), 0, index, d.attention,
+              cache is not None, d.remat == 'attention')
 
   def block(x, w, kind, old):  # picks by kind in here, so that remat does not keep what is picked
+    x = checkpoint_name(x, _INPUT)
     if cache is None:
       w = placement.used(w, d.table, d.dtype)
-    x, new = family.layer(c, x, w, _of_kind(kind, ropes), _of_kind(kind, masks),
+    x, new = family.layer(c, x, w, _of_kind(kind, ropes), dataclasses.replace(mask, kind=kind),
                           None if old is None else (*old, index))
     return layout.rows(x, rules), new
 
   alike = len(d.kinds) == 1
-  if d.remat or layout.mesh_of_several() is not None:
-    policy = jax.checkpoint_policies.nothing_saveable if d.remat else _all_but_gathered
-    block = jax.checkpoint(block, policy=policy, static_argnums=(2,) if alike else ())
+  block = _remat(d, block, (2,) if alike else ())
   if isinstance(params['layers'], tuple):
     kv = []
     for i, w in enumerate(params['layers']):
@@ -334,7 +342,7 @@ def parse(family: Family, hf_config: dict[str, Any]) -> Any:
   return config_json.make_config(family.config, {**values, **family.read_rope(values)})
 
 
-def make_model(family: Family, hf_config: dict[str, Any], dtype: Any, remat: bool,
+def make_model(family: Family, hf_config: dict[str, Any], dtype: Any, attention: str, remat: str,
                layer_unroll: int) -> Model:
   """Makes the contract of `types.Model` of what config.json describes.
 
@@ -346,8 +354,8 @@ def make_model(family: Family, hf_config: dict[str, Any], dtype: Any, remat: boo
   each = [family.kind(c, i) for i in layers]
   kinds = tuple(dict.fromkeys(each))
   specs = param_specs(family, c)
-  decoder = Decoder(family, c, kinds, tuple(map(kinds.index, each)), specs['layers'], dtype, remat,
-                    layer_unroll)
+  decoder = Decoder(family, c, kinds, tuple(map(kinds.index, each)), specs['layers'], dtype,
+                    attention, remat, layer_unroll)
   name = hf_config['model_type']
   written = config_json.to_hf(c, name, family.architecture, family.written(c))
 

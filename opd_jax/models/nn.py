@@ -102,27 +102,6 @@ def apply_rope(x: Float[Array, 'B S n H'], cos: Float[Array, 'B S 1 h'],
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def attention(q: Float[Array, 'B S N H'], k: Float[Array, 'B K T H'], v: Float[Array, 'B K T H'],
-              allowed: Bool[Array, 'B S T'], scale: float | None = None, softcap: float = 0.0
-              ) -> Float[Array, 'B S N H']:
-  """Computes grouped-query attention, softmax(scale q k^T) v over the `allowed` key positions.
-
-  Query head n reads key head n // (N / K). `scale` is 1 / sqrt(H) where none is given; a `softcap`
-  c bounds the scores, c tanh(scores / c) (Gemma 2, 2408.00118). Scores are never rounded below
-  float32. A query with no allowed key (left padding) gets some finite average, which nobody reads:
-  -inf there would turn into NaN in the gradient.
-  """
-  batch, length, heads, width = q.shape
-  grouped = q.reshape(batch, length, k.shape[1], heads // k.shape[1], width)
-  logits = jnp.einsum('bskgh,bkth->bkgst', grouped, k, preferred_element_type=_reduction_dtype(q))
-  logits = logits * (width**-0.5 if scale is None else scale)
-  if softcap:
-    logits = softcap * jnp.tanh(logits / softcap)
-  logits = jnp.where(allowed[:, None, None], logits, jnp.finfo(logits.dtype).min)
-  weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
-  return jnp.einsum('bkgst,bkth->bskgh', weights, v).reshape(q.shape)
-
-
 def swiglu(x: Float[Array, 'B S D'], gate: Array | LoRA, up: Array | LoRA,
            down: Array | LoRA) -> Float[Array, 'B S D']:
   """Computes (silu(x gate) * (x up)) down (Shazeer 2020)."""

@@ -13,6 +13,7 @@ from opd_jax.data import control, examples, prompts
 from opd_jax.data.streams import FOREIGN, SOURCES, given_objective
 from opd_jax.errors import ConfigError, refuse
 from opd_jax.files import huggingface
+from opd_jax.models import attention, decoder
 from opd_jax.rules import objective as objective_rules
 from opd_jax.rules import rule
 from opd_jax.rules.rule import Rule, choice, least, unread, within
@@ -105,6 +106,8 @@ FIELDS = (
     choice('optimizer.name', optim.OPTIMIZERS), choice('optimizer.schedule', optim.SCHEDULES),
     choice('compute.dtype', ('float32', 'bfloat16')),
     choice('compute.frozen_dtype', ('auto', 'float32', 'bfloat16')),
+    choice('compute.attention', attention.NAMES),
+    choice('compute.remat', decoder.REMATS),
     choice('compute.block', ('auto', 'always', 'never')),
     choice('checkpoint.export', ('full', 'adapter')),
     *within('sample.temperature', 0, above=True, note=' (greedy accuracy is always evaluated too)'),
@@ -334,7 +337,7 @@ FACTORY = (
     Rule('student.lora.rank student.lora.path student.factory',
          lambda r: r.student.factory and r.has_adapter,
          'adapters are for families in opd_jax/models/families', "0 and ''"),
-    *unread('compute.remat compute.layer_unroll', lambda r: r.student.factory,
+    *unread('compute.attention compute.remat compute.layer_unroll', lambda r: r.student.factory,
             'student.factory, a module that knows its own layers'),
 )
 

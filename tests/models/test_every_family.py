@@ -170,7 +170,8 @@ def test_scan_over_layers_equals_layers_one_by_one(family):
                              _real(scanned, family.valid), **FLOAT32)
 
 
-@pytest.mark.parametrize('options', [dict(remat=True), dict(layer_unroll=2)], ids=str)
+@pytest.mark.parametrize(
+    'options', [dict(remat='layer'), dict(remat='attention'), dict(layer_unroll=2)], ids=str)
 def test_how_layers_are_computed_changes_no_value_and_no_gradient(family, options):
   def loss(model):
     def run(params):

@@ -315,7 +315,7 @@ def on_meshes(folder):
   """What the child does: value, logits and gradients on each mesh, and where experts lie."""
   from opd_jax.parallel import sharding
   where = {}
-  model = models.build(_config('qwen3_moe'), remat=True)
+  model = models.build(_config('qwen3_moe'), remat='layer')
   for name, sizes in MESHES.items():
     sizes = {axis: sizes.get(axis, 1) for axis in sharding.SIZES}
     devices = jax.devices()[:int(np.prod(list(sizes.values())))]

@@ -116,69 +116,6 @@ def test_rope_scores_depend_on_distance_only():
   assert abs(score(5, 2) - score(2, 5)) > 1e-2
 
 
-def _attention(q, k, v, allowed, scale=None, softcap=0.0):
-  """One query at a time. q [B,S,N,H]; k, v [B,K,T,H]; allowed [B,S,T]."""
-  out = np.zeros_like(q)
-  share = q.shape[2] // k.shape[1]
-  for b, s, n in np.ndindex(*q.shape[:3]):
-    keys = np.flatnonzero(allowed[b, s])
-    logits = k[b, n // share, keys] @ q[b, s, n] * (scale or 1 / np.sqrt(q.shape[3]))
-    logits = softcap * np.tanh(logits / softcap) if softcap else logits
-    weights = np.exp(logits - logits.max())
-    out[b, s, n] = weights / weights.sum() @ v[b, n // share, keys]
-  return out
-
-
-@pytest.mark.parametrize('more', [(), (0.2,), (None, 1.5), (0.7, 0.4)], ids=str)
-@pytest.mark.parametrize(('heads', 'kv_heads'), [(4, 4), (6, 2), (3, 1)])
-def test_attention_against_one_query_at_a_time(heads, kv_heads, more):
-  q = _normal(2, 3, heads, 8)
-  k, v = (_normal(2, kv_heads, 5, 8, seed=s) for s in (1, 2))
-  allowed = np.random.RandomState(3).rand(2, 3, 5) < 0.5
-  allowed[:, :, 2] = True  # every query has a key to read
-  inputs = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
-  got = jax.jit(lambda *x: nn.attention(*x, *more))(*inputs, jnp.asarray(allowed))
-  np.testing.assert_allclose(got, _attention(q, k, v, allowed, *more), **CLOSE)
-
-
-def test_attention_ignores_forbidden_keys_exactly_and_survives_a_row_without_any():
-  q = jnp.asarray(_normal(1, 2, 4, 8), jnp.float32)
-  k, v = (jnp.asarray(_normal(1, 2, 3, 8, seed=s), jnp.float32) for s in (1, 2))
-  allowed = jnp.array([[[True, False, True], [False, False, False]]])
-
-  @jax.jit
-  def first_query(k, v):
-    return nn.attention(q, k, v, allowed)[:, 0]
-
-  # A weight of exactly zero: what stands in a forbidden slot cannot change one bit.
-  other = (k.at[:, :, 1].set(1e3), v.at[:, :, 1].set(-1e3))
-  assert jnp.array_equal(first_query(k, v), first_query(*other))
-  # The second query may read nothing; neither it nor its gradient is NaN.
-  out, grads = jax.jit(jax.value_and_grad(
-      lambda *x: jnp.sum(nn.attention(*x, allowed)**2), (0, 1, 2)))(q, k, v)
-  assert np.isfinite(out)
-  assert all(bool(jnp.all(jnp.isfinite(g))) for g in grads)
-
-
-def test_attention_in_bfloat16_takes_its_softmax_in_float32():
-  # 300 equal keys: in bfloat16 a sum of 300 ones stops at 256, and the weights would not add to 1.
-  q, k = jnp.zeros((1, 1, 1, 8), jnp.bfloat16), jnp.zeros((1, 1, 300, 8), jnp.bfloat16)
-  v = jnp.ones((1, 1, 300, 8), jnp.bfloat16)
-  got = jax.jit(nn.attention)(q, k, v, jnp.ones((1, 1, 300), bool))
-  assert got.dtype == jnp.bfloat16
-  # The weight 1/300 itself is rounded to bfloat16, 0.4 % at most.
-  np.testing.assert_allclose(np.asarray(got, np.float32), 1.0, atol=0.008)
-
-
-def test_attention_scores_of_bfloat16_factors_are_not_rounded_to_it():
-  # Scores 256 and 257 differ by 1, which bfloat16 cannot hold: rounded, both weights would be 1/2.
-  q = jnp.ones((1, 1, 1, 4), jnp.bfloat16)
-  k = jnp.asarray([[[[256, 256, 0, 0], [256, 256, 1, 1]]]], jnp.bfloat16)
-  v = jnp.asarray([[[[0, 0, 0, 0], [1, 1, 1, 1]]]], jnp.bfloat16)
-  got = jax.jit(nn.attention)(q, k, v, jnp.ones((1, 1, 2), bool))
-  np.testing.assert_allclose(np.asarray(got, np.float32), 1 / (1 + np.exp(-1)), atol=0.004)
-
-
 def test_geglu():
   x, gate, up, down = _normal(2, 3, 8), _normal(8, 12), _normal(8, 12, seed=1), _normal(12, 8)
   pre = x @ gate

@@ -195,10 +195,10 @@ class TestNearest:
     run = _run(folder, data__prompts_per_step=64)
     found = list(nearest.candidates(run, 8))
     # 8 rows a shard.
-    assert found[:2] == [{'compute.remat': True}, {'compute.microbatch_rows': 4}]
+    assert found[:2] == [{'compute.remat': 'layer'}, {'compute.microbatch_rows': 4}]
     assert found[-1]['compute.mesh.tensor'] == 8 and found[-1]['compute.dtype'] == 'bfloat16'
     changed = nearest.change(run, found[-1]).compute
-    assert (changed.remat, changed.dtype, changed.mesh.tensor) == (True, 'bfloat16', 8)
+    assert (changed.remat, changed.dtype, changed.mesh.tensor) == ('layer', 'bfloat16', 8)
     assert changed.microbatch_rows == 1
 
   def test_what_fits_is_found_by_compiling(self, folder, monkeypatch):
@@ -287,7 +287,7 @@ class TestTpus:
         num_key_value_heads=8, head_dim=128, intermediate_size=3072, tie_word_embeddings=True,
         rope_theta=1e6, max_position_embeddings=40960, vocab_size=151936)))
     c = tiny.config('opd_sampled', student__path='q', teacher__path='q', compute__dtype='bfloat16',
-                    compute__remat=True, compute__microbatch_rows=2, data__prompts_per_step=64,
+                    compute__remat='layer', compute__microbatch_rows=2, data__prompts_per_step=64,
                     data__max_prompt_tokens=512, data__max_new_tokens=1024)
     done = subprocess.run([sys.executable, '-c', UPDATE], text=True, capture_output=True,
                           input=json.dumps([config.to_dict(c), str(tmp_path)]),

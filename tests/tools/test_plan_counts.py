@@ -12,7 +12,7 @@ import pytest
 
 from opd_jax import models
 from opd_jax.errors import ConfigError
-from opd_jax.models import params
+from opd_jax.models import attention, kernels, params
 from opd_jax.run import flops
 from opd_jax.tools.plan import hardware, hlo, products
 
@@ -75,6 +75,16 @@ class TestModules:
     text = jax.jit(f).lower(jnp.ones((8, 8)), jnp.ones((4, 8))).compiler_ir('hlo').as_hlo_text()
     assert hlo.count(text, (1,)).flops == 5 * 2 * 4 * 8 * 8
 
+  def test_of_branches_the_largest_counts(self):
+    def f(i, x, w):
+      return jax.lax.switch(i, [lambda x: x, lambda x: x @ w, lambda x: x @ w @ w], x)
+
+    args = jnp.int32(0), jnp.ones((4, 8)), jnp.ones((8, 8))
+    lowered = jax.jit(f).lower(*args)
+    found = hlo.count(lowered.compiler_ir('hlo').as_hlo_text(), (1,))
+    assert found.flops == 2 * 2 * 4 * 8 * 8
+    assert products.count(jax.jit(f).trace(*args).jaxpr, 1).flops == found.flops
+
   def test_a_trip_count_that_xla_knows(self):
     text = MODULE.replace('GROUPS', '{}').replace(
         'body=%body.1_spmd', 'body=%body.1_spmd, backend_config={"known_trip_count":{"n":"3"}}')
@@ -134,11 +144,34 @@ class TestProducts:
     assert products.count(forward.jaxpr, 1) == products.Products(
         one, one, size, frozenset([(4, 8, 16)]))
     found = products.count(both.jaxpr, 1)
-    assert found.flops == found.ragged_flops == 3 * one
+    assert found.flops == found.other_flops == 3 * one
     # Those of XLA's CPU, which are of every group, are known by the shape of the matrices.
     text = both.lower().compiler_ir('hlo').as_hlo_text()
     assert hlo.count(text, (1,)).flops == 4 * 3 * one
     assert hlo.count(text, (1,), found.experts).flops == 0
+
+  @pytest.mark.parametrize('window', [None, 600])
+  def test_a_kernel_of_attention_costs_the_blocks_that_it_meets(self, window):
+    heads, length, width = 2, 2048, 128
+    q = jax.ShapeDtypeStruct((1, length, heads, width), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, heads, length, width), jnp.bfloat16)
+    valid = jax.ShapeDtypeStruct((1, length), bool)
+    met = len(attention.pairs(length, 512, window))
+    assert met == (10 if window is None else 9)
+    product = 2 * heads * width * 512**2
+
+    def run(q, k, v, valid):
+      return kernels.splash(q, k, v, valid, window=window, scale=1.0, softcap=0.0)
+
+    def total(*x):
+      return jnp.sum(run(*x).astype(jnp.float32))
+
+    found = products.count(jax.jit(run).trace(q, k, k, valid).jaxpr, 1)
+    assert found.flops == found.other_flops == 2 * met * product
+    assert found.other_bytes > 4 * 2 * heads * length * width
+    both = products.count(jax.jit(jax.grad(total, (0, 1, 2))).trace(q, k, k, valid).jaxpr, 1)
+    # Backward it computes scores and their gradient twice; 1e-3: sums that it takes by products.
+    assert both.flops == pytest.approx((2 + 7) * met * product, rel=1e-3)
 
   def test_a_loop_that_may_end_early_is_counted_to_its_end(self):
     def decode(x):

@@ -61,7 +61,7 @@ def table(c: Any, attention_norms: dict[str, ParamSpec] | None = None) -> dict[s
       'mlp_out_norm': decoder.gain(c, 'post_feedforward_layernorm', d, zeros)}
 
 
-def block(c: Any, softcap: float, x: Any, w: dict[str, Any], rope: Any, allowed: Any, cache: Any
+def block(c: Any, softcap: float, x: Any, w: dict[str, Any], rope: Any, mask: Any, cache: Any
           ) -> tuple[Any, Any]:
   """Computes one block, its scores bounded by `softcap`; with norms of queries and keys where there
   are some."""
@@ -71,7 +71,7 @@ def block(c: Any, softcap: float, x: Any, w: dict[str, Any], rope: Any, allowed:
   q, k, v = decoder.project(norm(x, 'attention_norm'), w)
   if 'q_norm' in w:
     q, k = norm(q, 'q_norm'), norm(k, 'k_norm')
-  mixed, kv = decoder.attend(q, k, v, w['o'], rope, allowed, cache,
+  mixed, kv = decoder.attend(q, k, v, w['o'], rope, mask, cache,
                               scale=c.query_pre_attn_scalar**-0.5, softcap=softcap)
   x = x + norm(mixed, 'attention_out_norm')
   h = nn.geglu(norm(x, 'mlp_norm'), w['gate'], w['up'], w['down'])

@@ -35,11 +35,11 @@ def table(c: Any) -> dict[str, ParamSpec]:
       **decoder.mlp_matrices(c)}
 
 
-def layer(c: Any, x: Any, w: dict[str, Any], rope: Any, allowed: Any, cache: Any
+def layer(c: Any, x: Any, w: dict[str, Any], rope: Any, mask: Any, cache: Any
           ) -> tuple[Any, Any]:
   """Computes one block, see `Family.layer`."""
   h = nn.rms_norm(x, w['attention_norm'], c.rms_norm_eps)
-  mixed, kv = decoder.attend(*decoder.project(h, w), w['o'], rope, allowed, cache)
+  mixed, kv = decoder.attend(*decoder.project(h, w), w['o'], rope, mask, cache)
   x = x + mixed
   h = nn.rms_norm(x, w['mlp_norm'], c.rms_norm_eps)
   return x + nn.swiglu(h, w['gate'], w['up'], w['down']), kv

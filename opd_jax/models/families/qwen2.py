@@ -29,11 +29,11 @@ def _table(c):
       **decoder.mlp_matrices(c)}
 
 
-def _layer(c, x, w, rope, allowed, cache):
+def _layer(c, x, w, rope, mask, cache):
   h = nn.rms_norm(x, w['attention_norm'], c.rms_norm_eps)
   q, k, v = (y + w[name].astype(y.dtype)[None, None] for y, name in zip(
       decoder.project(h, w), ('q_bias', 'k_bias', 'v_bias'), strict=True))
-  mixed, kv = decoder.attend(q, k, v, w['o'], rope, allowed, cache)
+  mixed, kv = decoder.attend(q, k, v, w['o'], rope, mask, cache)
   x = x + mixed
   h = nn.rms_norm(x, w['mlp_norm'], c.rms_norm_eps)
   return x + nn.swiglu(h, w['gate'], w['up'], w['down']), kv

@@ -29,19 +29,19 @@ def _table(c):
   return {**attention_table(c), **decoder.mlp_matrices(c)}
 
 
-def attention(c: Any, x: Any, w: dict[str, Any], rope: Any, allowed: Any, cache: Any
+def attention(c: Any, x: Any, w: dict[str, Any], rope: Any, mask: Any, cache: Any
               ) -> tuple[Any, Any]:
   """Computes x plus its attention, and (keys, values)."""
   h = nn.rms_norm(x, w['attention_norm'], c.rms_norm_eps)
   q, k, v = decoder.project(h, w)
   q = nn.rms_norm(q, w['q_norm'], c.rms_norm_eps)
   k = nn.rms_norm(k, w['k_norm'], c.rms_norm_eps)
-  mixed, kv = decoder.attend(q, k, v, w['o'], rope, allowed, cache)
+  mixed, kv = decoder.attend(q, k, v, w['o'], rope, mask, cache)
   return x + mixed, kv
 
 
-def _layer(c, x, w, rope, allowed, cache):
-  x, kv = attention(c, x, w, rope, allowed, cache)
+def _layer(c, x, w, rope, mask, cache):
+  x, kv = attention(c, x, w, rope, mask, cache)
   h = nn.rms_norm(x, w['mlp_norm'], c.rms_norm_eps)
   return x + nn.swiglu(h, w['gate'], w['up'], w['down']), kv
 

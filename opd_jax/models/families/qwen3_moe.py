@@ -133,8 +133,8 @@ def mixture(c: Config, x: Float[Array, 'B S D'], w: dict[str, Any], rules: layou
                            x, weights, chosen, w['gate'], w['up'], w['down'])
 
 
-def _layer(c, x, w, rope, allowed, cache):
-  x, kv = qwen3.attention(c, x, w, rope, allowed, cache)
+def _layer(c, x, w, rope, mask, cache):
+  x, kv = qwen3.attention(c, x, w, rope, mask, cache)
   rules = layout.TRAIN if cache is None else layout.DECODE
   return x + mixture(c, nn.rms_norm(x, w['mlp_norm'], c.rms_norm_eps), w, rules), kv
 

@@ -113,9 +113,8 @@ def count(text: str, mesh_shape: tuple[int, ...],
     without: shapes of arrays whose products are left out.
   """
   computations, entry = parse(text)
-  out = Counts()
 
-  def visit(name: str, times: float) -> None:
+  def visit(name: str, times: float, out: Counts) -> Counts:
     shapes = {i.name: i.shape for i in computations.get(name, ())}
     for i in computations.get(name, ()):
       kind = i.op.removesuffix('-start')
@@ -134,13 +133,19 @@ def count(text: str, mesh_shape: tuple[int, ...],
         out.product_bytes += times * sum(map(shape_bytes, (a, b, i.shape)))
       elif i.op == 'while':
         body = re.search(r'body=%?([\w.\-]+)', i.rest)[1]
-        visit(body, times * trips(i, computations))
+        visit(body, times * trips(i, computations), out)
+      elif i.op == 'conditional':  # of its branches, the one with the most to do
+        most = max((visit(branch, times, Counts()) for branch in _called(i)),
+                   key=lambda found: found.flops)
+        out.flops += most.flops
+        out.product_bytes += most.product_bytes
+        out.collectives += most.collectives
       else:
         for called in _called(i):
-          visit(called, times)
+          visit(called, times, out)
+    return out
 
-  visit(entry, 1.0)
-  return out
+  return visit(entry, 1.0, Counts())
 
 
 def trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:

@@ -47,7 +47,7 @@ def candidates(run: Run, chips: int) -> Iterator[dict[str, Any]]:
   rows = run.data.prompts_per_step * run.data.samples_per_prompt // shards
   rows = min(run.compute.microbatch_rows or rows, rows)
   smaller = [rows // k for k in (2, 4, 8, 16, 32, 64, 128, 256, 512) if rows % k == 0]
-  remat = {} if run.compute.remat else {'compute.remat': True}
+  remat = {} if run.compute.remat in ('layer', 'offload') else {'compute.remat': 'layer'}
   less = [{'compute.microbatch_rows': n} for n in smaller]
   both = [remat | change for change in less]
   wide = {} if run.compute.dtype == 'bfloat16' else {'compute.dtype': 'bfloat16'}

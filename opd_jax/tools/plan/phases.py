@@ -96,6 +96,11 @@ def open_programs(run: Run, topology: Topology, devices: list[Any]) -> Programs:
   Raises:
     ConfigError: see `shapes.open_parts`.
   """
+  if topology.platform == 'gpu':  # compiled for CPUs, which have neither
+    compute = run.compute
+    run = dataclasses.replace(run, compute=dataclasses.replace(
+        compute, attention='blocks' if compute.attention == 'cudnn' else compute.attention,
+        remat='layer' if compute.remat == 'offload' else compute.remat))
   return compile_programs(run, shapes.open_parts(run, devices))
 
 
@@ -155,9 +160,9 @@ def _compile(run: Run, call: lowered.Call, there: lowered.Resident, topology: To
   counts = hlo.count(text, mesh.devices.shape, asked.experts)
   once = [lowered.bytes_each(x) for x in jax.tree.leaves((call.args, call.keywords))]
   out = compiled.memory_analysis().output_size_in_bytes if compiled else 0.0
-  hbm = sum(once) + out + counts.product_bytes + asked.ragged_bytes / mesh.size + 2 * sum(
+  hbm = sum(once) + out + counts.product_bytes + asked.other_bytes / mesh.size + 2 * sum(
       c.times * c.result_bytes for c in counts.collectives)
-  device_flops = counts.flops + asked.ragged_flops / mesh.size
+  device_flops = counts.flops + asked.other_flops / mesh.size
   traffic = _traffic(counts, mesh, topology)
   rate = chip.flops_per_s if run.compute.dtype == 'bfloat16' else chip.wide_flops_per_s
   return Phase(

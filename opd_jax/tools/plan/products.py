@@ -17,24 +17,24 @@ class Products:
 
   Attributes:
     flops: floating-point operations, two for each multiplication.
-    ragged_flops: of those, what is of experts: a row with the matrix of its group. Compilers have
-      no common form of it, and XLA's CPU multiplies each row by every matrix.
-    ragged_bytes: operands and results of these.
+    other_flops: of those, what is no plain product to a compiler: of experts, a row with the matrix
+      of its group (XLA's CPU multiplies each row by every matrix); and in Pallas kernels.
+    other_bytes: operands and results of these.
     experts: shapes of the matrices of all groups of a device, by which these products are known.
   """
 
   flops: float = 0.0
-  ragged_flops: float = 0.0
-  ragged_bytes: float = 0.0
+  other_flops: float = 0.0
+  other_bytes: float = 0.0
   experts: frozenset[tuple[int, ...]] = frozenset()
 
   def __add__(self, other: Products) -> Products:
-    return Products(self.flops + other.flops, self.ragged_flops + other.ragged_flops,
-                    self.ragged_bytes + other.ragged_bytes, self.experts | other.experts)
+    return Products(self.flops + other.flops, self.other_flops + other.other_flops,
+                    self.other_bytes + other.other_bytes, self.experts | other.experts)
 
   def times(self, n: float) -> Products:
     """Multiplies all of it."""
-    return Products(n * self.flops, n * self.ragged_flops, n * self.ragged_bytes, self.experts)
+    return Products(n * self.flops, n * self.other_flops, n * self.other_bytes, self.experts)
 
 
 def count(jaxpr: Any, loop_trips: int) -> Products:
@@ -54,6 +54,8 @@ def count(jaxpr: Any, loop_trips: int) -> Products:
       total += Products(2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(sizes))
     elif name.startswith('ragged_dot'):
       total += _ragged(eqn)
+    elif name == 'pallas_call':
+      total += _kernel(eqn, loop_trips)
     elif name == 'scan':
       total += count(values['jaxpr'], loop_trips).times(values['length'])
     elif name == 'while':
@@ -72,6 +74,21 @@ def count(jaxpr: Any, loop_trips: int) -> Products:
 
 def _is_jaxpr(x: Any) -> bool:
   return isinstance(x, core.Jaxpr | core.ClosedJaxpr)
+
+
+def _kernel(eqn: Any, loop_trips: int) -> Products:
+  """A kernel: what a step of its grid does, as often as there are steps. Of splash attention, where
+  a block of queries (or of keys) meets `most` blocks of the others, the one at i meets i + 1 at
+  most, and what is left of its steps does nothing."""
+  grid, name = eqn.params['grid_mapping'].grid, eqn.params['name'] or ''
+  steps = math.prod(grid)
+  if name.startswith('splash'):
+    *outer, blocks, heads, most = grid if '_dkv_' in name else (*grid[:-3], grid[-2], grid[-3],
+                                                                grid[-1])
+    steps = math.prod(outer) * heads * sum(min(i + 1, most) for i in range(blocks))
+  flops = count(eqn.params['jaxpr'], loop_trips).times(steps).flops
+  arrays = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+  return Products(flops, flops, float(sum(a.size * a.dtype.itemsize for a in arrays)))
 
 
 def _ragged(eqn: Any) -> Products:

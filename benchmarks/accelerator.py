@@ -40,7 +40,7 @@ SHAPES = {  # of the published config.json: [layers, width, feed-forward, heads,
     'tiny': (2, 64, 192, 4, 2),
     '0.6b': (28, 1024, 3072, 16, 8), '1.7b': (28, 2048, 6144, 16, 8), '4b': (36, 2560, 9728, 32, 8)}
 VOCABULARY = 151936
-TIMES = 3  # of which the median is taken, after one that compiles
+TIMES = 3  # of which the median is taken, after one that compiles, where not said
 
 
 def hf_config(shape: str, vocabulary: int) -> dict[str, Any]:
@@ -120,8 +120,8 @@ def open_programs(run: settings.Run) -> programs.Programs:
       stop_tokens=()))
 
 
-def step(run: settings.Run, can: dict[str, float]) -> dict[str, Any]:
-  """Times the phases of a step."""
+def step(run: settings.Run, can: dict[str, float], times: int) -> dict[str, Any]:
+  """Times the phases of a step, each so many times."""
   there = open_programs(run)
   (stream,), student = there.parts.streams, there.parts.student.model
   rows, length = stream.rows, run.data.max_prompt_tokens + run.data.max_new_tokens
@@ -143,10 +143,10 @@ def step(run: settings.Run, can: dict[str, float]) -> dict[str, Any]:
     weights = params.count_params(student.specs, matmul_only=True) * itemsize
     steps = run.data.max_new_tokens - 1
     first, seconds, (rollout,) = timed(lambda: list(there.write(
-        stream, state.params, graders, indices, key)))
+        stream, state.params, graders, indices, key)), times)
     note('write', first, seconds, forward, steps * weights + cache_bytes(
         student, rows, run.data.max_prompt_tokens, run.data.max_new_tokens))
-    first, seconds, _ = timed(lambda: graders['teacher'].score(rollout, stream))
+    first, seconds, _ = timed(lambda: graders['teacher'].score(rollout, stream), times)
     note('score teacher', first, seconds, forward)
     batch = there.grade(stream, state.params, graders, indices, [rollout])
 
@@ -155,7 +155,7 @@ def step(run: settings.Run, can: dict[str, float]) -> dict[str, Any]:
       state, metrics = there.update(state, (stream,), [batch], graders, None, key)
       return metrics
 
-    first, seconds, _ = timed(update)
+    first, seconds, _ = timed(update, times)
     note('update', first, seconds, 3 * forward)
   used = jax.devices()[0].memory_stats() or {}
   out['peak_bytes'] = used.get('peak_bytes_in_use')
@@ -176,6 +176,7 @@ def main() -> None:
   flags.add_argument('--preset', default='opd')
   flags.add_argument('--attention', default='auto')
   flags.add_argument('--remat', default='none')
+  flags.add_argument('--times', type=int, default=TIMES)
   flags.add_argument('--product', type=int, default=8192, help='rows of the matrices multiplied')
   flags.add_argument('--json', help='a file for all numbers')
   args = flags.parse_args()
@@ -188,7 +189,8 @@ def main() -> None:
     for rows in map(int, args.rows.split(',')):
       print(f'{shape}, {rows} rows of {args.prompt} + {args.answer} tokens', flush=True)
       with tempfile.TemporaryDirectory() as folder:
-        found[f'{shape}, {rows} rows'] = step(make_run(shape, rows, args, folder), can)
+        found[f'{shape}, {rows} rows'] = step(
+            make_run(shape, rows, args, folder), can, args.times)
       jax.clear_caches()
       if args.json:
         pathlib.Path(args.json).write_text(json.dumps(found, indent=1) + '\n')

@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from opd_jax import build, config, programs
+from opd_jax.algorithm import slots as slots_lib
 from opd_jax.doctor import lowered, memory
 from opd_jax.errors import ConfigError
 from opd_jax.run import flops
@@ -179,6 +180,28 @@ class TestPlan:
     lengths = np.full(32, 10)
     formula = flops.forward_flops(model, lengths) - flops.head_flops(model, lengths)
     assert formula < score.flops < 1.2 * formula
+
+  def test_slots_are_passes_of_so_many_rows(self, folder):
+    found = {}
+    for slots in (0, 8):
+      run, topology = _run(folder, sample__slots=slots), hardware.parse(ONE)
+      made = phases.open_programs(run, topology, jax.devices())
+      found[slots], = phases.measure(run, made, topology, only=('sample',))
+    assert (found[0].times, found[8].times) == (1.0, 4.0)
+    assert 4 * found[8].cache_bytes == pytest.approx(found[0].cache_bytes, rel=1e-3)
+    assert 4 * found[8].flops == pytest.approx(found[0].flops)
+
+  def test_a_cache_that_grows_is_counted_once(self, folder, monkeypatch):
+    run, topology = _run(folder, data__max_new_tokens=20), hardware.parse(ONE)
+    found = []
+    for long in (512, 20):
+      monkeypatch.setattr(slots_lib, 'LONG', long)
+      made = phases.open_programs(run, topology, jax.devices())
+      phase, = phases.measure(run, made, topology, only=('sample',))
+      found.append((phase.flops, phase.device_flops))
+    # Less attention: half of the rows' places on average, and the same matrices.
+    assert 0.8 < found[1][0] / found[0][0] < 1.0
+    assert found[1][1] == pytest.approx(found[1][0], rel=1e-6)
 
   def test_streams_count_by_their_share(self, folder):
     run = _run(folder, data__off_policy_source='teacher', data__on_policy_fraction=0.25,

@@ -96,6 +96,8 @@ def open_programs(run: Run, topology: Topology, devices: list[Any]) -> Programs:
   Raises:
     ConfigError: see `shapes.open_parts`.
   """
+  # Slots are planned as passes of so many rows, all of which fill their room (`_of_slots`).
+  run = dataclasses.replace(run, sample=dataclasses.replace(run.sample, slots=0))
   if topology.platform == 'gpu':  # compiled for CPUs, which have neither
     compute = run.compute
     run = dataclasses.replace(run, compute=dataclasses.replace(
@@ -118,13 +120,27 @@ def measure(run: Run, programs: Programs, topology: Topology, only: tuple[str, .
   for name, call in lowered.calls(run, programs, there).items():
     if name.startswith('evaluate') or (only and name not in only):
       continue
+    passes = 1.0
+    if run.sample.slots and name.endswith('sample'):
+      call, passes = _of_slots(call, run.sample.slots)
     # Models of one form share a program, of which the arguments may yet be laid out differently.
     key = id(call.program), str(jax.tree.map(lambda x: (x.shape, x.dtype), call.args))
     if key not in seen:
       seen[key] = _compile(run, call, there, topology, name)
-    phase = dataclasses.replace(seen[key], name=name, times=_times(run, programs, name))
+    phase = dataclasses.replace(seen[key], name=name, times=passes * _times(run, programs, name))
     out.append(phase)
   return out
+
+
+def _of_slots(call: lowered.Call, slots: int) -> tuple[lowered.Call, float]:
+  """The sampler of as many rows as there are slots, and how often it takes to write all rows."""
+  rows = len(call.args[1].tokens)
+  if slots >= rows:
+    return call, 1.0
+  prompts = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+      (slots, *x.shape[1:]), x.dtype, sharding=x.sharding), call.args[1])
+  args = call.args[0], prompts, *call.args[2:]
+  return dataclasses.replace(call, args=args), rows / slots
 
 
 def _times(run: Run, programs: Programs, name: str) -> float:

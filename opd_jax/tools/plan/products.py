@@ -59,7 +59,8 @@ def count(jaxpr: Any, loop_trips: int) -> Products:
     elif name == 'scan':
       total += count(values['jaxpr'], loop_trips).times(values['length'])
     elif name == 'while':
-      total += count(values['body_jaxpr'], loop_trips).times(loop_trips)
+      total += count(values['body_jaxpr'], loop_trips).times(
+          _bound(values['cond_jaxpr'], loop_trips))
     elif name == 'cond':
       total += max((count(branch, loop_trips) for branch in values['branches']),
                    key=lambda found: found.flops)
@@ -70,6 +71,14 @@ def count(jaxpr: Any, loop_trips: int) -> Products:
         if _is_jaxpr(inner):
           total += count(inner, loop_trips)
   return total
+
+
+def _bound(condition: Any, otherwise: int) -> int:
+  """The number below which the condition of a loop wants something, which counts from 0."""
+  numbers = [int(eqn.invars[1].val) for eqn in condition.jaxpr.eqns
+             if eqn.primitive.name == 'lt' and isinstance(eqn.invars[1], core.Literal)
+             and jax.numpy.issubdtype(eqn.invars[1].aval.dtype, jax.numpy.integer)]
+  return max(numbers, default=otherwise)
 
 
 def _is_jaxpr(x: Any) -> bool:

@@ -36,15 +36,16 @@ def truncate(logits: Float[Array, 'B V'], top_k: int, top_p: float) -> Float[Arr
   return logits
 
 
-def row_uniforms(key: PRNGKeyArray, rows: Int[Array, 'B'], steps: Any, dtype: Any
-                 ) -> Float[Array, 'B 2']:
-  """Draws the uniforms for token `steps` of each row, from fold_in(fold_in(key, row), step): they
-  depend on no other row, nor on which rows are written together."""
+def row_uniforms(key: PRNGKeyArray, rows: Int[Array, 'B'], steps: int, dtype: Any
+                 ) -> Float[Array, 'B n 2']:
+  """Draws the uniforms for the first tokens of each row, those of token t from
+  fold_in(fold_in(key, row), t): they depend on no other row, nor on which are written together.
+  """
   def one(row, step):
     return jax.random.uniform(
         jax.random.fold_in(jax.random.fold_in(key, row), step), (2,), dtype=dtype)
 
-  return jax.vmap(one)(rows, jnp.broadcast_to(steps, rows.shape))
+  return jax.vmap(lambda row: jax.vmap(lambda t: one(row, t))(jnp.arange(steps)))(rows)
 
 
 def draw(logits: Float[Array, 'B V'], uniforms: Float[Array, 'B 2']) -> Int[Array, 'B']:
@@ -213,8 +214,7 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
   def refill(caches, new, source):
     return [m.refill(c, n, source) for (m, _), c, n in zip(writers, caches, new, strict=True)]
 
-  def choose_at(logits, numbers, step):
-    uniforms = row_uniforms(key, numbers, step, jnp.promote_types(logits[0].dtype, jnp.float32))
+  def choose_from(logits, uniforms):
     if mix_share:
       chosen = choose_mixed(*logits, uniforms, temperature=temperature, mix_share=mix_share,
                             mix_temperature=mix_temperature)
@@ -227,8 +227,11 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
 
   # Unrolled layers: a scan would copy the whole cache in and out at every token.
   decode = functools.partial(forward, [m.unstack(p) for m, p in writers])
-  how = dict(prompts=prompts, numbers=numbers, room=max_new_tokens, pad_token=pad_token,
-             prefill=prefill, decode=decode, choose=choose_at,
+  # All draws at once: within the loop, each would cost more than the token that it draws.
+  dtype = jnp.result_type(float)  # float64 in tests that are about it
+  uniforms = layout.rows(row_uniforms(key, numbers, max_new_tokens, dtype), layout.DECODE)
+  how = dict(prompts=prompts, uniforms=uniforms, room=max_new_tokens, pad_token=pad_token,
+             prefill=prefill, decode=decode, choose=choose_from,
              grow=grow if all(m.grow for m, _ in writers) else None,
              is_stop=lambda tokens: jnp.isin(tokens, jnp.array(stop_tokens, jnp.int32)))
   divided = layout.row_parts(batch, layout.DECODE) == layout.row_parts(slots, layout.DECODE)
@@ -239,13 +242,13 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
   return _as_rollout(prompts, out, done)
 
 
-def _all_at_once(prompts, numbers, room, pad_token, prefill, decode, choose, grow, is_stop):
+def _all_at_once(prompts, uniforms, room, pad_token, prefill, decode, choose, grow, is_stop):
   """Writes all rows until the last has ended; arguments and results as of `slots.Writer`."""
   batch, prompt_length = prompts.tokens.shape
   sizes = jnp.sum(prompts.valid.astype(jnp.int32), axis=-1)
   lengths = slots_lib.lengths(room) if grow else [room]
   logits, caches = prefill(prompts.tokens, prompts.valid, prompt_length + lengths[0])
-  token, logprob, offset = choose(logits, numbers, 0)
+  token, logprob, offset = choose(logits, uniforms[:, 0])
 
   def fill(first, value):
     return jnp.full((batch, room), value, first.dtype).at[:, 0].set(first)
@@ -257,7 +260,8 @@ def _all_at_once(prompts, numbers, room, pad_token, prefill, decode, choose, gro
     i, token, done, caches, out = carry
     step = first + i
     logits, caches = decode(token[:, None], (sizes + step - 1)[:, None], ~done[:, None], caches)
-    token, logprob, offset = choose(logits, numbers, step)
+    token, logprob, offset = choose(logits, jax.lax.dynamic_index_in_dim(
+        uniforms, step, axis=1, keepdims=False))
     done, token = layout.rows((done, jnp.where(done, pad_token, token)), layout.DECODE)
     new = dict(tokens=token, alive=~done, logprobs=jnp.where(done, 0, logprob),
                offset=jnp.where(done, 0, offset))

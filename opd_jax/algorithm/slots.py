@@ -50,20 +50,19 @@ class Writer:
   """Writes a completion for each prompt, through some slots at a time. Each device has a queue of
   its own rows: none moves to another.
 
-  Its state: 'slots', of each the row that it has (`at`, in the queue of its device), the `number`
-  that draws are made of, the `size` of the prompt, the `step` and last `token` of the completion,
-  and whether it is `live`; 'caches'; 'out', what was written, [B, C]; 'next' of each queue,
-  [shards]; 'spent', steps times slots.
+  Its state: 'slots', of each the row that it has (`at`, in the queue of its device), the `size` of
+  the prompt, the `step` and last `token` of the completion, and whether it is `live`; 'caches';
+  'out', what was written, [B, C]; 'next' of each queue, [shards]; 'spent', steps times slots.
 
   Attributes:
     prompts: tokens [B, P], left-padded.
-    numbers: [B], what the draws of a row are made of.
+    uniforms: [B, C, 2], what each token is drawn with.
     slots: M, static; B, if there are no more rows.
     room: C, for a completion.
     pad_token: what fills a row after its end.
     prefill: (tokens [n,P], valid, length) -> logits of the next token, caches of `length` places.
     decode: (tokens [n,1], positions, valid, caches) -> logits, caches with them.
-    choose: (logits, numbers [n], steps [n]) -> tokens, log-probs, offsets [n].
+    choose: (logits, uniforms [n, 2]) -> tokens, log-probs, offsets [n].
     refill: (caches, new caches, source [n]) -> the caches, in which slot i has the prompt at
       source[i] of the new ones, ending before the present place; what it has, where that is -1.
     grow: (caches, length) -> the caches with so many places; None where they cannot.
@@ -71,7 +70,7 @@ class Writer:
   """
 
   prompts: Prompts
-  numbers: jax.Array
+  uniforms: jax.Array
   slots: int
   room: int
   pad_token: int
@@ -85,12 +84,12 @@ class Writer:
   @property
   def shards(self) -> int:
     """Into how many parts the devices split the rows."""
-    return layout.row_parts(len(self.numbers), layout.DECODE)
+    return layout.row_parts(len(self.uniforms), layout.DECODE)
 
   @property
   def rows(self) -> int:
     """Of the queue of a device."""
-    return len(self.numbers) // self.shards
+    return len(self.uniforms) // self.shards
 
   @property
   def width(self) -> int:
@@ -129,21 +128,25 @@ class Writer:
 
     return jax.lax.while_loop(going, fill_and_go, state)
 
-  def _start(self, tokens, valid, numbers, at, places):
+  def _draw(self, logits, at, step):
+    return self.choose(logits, _own(
+        lambda u, at, step: u[jnp.minimum(at, self.rows - 1), step], self.uniforms, at, step))
+
+  def _start(self, tokens, valid, at, places):
     """Prefills rows and draws their first tokens."""
     logits, caches = self.prefill(tokens, valid, places)
-    token, logprob, offset = self.choose(logits, numbers, jnp.zeros_like(numbers))
+    token, logprob, offset = self._draw(logits, at, 0 * at)
     live = (at < self.rows) & ~self.is_stop(token) & (self.room > 1)
-    fresh = dict(at=at, number=numbers, size=jnp.sum(valid.astype(jnp.int32), axis=-1),
+    fresh = dict(at=at, size=jnp.sum(valid.astype(jnp.int32), axis=-1),
                  step=jnp.ones_like(at), token=token, live=live)
     return fresh, dict(tokens=token, logprobs=logprob, offset=offset), caches
 
   def _begin(self, places):
     taken = _own(lambda t: jax.tree.map(lambda x: x[:self.width], t),
-                 (self.prompts.tokens, self.prompts.valid, self.numbers))
+                 (self.prompts.tokens, self.prompts.valid))
     at = layout.rows(jnp.tile(jnp.arange(self.width), self.shards), layout.DECODE)
     fresh, chosen, caches = self._start(*taken, at, places)
-    blank = {name: jnp.full((len(self.numbers), self.room), self.pad_token * (name == 'tokens'),
+    blank = {name: jnp.full((len(self.uniforms), self.room), self.pad_token * (name == 'tokens'),
                             x.dtype) for name, x in chosen.items()}
     return dict(slots=fresh, caches=caches, next=jnp.full(self.shards, self.width),
                 out=_put(layout.rows(blank, layout.DECODE), at, 0 * at, chosen),
@@ -169,23 +172,22 @@ class Writer:
     """Gives free slots to rows that wait."""
     rows, width, group = self.rows, self.width, group_size(self.width)
 
-    def take(live, next_row, tokens, valid, numbers):
+    def take(live, next_row, tokens, valid):
       free = jnp.argsort(live, stable=True)[:group]  # False before True
       fresh = next_row + jnp.arange(group)
       can = ~live[free] & (fresh < rows)
       source = jnp.full(width, -1).at[jnp.where(can, free, width)].set(
           jnp.arange(group), mode='drop')
-      chosen = jax.tree.map(lambda x: x[jnp.minimum(fresh, rows - 1)], (tokens, valid, numbers))
+      chosen = jax.tree.map(lambda x: x[jnp.minimum(fresh, rows - 1)], (tokens, valid))
       return source, next_row + jnp.sum(can), *chosen, jnp.where(can, fresh, rows)
 
     def merge(old, fresh, source):
       return jax.tree.map(lambda x, y: jnp.where(source >= 0, y[jnp.maximum(source, 0)], x),
                           old, fresh)
 
-    source, next_row, tokens, valid, numbers, at = _own(
-        take, state['slots']['live'], state['next'], self.prompts.tokens, self.prompts.valid,
-        self.numbers)
-    fresh, chosen, new = self._start(tokens, valid, numbers, at, tokens.shape[1])
+    source, next_row, tokens, valid, at = _own(
+        take, state['slots']['live'], state['next'], self.prompts.tokens, self.prompts.valid)
+    fresh, chosen, new = self._start(tokens, valid, at, tokens.shape[1])
     return dict(slots=_own(merge, state['slots'], fresh, source),
                 caches=self.refill(state['caches'], new, source),
                 out=_put(state['out'], at, 0 * at, chosen), next=next_row, spent=state['spent'])
@@ -195,7 +197,7 @@ class Writer:
     s, live = state['slots'], state['slots']['live']
     logits, caches = self.decode(s['token'][:, None], (s['size'] + s['step'] - 1)[:, None],
                                  live[:, None], state['caches'])
-    token, logprob, offset = self.choose(logits, s['number'], s['step'])
+    token, logprob, offset = self._draw(logits, s['at'], s['step'])
     out = _put(state['out'], jnp.where(live, s['at'], self.rows), s['step'],
                dict(tokens=token, logprobs=logprob, offset=offset))
     step = s['step'] + live

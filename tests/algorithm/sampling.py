@@ -50,7 +50,7 @@ def tile(logits, rows=DRAWS):
 
 def uniforms(seed, rows=DRAWS, step=0):
   """Those of a token of many rows."""
-  return sample.row_uniforms(jax.random.key(seed), jnp.arange(rows), step, jnp.float32)
+  return sample.row_uniforms(jax.random.key(seed), jnp.arange(rows), step + 1, jnp.float32)[:, step]
 
 
 def truncated(logits, temperature, top_k, top_p):

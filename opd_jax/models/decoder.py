@@ -234,6 +234,31 @@ def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
   return primitive.name not in ('sharding_constraint', 'pvary', 'pcast')
 
 
+def _layers(d: Decoder, weights: Any, block: Callable[..., Any], x: Array, old: Any, keep: bool
+            ) -> tuple[Array, Any]:
+  """Runs block(x, weights, kind, keys and values that there are) over the layers; also returns the
+  keys and values of each, if they are to `keep`."""
+  alike = len(d.kinds) == 1
+  block = _remat(d, block, (2,) if alike else ())
+  if isinstance(weights, tuple):
+    kv = []
+    for i, w in enumerate(weights):
+      x, new = block(x, w, d.kind_of_layer[i], None if old is None else old[i])
+      kv.append(new)
+    return x, tuple(kv) if keep else None
+  stacked = None if old is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *old)
+
+  def body(x, xs):
+    w, old, kind = xs
+    x, new = block(x, w, 0 if kind is None else kind, old)
+    return x, new if keep else None
+
+  scanned = None if alike else jnp.array(d.kind_of_layer, jnp.int32)
+  x, new = jax.lax.scan(body, x, (weights, stacked, scanned), unroll=d.layer_unroll)
+  return x, tuple(jax.tree.map(lambda a, i=i: a[i], new)
+                  for i in range(len(d.kind_of_layer))) if keep else None
+
+
 def forward(d: Decoder, params: Params, tokens: Int[Array, 'B S'], positions: Int[Array, 'B S'],
             valid: Bool[Array, 'B S'], cache: dict[str, Any] | None = None
             ) -> tuple[Float[Array, 'B S D'], Any]:
@@ -241,7 +266,9 @@ def forward(d: Decoder, params: Params, tokens: Int[Array, 'B S'], positions: In
 
   `params['layers']` stacked: one `lax.scan`. As a tuple (see `unstack`): a Python loop, whose
   cache is never copied through a scan, which is what decoding wants on CPU and GPU. With a cache
-  the parameters are those that `for_decoding` laid out.
+  the parameters are those that `for_decoding` laid out. Into a fresh one, of `init_cache` and still
+  with the plain 0 in it, goes a prompt: its tokens read each other and no slot, and the scan has
+  their keys and values alone.
   """
   family, c, length = d.family, d.config, tokens.shape[1]
   rules = layout.TRAIN if cache is None else layout.DECODE
@@ -250,12 +277,14 @@ def forward(d: Decoder, params: Params, tokens: Int[Array, 'B S'], positions: In
     x = x * jnp.asarray(family.embed_scale(c), d.dtype)
   ropes = [nn.rope_tables(positions, c.head_dim, k.theta, d.dtype, k.scaling) for k in d.kinds]
   index, seen = 0, valid
+  fresh = cache is not None and isinstance(cache['index'], int)
   if cache is not None:  # a ring: rows in slots go round (algorithm/slots.py)
     index = cache['index'] % cache['valid'].shape[1]
     seen = jax.lax.dynamic_update_slice_in_dim(cache['valid'], valid, index, axis=1)
     seen = layout.rows(seen, rules)
-  mask = Mask(seen, tuple(kind.window for kind in d.kinds), 0, index, d.attention,
-              cache is not None, d.remat == 'attention')
+  mask = Mask(valid if fresh else seen, tuple(kind.window for kind in d.kinds), 0, index,
+              d.attention, cache is not None, d.remat == 'attention')
+  old = None if cache is None or fresh else cache['kv']
 
   def block(x, w, kind, old):  # picks by kind in here, so that remat does not keep what is picked
     x = checkpoint_name(x, _INPUT)
@@ -265,33 +294,13 @@ def forward(d: Decoder, params: Params, tokens: Int[Array, 'B S'], positions: In
                           None if old is None else (*old, index))
     return layout.rows(x, rules), new
 
-  alike = len(d.kinds) == 1
-  block = _remat(d, block, (2,) if alike else ())
-  if isinstance(params['layers'], tuple):
-    kv = []
-    for i, w in enumerate(params['layers']):
-      x, new = block(x, w, d.kind_of_layer[i], None if cache is None else cache['kv'][i])
-      kv.append(new)
-    kv = tuple(kv)
-  else:
-    stacked = None
-    if cache is not None:
-      stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *cache['kv'])
-
-    def body(x, xs):
-      w, old, kind = xs
-      x, new = block(x, w, 0 if kind is None else kind, old)
-      return x, None if old is None else new
-
-    scanned = None if alike else jnp.array(d.kind_of_layer, jnp.int32)
-    x, new = jax.lax.scan(body, x, (params['layers'], stacked, scanned), unroll=d.layer_unroll)
-    kv = None
-    if cache is not None:
-      kv = tuple(jax.tree.map(lambda a, i=i: a[i], new) for i in range(c.num_hidden_layers))
-
+  x, kv = _layers(d, params['layers'], block, x, old, cache is not None)
+  if fresh:
+    kv = jax.tree.map(lambda all, new: jax.lax.dynamic_update_slice_in_dim(all, new, 0, axis=2),
+                      cache['kv'], kv)
   x = family.norm(x, params['final_norm'], c.rms_norm_eps)
   if cache is not None:
-    cache = {'kv': kv, 'valid': seen, 'index': cache['index'] + length}
+    cache = {'kv': kv, 'valid': seen, 'index': jnp.asarray(cache['index'] + length, jnp.int32)}
   return x, cache
 
 
@@ -371,7 +380,7 @@ def make_model(family: Family, hf_config: dict[str, Any], dtype: Any, attention:
 
     kv = tuple((empty(), empty()) for _ in layers)
     valid = layout.rows(jnp.zeros((batch, length), bool), layout.DECODE)
-    return {'kv': kv, 'valid': valid, 'index': jnp.int32(0)}
+    return {'kv': kv, 'valid': valid, 'index': 0}
 
   def unstack(params):
     pick = tuple(jax.tree.map(lambda a, i=i: a[i], params['layers']) for i in layers)

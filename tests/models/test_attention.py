@@ -268,3 +268,34 @@ def test_what_the_backward_pass_keeps(monkeypatch, options, scores, inputs_only,
   width = qwen3_config()['hidden_size']
   assert ([s for s in shapes if length in s] == [(2, length, width)]) == inputs_only
   assert ('pinned_host' in text or '<host>' in text) == (options.get('remat') == 'offload')
+
+
+@pytest.mark.parametrize('family', ['qwen3', 'gemma2', 'qwen3_moe'])
+def test_a_prompt_reads_itself_and_no_slot_that_it_fills(family):
+  prompt, room = 11, 26
+  model = models.build(family_config(family, ways_to_tie(family)[0]))
+  params = sharp_params(model)
+  tokens = jnp.asarray(np.random.RandomState(0).randint(0, model.config.vocab_size, (2, prompt)))
+  valid = jnp.arange(prompt)[None] >= jnp.array([[0], [4]])
+  positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+
+  def fill(params, cache):
+    return model.forward(params, tokens, positions, valid, cache)
+
+  def fresh(params):
+    return fill(params, model.init_cache(2, prompt + room))
+
+  text = str(jax.jit(fresh).trace(params).jaxpr)
+  assert f'{prompt},{prompt}]' in text and f'{prompt},{prompt + room}]' not in text
+  layers = model.config.num_hidden_layers
+  assert f'[{layers},2,{model.config.num_key_value_heads},{prompt + room},' not in text
+  # The same as where nothing is known of what the cache has, and slots are read that are empty.
+  got, cache = jax.jit(fresh)(params)
+  want, other = jax.jit(fill)(params, model.init_cache(2, prompt + room))
+  read = np.asarray(valid)
+  np.testing.assert_allclose(np.asarray(got)[read], np.asarray(want)[read], rtol=0, atol=2e-5)
+  assert jnp.array_equal(cache['valid'], other['valid']) and cache['index'] == other['index']
+  slots = np.asarray(cache['valid'])[:, None, :, None]
+  for a, b in zip(jax.tree.leaves(cache['kv']), jax.tree.leaves(other['kv']), strict=True):
+    np.testing.assert_allclose(np.where(slots, a, 0), np.where(slots, b, 0), rtol=0, atol=2e-5)
+    assert not np.asarray(a)[:, :, prompt:].any()

@@ -135,7 +135,7 @@ def mixture(c: Config, x: Float[Array, 'B S D'], w: dict[str, Any], rules: layou
 
 def _layer(c, x, w, rope, mask, cache):
   x, kv = qwen3.attention(c, x, w, rope, mask, cache)
-  rules = layout.TRAIN if cache is None else layout.DECODE
+  rules = layout.DECODE if mask.decoding else layout.TRAIN
   return x + mixture(c, nn.rms_norm(x, w['mlp_norm'], c.rms_norm_eps), w, rules), kv
 
 

@@ -93,29 +93,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   args.threads = args.threads or list(turns.THREADS if args.platform == 'cpu' else ('all',))
   if args.platform != 'cpu' and 'one' in args.threads:
     parser.error("--threads one with --platform gpu; allowed: all")
-  for folder in {args.json and args.json.absolute().parent, args.logs} - {None}:
-    if not folder.is_dir():
-      parser.error(f'{folder} is no folder')
-  try:
-    check_fields(args)
-  except ConfigError as e:
-    parser.error(str(e))
+  check(parser, args)
   return args
 
 
-def check_fields(args: argparse.Namespace) -> None:
-  """Refuses fields of the config that are not there or do not fit, before any work is made.
-
-  Raises:
-    ConfigError: names the field.
-  """
+def check(parser: Parser, args: argparse.Namespace) -> None:
+  """Refuses folders and sizes that are not there, and fields of the config that do not fit."""
+  for folder in {args.json and args.json.absolute().parent, args.logs} - {None}:
+    if not folder.is_dir():
+      parser.error(f'{folder} is no folder')
   for vocab in args.vocab:
     if vocab <= len(step_work.SPECIAL):
-      raise ConfigError(f'--vocab {vocab}; allowed: above {len(step_work.SPECIAL)}')
-  for objective, dtype in itertools.product(args.objective, args.dtype):
-    c = step_loop.make_config(HERE, sizes_of(args, args.vocab[0]),
-                              settings_of(args, objective, dtype))
-    config_lib.parse(c)
+      parser.error(f'--vocab {vocab}; allowed: above {len(step_work.SPECIAL)}')
+  try:
+    for objective, dtype in itertools.product(args.objective, args.dtype):
+      config_lib.parse(step_loop.make_config(None, sizes_of(args, args.vocab[0]),
+                                             settings_of(args, objective, dtype)))
+  except ConfigError as e:
+    parser.error(str(e))
 
 
 def sizes_of(args: argparse.Namespace, vocab: int) -> step_work.Sizes:
@@ -164,7 +159,7 @@ def floors_of(sizes: step_work.Sizes, settings: step_loop.Settings,
   """Computes the floor of each phase on a machine that was measured."""
   student, teacher = (step_work.model_of(sizes, part) for part in ('student', 'teacher'))
   # The objective as the preset makes it.
-  o = config_lib.parse(step_loop.make_config(HERE, sizes, settings)).objective
+  o = config_lib.parse(step_loop.make_config(None, sizes, settings)).objective
   counts = (student, teacher, o, sizes.rows, sizes.prompt, sizes.new)
   return step_floor.floors(
       step_floor.phase_flops(*counts),
@@ -222,18 +217,6 @@ def show(found: dict[str, Any]) -> None:
     print(f"  {name:14}{p['wall_s']:8.3f} ({p['cpu_s']:7.3f}){share}", flush=True)
 
 
-def best_products(machine: dict[str, dict[str, float]]) -> str:
-  """Says the best product of each library and type, and the best copies."""
-  speeds: dict[str, tuple[float, str]] = {}
-  for name, speed in machine['flops_per_s'].items():
-    dtype, library, shape = name.split()
-    speeds[f'{library} {dtype}'] = max(speeds.get(f'{library} {dtype}', (0.0, '')), (speed, shape))
-  return ', '.join(f'{name} {speed / 1e9:.0f} GFLOP/s ({shape})' for name, (speed, shape)
-                   in speeds.items()) + '; copies ' + ', '.join(
-      f'{int(size) / 2**20:.0f} MiB {speed / 1e9:.0f} GB/s'
-      for size, speed in machine['bytes_per_s'].items())
-
-
 def main() -> None:
   """Measures all configurations, one after the other."""
   args = parse()
@@ -254,7 +237,7 @@ def main() -> None:
           out['found'].append(found)
         best = step_floor.best_of(machine)
         out['machine'][threads] = {**floor.about, **best}
-        print(f'threads {threads}: {best_products(best)}', flush=True)
+        print(f'threads {threads}: {step_floor.describe(best)}', flush=True)
         if args.json:
           args.json.write_text(json.dumps(out, indent=1) + '\n')
 

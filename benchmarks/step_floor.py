@@ -93,6 +93,18 @@ def best_of(turns_taken: list[dict[str, dict[str, float]]]) -> dict[str, dict[st
           for kind in turns_taken[0]}
 
 
+def describe(machine: dict[str, dict[str, float]]) -> str:
+  """Says the best product of each library and type, and the best copies."""
+  speeds: dict[str, tuple[float, str]] = {}
+  for name, speed in machine['flops_per_s'].items():
+    dtype, library, shape = name.split()
+    speeds[f'{library} {dtype}'] = max(speeds.get(f'{library} {dtype}', (0.0, '')), (speed, shape))
+  return ', '.join(f'{name} {speed / 1e9:.0f} GFLOP/s ({shape})' for name, (speed, shape)
+                   in speeds.items()) + '; copies ' + ', '.join(
+      f'{int(size) / 2**20:.0f} MiB {speed / 1e9:.0f} GB/s'
+      for size, speed in machine['bytes_per_s'].items())
+
+
 def phase_flops(student: types.Model, teacher: types.Model, o: Objective, rows: int, prompt: int,
                 new: int) -> dict[str, float]:
   """Counts the operations of each phase that are needed, each once (run/flops.py).

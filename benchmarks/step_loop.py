@@ -32,6 +32,7 @@ from opd_jax.programs import Programs, compile_programs  # noqa: E402
 from opd_jax.run import flops  # noqa: E402
 
 PRESETS = {'exact': 'opd_exact', 'sampled': 'opd'}
+NEGATIVE_LOGPROB = 'negative_logprob'  # of the given completions, beside the divergences
 # As the launcher `opd` starts a run.
 ENVIRONMENT = {**launcher._MALLOC, 'TRANSFORMERS_VERBOSITY': 'error',
                'HF_DATASETS_DISABLE_PROGRESS_BARS': '1'}
@@ -45,18 +46,22 @@ class Settings:
   dtype: str = 'float32'
   # Other fields of the config, 'compute.chunk_tokens=512'; a later one counts.
   fields: tuple[str, ...] = ('compute.microbatch_rows=4', 'compute.chunk_tokens=512')
-  losses: tuple[str, ...] = ()  # divergences whose loss on the given rows is wanted
+  losses: tuple[str, ...] = ()  # what is wanted of the given rows: divergences, NEGATIVE_LOGPROB
 
 
-def make_config(work: pathlib.Path, sizes: step_work.Sizes, settings: Settings) -> ConfigDict:
-  """Makes the config of a run on the work.
+def make_config(work: pathlib.Path | None, sizes: step_work.Sizes, settings: Settings
+                ) -> ConfigDict:
+  """Makes the config of a run on the work; None for one that is only parsed.
 
   Raises:
     ConfigError: a field that is not there or has another type.
   """
   c = config_lib.default_config()
   c.name, c.teacher.kind = 'step', 'checkpoint'
-  c.student.path, c.teacher.path = str(work / 'student'), str(work / 'teacher')
+  if work is None:  # a commit of the hub need not be there to be parsed
+    c.student.revision = c.teacher.revision = '0' * 40
+  models, work = work or 'hub', work or pathlib.Path('work')
+  c.student.path, c.teacher.path = f'{models}/student', f'{models}/teacher'
   c.task = config_lib.task_config(
       'prompts', source=str(work / 'prompts.jsonl'), eval_source=str(work / 'eval.jsonl'))
   c.data.prompts_per_step = sizes.rows
@@ -115,16 +120,16 @@ class Step:
         policy_offset=zeros, ended=np.ones(b, bool), prompt_length=self.sizes.prompt),
         sharding.by_rows(self.parts.mesh))
 
-  def loss(self) -> float:
-    """Computes the loss of the first update on the given rows, by the program of the update; it
-    spends the state."""
+  def first_update(self) -> dict[str, float]:
+    """Computes the first update on the given rows; returns loss and log-probability. The state is
+    spent."""
     stream = self.parts.streams[0]
     with jax.set_mesh(self.parts.mesh):
       batch = self.programs.grade(stream, self.state.params, self.graders,
                                   np.arange(self.sizes.rows), [self.given_rollout()])
       self.state, metrics = self.programs.update(
           self.state, (stream,), [batch], self.graders, self.base, self.key)
-    return float(metrics['loss'])
+    return {name: float(metrics[name]) for name in ('loss', 'logprob')}
 
   def counted_flops(self) -> float:
     """Counts what the book of a run would count for a step (run/flops.py)."""
@@ -158,9 +163,12 @@ def main() -> None:
   here, losses = turns.Turns(), {}
   imports = turns.peak_bytes()
   for name in settings.losses:
-    other = dataclasses.replace(
-        settings, fields=(*settings.fields, f'objective.divergence={name}'))
-    losses[name] = Step(work, other, turns.Clock()).loss()
+    if name == NEGATIVE_LOGPROB:
+      losses[name] = -Step(work, settings, turns.Clock()).first_update()['logprob']
+    else:
+      field = f'objective.divergence={name}'
+      other = dataclasses.replace(settings, fields=(*settings.fields, field))
+      losses[name] = Step(work, other, turns.Clock()).first_update()['loss']
   step = Step(work, settings, here.clock)
   began = time.perf_counter()
   step.take()

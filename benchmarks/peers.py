@@ -81,6 +81,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
   for name in args.only:
     if name not in PEERS:
       parser.error(f'--only {name}; allowed: {", ".join(PEERS)}')
+  for name in args.only:
     if not make_env.python_of(args.envs, PEERS[name].env).exists():
       parser.error(f'--only {name}: no environment in --envs {args.envs}; allowed: one made by '
                    f'python third_party/make_env.py {PEERS[name].env} --folder {args.envs}')
@@ -117,15 +118,24 @@ def ratios(ours: list[dict[str, list[float]]], theirs: list[dict[str, list[float
                  for i, unit in enumerate(('wall', 'cpu'))} for name in shared}
 
 
+def our_losses(args: argparse.Namespace, work: pathlib.Path, dtype: str, threads: str,
+               logs: pathlib.Path) -> dict[str, float]:
+  """Computes the losses that the peers are held to, in a process of their own."""
+  losses = tuple(dict.fromkeys(PEERS[name].loss for name in args.only))
+  worker = step.loop_worker(work, step.settings_of(args, 'exact', dtype, losses=losses), threads,
+                            logs / 'losses.log')
+  worker.stop()
+  return worker.about['losses']
+
+
 def start(args: argparse.Namespace, work: pathlib.Path, dtype: str, threads: str,
           logs: pathlib.Path) -> dict[str, turns.Worker]:
   """Starts a worker of each system, one after the other."""
   peers = {name: PEERS[name] for name in args.only}
-  losses = tuple(dict.fromkeys(p.loss for p in peers.values()))
   started: dict[str, turns.Worker] = {}
   try:
-    started[OURS] = step.loop_worker(
-        work, step.settings_of(args, 'exact', dtype, losses=losses), threads, logs / f'{OURS}.log')
+    started[OURS] = step.loop_worker(work, step.settings_of(args, 'exact', dtype), threads,
+                                     logs / f'{OURS}.log')
     for name, peer in peers.items():
       started[name] = turns.Worker(
           [make_env.python_of(args.envs, peer.env), ROOT / 'third_party' / peer.script, work,
@@ -149,10 +159,12 @@ def stop(workers: dict[str, turns.Worker]) -> None:
 def compare(args: argparse.Namespace, work: pathlib.Path, sizes: step_work.Sizes, dtype: str,
             threads: str, logs: pathlib.Path) -> dict[str, Any]:
   """Takes steps of all systems in turn."""
-  load, workers = os.getloadavg()[0], start(args, work, dtype, threads, logs)
+  load, losses = os.getloadavg()[0], our_losses(args, work, dtype, threads, logs)
+  print(f'{OURS}: {losses}', flush=True)
+  workers = start(args, work, dtype, threads, logs)
   machine, rounds = [], {name: [] for name in workers}
   try:
-    distances = check_losses(dtype, workers[OURS].about['losses'], {
+    distances = check_losses(dtype, losses, {
         name: workers[name].about['losses'] for name in args.only})
     with step.floor_worker(threads, [dtype], logs / 'floor.log') as floor:
       for n in range(WARM + args.rounds):
@@ -166,7 +178,7 @@ def compare(args: argparse.Namespace, work: pathlib.Path, sizes: step_work.Sizes
     stop(workers)
   best = step_floor.best_of(machine)
   floors = step.floors_of(sizes, step.settings_of(args, 'exact', dtype), best)
-  return {'sizes': dataclasses.asdict(sizes), 'dtype': dtype, 'threads': threads,
+  return {'sizes': dataclasses.asdict(sizes), 'dtype': dtype, 'threads': threads, 'losses': losses,
           'load': [load, os.getloadavg()[0]], 'machine': best, 'floors': floors,
           'systems': {name: {
               'about': workers[name].about, 'peak_bytes': peaks[name], 'steps': rounds[name],

@@ -145,9 +145,9 @@ def loop_worker(work: pathlib.Path, settings: step_loop.Settings, threads: str,
 def floor_worker(threads: str, dtypes: list[str], log: pathlib.Path, platform: str = 'cpu'
                  ) -> Iterator[turns.Worker]:
   """Starts what measures the machine, with the threads of what is compared with it."""
-  worker = turns.Worker([sys.executable, HERE / 'step_floor.py', *dict.fromkeys(
-      ['float32', *dtypes])], threads, log, {
-          **environment(platform), 'PYTHONPATH': str(ROOT)})
+  kinds = dict.fromkeys(['float32', *dtypes])
+  worker = turns.Worker([sys.executable, HERE / 'step_floor.py', *kinds], threads, log,
+                        environment(platform))
   try:
     yield worker
   finally:

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import importlib.util
+import pathlib
 import sys
 import time
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import turns
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from opd_jax import types
-from opd_jax.algorithm.objective import Objective, wants
-from opd_jax.models import params
-from opd_jax.run import flops
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import turns  # noqa: E402
+
+from opd_jax import types  # noqa: E402
+from opd_jax.algorithm.objective import Objective, wants  # noqa: E402
+from opd_jax.models import params  # noqa: E402
+from opd_jax.run import flops  # noqa: E402
 
 # Large ones, those of the models (rows of tokens, inner, outer), and one step of decoding.
 SHAPES = ((2048, 2048, 2048), (5120, 256, 768), (5120, 512, 1536), (640, 512, 1536),
@@ -33,12 +36,12 @@ REPEAT_S = 0.15  # for each product and each copy, in each turn
 def _best(f: Callable[[], Any]) -> float:
   """Seconds of the fastest call of some."""
   f()
-  best, began = float('inf'), time.perf_counter()
-  while time.perf_counter() - began < REPEAT_S:
+  taken, began = [], time.perf_counter()
+  while not taken or time.perf_counter() - began < REPEAT_S:
     start = time.perf_counter()
     f()
-    best = min(best, time.perf_counter() - start)
-  return best
+    taken.append(time.perf_counter() - start)
+  return min(taken)
 
 
 def _products(dtype: str) -> dict[str, Callable[[int, int, int], Callable[[], Any]]]:

@@ -32,6 +32,7 @@ from opd_jax.programs import Programs, compile_programs  # noqa: E402
 from opd_jax.run import flops  # noqa: E402
 
 PRESETS = {'exact': 'opd_exact', 'sampled': 'opd'}
+OWN = 'reverse_kl'  # the divergence of both
 NEGATIVE_LOGPROB = 'negative_logprob'  # of the given completions, beside the divergences
 # As the launcher `opd` starts a run.
 ENVIRONMENT = {**launcher._MALLOC, 'TRANSFORMERS_VERBOSITY': 'error',
@@ -99,7 +100,7 @@ class Step:
     self.base = parts.read_base()
     self.graders = self.programs.connect(self.base)
     self.key, self.taken = jax.random.key(run.seed), 0
-    self.state = self.programs.init(parts.read_trained())
+    self.state = self.programs.init(self.parts.read_trained())
 
   def take(self) -> dict[str, Any]:
     """Takes a step of the loop; returns its metrics."""
@@ -157,26 +158,30 @@ def peak_bytes() -> int:
   return stats['peak_bytes_in_use'] if stats else turns.peak_bytes()
 
 
+def given_losses(work: pathlib.Path, settings: Settings) -> dict[str, float]:
+  """Computes what `settings.losses` names."""
+  first = Step(work, settings, turns.Clock()).first_update()
+  out = {OWN: first['loss'], NEGATIVE_LOGPROB: -first['logprob']}
+  for name in set(settings.losses) - out.keys():
+    field = f'objective.divergence={name}'
+    other = dataclasses.replace(settings, fields=(*settings.fields, field))
+    out[name] = Step(work, other, turns.Clock()).first_update()['loss']
+  return out
+
+
 def main() -> None:
-  """Serves steps."""
+  """Serves steps; or, where losses are wanted, says these only, since that takes memory."""
   work, settings = pathlib.Path(sys.argv[1]), Settings(**json.loads(sys.argv[2]))
-  here, losses = turns.Turns(), {}
-  imports = turns.peak_bytes()
-  for name in settings.losses:
-    if name == NEGATIVE_LOGPROB:
-      losses[name] = -Step(work, settings, turns.Clock()).first_update()['logprob']
-    else:
-      field = f'objective.divergence={name}'
-      other = dataclasses.replace(settings, fields=(*settings.fields, field))
-      losses[name] = Step(work, other, turns.Clock()).first_update()['loss']
+  here, imports = turns.Turns(), turns.peak_bytes()
+  if settings.losses:
+    return here.say(losses=given_losses(work, settings))
   step = Step(work, settings, here.clock)
   began = time.perf_counter()
   step.take()
-  compiled_s = time.perf_counter() - began
+  first_step_s = time.perf_counter() - began
   here.clock.take()
-  here.say(losses=losses, first_step_s=compiled_s, import_bytes=imports,
-           counted_flops=step.counted_flops(), backend=jax.default_backend(),
-           threads=len(os.sched_getaffinity(0)))
+  here.say(first_step_s=first_step_s, import_bytes=imports, counted_flops=step.counted_flops(),
+           backend=jax.default_backend(), threads=len(os.sched_getaffinity(0)))
   while here.wait():
     with here.clock.phase(turns.STEP):
       metrics = step.take()

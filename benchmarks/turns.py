@@ -104,15 +104,19 @@ class Worker:
     assert threads in THREADS, threads
     self._log = log
     env = {**os.environ, **(env or {})}
-    core = None
+    cores = os.sched_getaffinity(0)
     if threads == 'one':
-      # Every library sizes its pool by the cores that it may run on when it starts.
-      core = {max(os.sched_getaffinity(0))}
       env |= dict.fromkeys(_THREAD_COUNTS, '1')
-    with log.open('w') as err:
-      self._process = subprocess.Popen(
-          [str(a) for a in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err,
-          text=True, env=env, preexec_fn=core and (lambda: os.sched_setaffinity(0, core)))
+      # Of this thread, and so of what it starts: every library sizes its pool by the cores that it
+      # may run on when it is loaded.
+      os.sched_setaffinity(0, {max(cores)})
+    try:
+      with log.open('w') as err:
+        self._process = subprocess.Popen(
+            [str(a) for a in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err,
+            text=True, env=env)
+    finally:
+      os.sched_setaffinity(0, cores)
     try:
       self.about = self._read()
     except BaseException:

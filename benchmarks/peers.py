@@ -168,11 +168,12 @@ def compare(args: argparse.Namespace, work: pathlib.Path, sizes: step_work.Sizes
         name: workers[name].about['losses'] for name in args.only})
     with step.floor_worker(threads, [dtype], logs / 'floor.log') as floor:
       for n in range(WARM + args.rounds):
-        for name, worker in workers.items():
-          spent = worker.step()
-          if n >= WARM:
-            rounds[name].append(spent)
-        machine += [floor.step()] if n >= WARM else []
+        spent = {name: worker.step() for name, worker in workers.items()}
+        print(f'round {n - WARM + 1}' if n >= WARM else 'not counted', {
+            name: round(s[turns.STEP][0], 2) for name, s in spent.items()}, flush=True)
+        if n >= WARM:
+          rounds = {name: [*rounds[name], s] for name, s in spent.items()}
+          machine.append(floor.step())
     peaks = {name: worker.finish() for name, worker in workers.items()}
   finally:
     stop(workers)

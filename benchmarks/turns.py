@@ -133,8 +133,9 @@ class Worker:
 
   def step(self) -> dict[str, list[float]]:
     """Has it take a step; returns {phase: [wall, CPU] seconds}."""
-    self._process.stdin.write('step\n')
-    self._process.stdin.flush()
+    with contextlib.suppress(BrokenPipeError):  # it has ended: reading says so
+      self._process.stdin.write('step\n')
+      self._process.stdin.flush()
     return self._read()['spent']
 
   def finish(self) -> int:
@@ -149,7 +150,8 @@ class Worker:
     if self._process.poll() is None:
       self._process.kill()
     for pipe in (self._process.stdin, self._process.stdout):
-      pipe.close()
+      with contextlib.suppress(BrokenPipeError):
+        pipe.close()
     self._process.wait()
 
 

@@ -197,8 +197,9 @@ here = turns.Turns()
 print('what a library prints')
 def step():
   with here.clock.phase('generate'):
-    pass
-if sys.argv[2:]:
+    if sys.argv[2:] == ['later']:
+      sys.exit('error: no more')
+if sys.argv[2:] == ['fail']:
   sys.exit('error: it cannot')
 here.serve(step, cores=len(os.sched_getaffinity(0)), threads=os.environ.get('OMP_NUM_THREADS'))
 '''
@@ -215,6 +216,11 @@ def test_workers_answer_on_one_core_whatever_is_printed(tmp_path):
   assert 'what a library prints' in (tmp_path / 'log').read_text()
   with pytest.raises(turns.WorkerError, match='it cannot'):
     turns.Worker([*command, 'fail'], 'all', tmp_path / 'log')
+  later = turns.Worker([*command, 'later'], 'all', tmp_path / 'log')
+  for _ in range(2):
+    with pytest.raises(turns.WorkerError, match='no more'):
+      later.step()
+  later.stop()
 
 
 # --- the table of the peers ---

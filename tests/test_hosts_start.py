@@ -8,13 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 
 from jax._src.clusters import cloud_tpu_cluster
 import pytest
 import several
 import tiny
 
-from opd_jax import config
+from opd_jax import __main__, config
 from opd_jax.errors import ConfigError
 from opd_jax.parallel import hosts, join, watch
 
@@ -26,7 +27,7 @@ SLURM = {'SLURM_JOB_ID': '4242', 'SLURM_NTASKS': '4', 'SLURM_PROCID': '2', 'SLUR
 def nowhere(monkeypatch):
   """An environment that says nothing of other processes, wherever the tests run."""
   for name in (*join.SIGNS, *SLURM, 'TPU_WORKER_ID', 'OMPI_MCA_orte_hnp_uri',
-               'JAX_COORDINATOR_PORT', 'KUBERNETES_SERVICE_HOST'):
+               'JAX_COORDINATOR_PORT', 'KUBERNETES_SERVICE_HOST', 'SLURM_GPUS_ON_NODE'):
     monkeypatch.delenv(name, raising=False)
 
 
@@ -49,7 +50,8 @@ class TestFind:
       (('a:1', 0, -1), r"\['processes', 'process'\]"), (('', 2, 0), r"\['coordinator'\]"),
       (('a:1', 2, -1), r"\['process'\]"), (('a', 2, 0), "coordinator='a'"),
       (('a:99999', 2, 0), "coordinator='a:99999'"), (('a:1', 2, 2), 'process=2'),
-      (('a:1', 2, -2), 'process=-2'), (('', -3, -1), 'processes=-3')])
+      (('a:1', 2, -2), 'process=-2'), (('', -3, -1), 'processes=-3'),
+      (('', 1, 1), r"\['coordinator'\]"), (('a:0', 2, 0), "coordinator='a:0'")])
   def test_flags_that_do_not_fit(self, flags, field):
     with pytest.raises(ConfigError, match=f'{field}.*allowed'):
       join.find(*flags)
@@ -64,6 +66,53 @@ class TestFind:
     assert join.find('', 1, -1) is None  # alone, on purpose
     monkeypatch.setenv('SLURM_NTASKS', '1')
     assert join.find('', 0, -1) is None
+
+  def test_gpus_that_no_task_would_take(self, monkeypatch):
+    set_all(monkeypatch, SLURM | {'SLURM_GPUS_ON_NODE': '8'})
+    assert join.find('', 0, -1).local_devices is None
+    monkeypatch.setenv('SLURM_STEP_TASKS_PER_NODE', '2(x2)')
+    with pytest.raises(ConfigError, match=r"SLURM_GPUS_ON_NODE='8'.*'2\(x2\)'.*allowed"):
+      join.find('', 0, -1)
+    monkeypatch.setenv('SLURM_STEP_TASKS_PER_NODE', '8(x2)')
+    assert join.find('', 0, -1).local_devices == (0,)
+
+  @pytest.mark.parametrize(('name', 'value'), [
+      ('JAX_COORDINATOR_PORT', 'abc'), ('JAX_COORDINATOR_PORT', '99999'),
+      ('OPD_JOIN_TIMEOUT_S', 'soon'), ('OPD_JOIN_TIMEOUT_S', '-1')])
+  def test_what_is_no_number(self, name, value, monkeypatch):
+    set_all(monkeypatch, SLURM | {name: value})
+    with pytest.raises(ConfigError, match=f'{value}.*allowed'):
+      join.find('', 0, -1)
+
+  @pytest.mark.parametrize('value', ['long', '0', 'nan'])
+  def test_a_silence_that_is_no_time(self, value, monkeypatch):
+    monkeypatch.setenv('OPD_SILENT_S', value)
+    with pytest.raises(ConfigError, match=f"OPD_SILENT_S='{value}'.*allowed"):
+      join.join(join.Start('localhost:1', 2, 1))
+
+  @pytest.mark.parametrize(('chips', 'gpu', 'extra'), [(4, False, 'tpu'), (0, True, 'cuda')])
+  def test_accelerators_that_jax_cannot_use(self, chips, gpu, extra, monkeypatch):
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    monkeypatch.setattr(join.hardware_utils, 'num_available_tpu_chips_and_device_id',
+                        lambda: (chips, None))
+    monkeypatch.setattr(join.hardware_utils, 'has_visible_nvidia_gpu', lambda: gpu)
+    join.require_accelerators()  # JAX_PLATFORMS=cpu, as all tests
+    platforms = join.jax.config.jax_platforms
+    assert join.jax.default_backend() == 'cpu'
+    try:
+      join.jax.config.update('jax_platforms', '')
+      with pytest.raises(ConfigError, match=rf"JAX_PLATFORMS=''.*allowed.*opd_jax\[{extra}\]"):
+        join.require_accelerators()
+      monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '-1')
+      join.require_accelerators()
+    finally:
+      join.jax.config.update('jax_platforms', platforms)
+
+  @pytest.mark.parametrize('command', ['train', 'doctor', 'diagnose', 'evaluate'])
+  def test_commands_that_compute_ask_for_them(self, command, monkeypatch):
+    monkeypatch.setattr(join, 'require_accelerators', lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      __main__.run_command(command, types.SimpleNamespace(coordinator='', processes=0, process=-1))
 
   @pytest.mark.parametrize(('sign', 'value'), [
       ('SLURM_NTASKS', '4'), ('TPU_WORKER_HOSTNAMES', 'a,b'), ('OMPI_COMM_WORLD_SIZE', '2')])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import rich.console
 import tiny
 
 from opd_jax import build, config, programs
@@ -239,6 +241,28 @@ class TestNearest:
 
 
 class TestCommand:
+
+  @pytest.mark.parametrize(('args', 'said'), [
+      (('MODELS', float('nan'), None), '--price=nan'), (('MODELS', -4.0, None), '--price=-4'),
+      (('/nowhere', 0.0, None), "--models='/nowhere'"),
+      (('MODELS', 0.0, '/nowhere/plan.json'), "--json='/nowhere/plan.json'"),
+      (('MODELS', 0.0, '/'), "--json='/'")])
+  def test_what_cannot_be_is_said_before_anything_is_compiled(
+      self, args, said, folder, monkeypatch):
+    monkeypatch.setattr(command, 'make', None)
+    models, price, file = args
+    with pytest.raises(ConfigError, match=f'{said}.*allowed'):
+      command.command(_config(), ONE, models.replace('MODELS', str(folder)), price, file)
+
+  def test_numbers_can_be_read(self, plan):
+    out = io.StringIO()
+    console = rich.console.Console(file=out, width=200)
+    plan = dataclasses.replace(plan, price=3e9)
+    command.show(plan, console)
+    s = plan.summary()
+    text = out.getvalue()
+    assert f'{s["answer_tokens_per_s"]:,.0f} answer tokens/s' in text and 'e+' not in text
+    assert f'{s["cost_usd"]:,.2f} USD' in text
 
   def test_on_eight_gpus(self, folder, tmp_path):
     done = tiny.opd('plan', '--config', folder / 'one.py', '--topology', 'gpu:8xh100', '--models',

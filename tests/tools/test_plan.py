@@ -234,6 +234,8 @@ class TestNearest:
           'Exceeded hbm capacity by 56.06G.')
 
     monkeypatch.setattr(lowered.Call, 'compile', full)
+    assert phases._said('RESOURCE_EXHAUSTED: the total memory required for HLO temporaries '
+                        '(240.00G) exceeds available HBM (30.75G).') == 'needs 240.00G of 30.75G'
     plan = command.make(_run(folder), hardware.parse(ONE), tries=1)
     assert not plan.fits and plan.phases[-1].memory is None
     assert plan.phases[-1].refused == 'needs 151.79G of 95.73G, 56.06G too much'
@@ -291,6 +293,14 @@ class TestCommand:
 class TestTpus:
   """Compiled by libtpu, on a machine that has none, in processes of their own: it takes none of the
   flags that XLA has for CPUs."""
+
+  def test_a_device_is_a_chip(self):
+    names = ['v4:2x2x1', 'v5e:4x4', 'v5p:2x2x1', 'v6e:2x4']
+    code = 'import sys; from opd_jax.tools.plan import hardware\n' + (
+        'for t in map(hardware.parse, sys.argv[1:]): assert len(hardware.devices(t)) == t.chips, t')
+    done = subprocess.run([sys.executable, '-c', code, *names], text=True, capture_output=True,
+                          env=tiny.environment(), timeout=tiny.PATIENCE_S)
+    assert done.returncode == 0, done.stderr[-3000:]
 
   def test_a_slice(self, folder, tmp_path):
     done = tiny.opd('plan', '--config', folder / 'one.py', '--topology', 'v5p:2x2x1', '--models',

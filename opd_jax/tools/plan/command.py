@@ -38,7 +38,8 @@ NOTES = (
 OF_GPUS = ('GPUs by arithmetic: the programs are partitioned and compiled by XLA for as many CPU '
            'devices. Weights, optimizer and cache are exact; temporaries are those of the CPU, '
            'which widens bfloat16 and multiplies every token by every expert: more than a GPU '
-           'takes.')
+           'takes. jax takes three quarters of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says '
+           'more.')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,8 +53,8 @@ class Chip:
   most: int = 0
 
 
-# All pages were read on 28 November 2026. HBM of TPUs: "available HBM" in what libtpu 0.0.52 says of
-# a program that is too large. Links: the ICI of a chip, both ways, over its links and by two; the
+# All pages were read on 28 November 2026. HBM of TPUs: what libtpu 0.0.52 calls available where it
+# refuses a program. Links: the ICI of a chip, both ways, over its links and by two; the
 # all-reduce bandwidth that the pages give for a pod, by chips and links, is the same. Of a v4 there
 # is only that (1.1 PB/s of 4096 chips with six links; its bisection would say 47 GBps). One pass of
 # bfloat16 for float32 on TPUs: jax's page of jax_default_matmul_precision. Which ends of v5e and

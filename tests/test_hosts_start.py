@@ -206,6 +206,14 @@ class TestRefused:
     for p in done:
       one_line(p, 'process 1 of 3')
 
+  def test_another_number_of_processes(self, launcher):
+    command = 'train', '--config', write(launcher.folder)
+    port = several.free_port()
+    done = [p.finish() for p in [launcher.start(*command, *several.flags(count, port)[i])
+                                 for i, count in ((0, 2), (1, 3))]]
+    for p in done:
+      one_line(p, f"coordinator='127.0.0.1:{port}'", 'process 1 of 3', 'process 0 of 2')
+
   def test_other_configs(self, launcher):
     folder = launcher.folder
     files = write(folder, 'one'), write(folder, 'other', optimizer__learning_rate=0.5)

@@ -13,8 +13,8 @@ import pytest
 import tiny
 
 GIB = 2**30
-# What may stand beside a part of the vocabulary: the model width, or a part of it. Rows and tokens of
-# meshed_layout.ODD are none of these.
+# What may stand beside a part of the vocabulary: the model width, or a part of it. Rows and tokens
+# of meshed_layout.ODD are none of these.
 WIDTHS = {1, 128, 256, 512, 1024}
 VOCABULARY = meshed_layout.QWEN3['vocab_size']
 

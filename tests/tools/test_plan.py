@@ -235,7 +235,8 @@ class TestNearest:
 
     monkeypatch.setattr(lowered.Call, 'compile', full)
     assert phases._said('RESOURCE_EXHAUSTED: the total memory required for HLO temporaries '
-                        '(240.00G) exceeds available HBM (30.75G).') == 'needs 240.00G of 30.75G'
+                        '(240.00G) exceeds available HBM (30.75G).') == (
+                            'needs 240.00G of 30.75G, 209.25G too much')
     plan = command.make(_run(folder), hardware.parse(ONE), tries=1)
     assert not plan.fits and plan.phases[-1].memory is None
     assert plan.phases[-1].refused == 'needs 151.79G of 95.73G, 56.06G too much'

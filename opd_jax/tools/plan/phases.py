@@ -178,7 +178,9 @@ def _said(text: str) -> str:
   if found:
     return f'needs {found[1]} of {found[2]}, {found[3]} too much'
   if found := re.search(r'\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)', text):
-    return f'needs {found[1]} of {found[2]}'
+    return f'needs {found[1]} of {found[2]}' + (
+        f', {float(found[1][:-1]) - float(found[2][:-1]):.2f}G too much'
+        if found[1][-1] == found[2][-1] == 'G' else '')
   return ' '.join(text.split())[:300]
 
 

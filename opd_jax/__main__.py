@@ -68,7 +68,7 @@ def main() -> None:
   # Before anything imports them: they ask for torch, which is not needed, draw a bar for every file
   # and say twice what an error will say.
   for name, value in (('TRANSFORMERS_VERBOSITY', 'error'), ('DATASETS_VERBOSITY', 'critical'),
-                      ('HF_DATASETS_DISABLE_PROGRESS_BARS', '1')):
+                      ('HF_HUB_VERBOSITY', 'error'), ('HF_DATASETS_DISABLE_PROGRESS_BARS', '1')):
     os.environ.setdefault(name, value)
   try:
     from absl import app

@@ -1,5 +1,7 @@
 """How several processes find each other, and what is refused before any of them computes."""
 
+import concurrent.futures
+import contextlib
 import json
 import os
 import re
@@ -8,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import types
 
 from jax._src.clusters import cloud_tpu_cluster
@@ -276,6 +279,28 @@ class TestRefused:
              '--coordinator')
     first.kill()
     first.finish()
+
+
+@pytest.mark.parametrize('said', [b'GET / HTTP/1.1\r\n\r\n', b'{}\n', b'7\n', b'{"name": "x"}\n'])
+def test_strangers_at_the_port_of_the_coordinator_are_sent_away(said):
+  port, end = several.free_port(), time.monotonic() + tiny.PATIENCE_S
+  starts = [join.Start(f'127.0.0.1:{port}', 2, i) for i in (0, 1)]
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    first, strangers = pool.submit(join._receive, starts[0], end), []
+
+    def come():
+      with contextlib.suppress(ConnectionRefusedError):  # nobody listens there yet
+        strangers.append(socket.create_connection(('127.0.0.1', port)))
+      return strangers
+
+    tiny.wait_until(come)
+    strangers[0].sendall(said)
+    with contextlib.suppress(ConnectionResetError):  # closed before all of it was read
+      assert strangers[0].recv(1) == b''
+    names, peers = join._connect(starts[1], end)
+    assert (names, list(peers)) == (first.result()[0], [0])
+  for peer in (*strangers, *peers.values(), *first.result()[1].values()):
+    peer.close()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -326,11 +327,16 @@ def watchers():
   os.close(errors)
 
 
+def read_line(stream):
+  assert select.select([stream], [], [], tiny.PATIENCE_S)[0], 'waited in vain'
+  return stream.readline()
+
+
 def test_a_host_of_which_nothing_is_heard_is_dead(watchers):
   first, second = watchers
   second.send_signal(signal.SIGSTOP)  # as if its network were gone
-  assert json.loads(first.stdout.readline()) == {'own': False}
-  assert first.stderr.readline() == b'error: one has not been heard of for 5 s\n'
+  assert json.loads(read_line(first.stdout)) == {'own': False}
+  assert read_line(first.stderr) == b'error: one has not been heard of for 5 s\n'
 
 
 def test_of_several_that_end_the_one_from_which_it_came_is_named(watchers):
@@ -340,7 +346,7 @@ def test_of_several_that_end_the_one_from_which_it_came_is_named(watchers):
   first.stdin.flush()
   second.stdin.close()  # it has died
   for watcher in watchers:
-    assert watcher.stderr.readline() == b'error: one has died\n'
+    assert read_line(watcher.stderr) == b'error: one has died\n'
   second.stdin = None
 
 

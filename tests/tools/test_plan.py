@@ -8,6 +8,7 @@ import io
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -16,10 +17,11 @@ import rich.console
 import tiny
 
 from opd_jax import build, config, programs
+from opd_jax.data.streams import OWN
 from opd_jax.doctor import lowered, memory
 from opd_jax.errors import ConfigError
 from opd_jax.run import flops
-from opd_jax.tools.plan import command, hardware, nearest, phases, shapes
+from opd_jax.tools.plan import command, hardware, hlo, nearest, phases, shapes
 
 ONE = 'gpu:1xh100'
 # What the update of a run takes of a slice, and what XLA says of it.
@@ -185,10 +187,40 @@ class TestPlan:
   def test_streams_count_by_their_share(self, folder):
     run = _run(folder, data__off_policy_source='teacher', data__on_policy_fraction=0.25,
                optimizer__updates_per_batch=1)
-    times = {p.name: p.times for p in phases.measure(
-        run, phases.open_programs(run, hardware.parse(ONE), jax.devices()), hardware.parse(ONE))}
+    made = phases.open_programs(run, hardware.parse(ONE), jax.devices())
+    times = {p.name: p.times for p in phases.measure(run, made, hardware.parse(ONE))}
     assert times == {'sample': 0.25, 'score teacher': 0.25, 'off_policy sample': 0.75,
                      'off_policy score teacher': 0.75, 'update': 0.25, 'off_policy update': 0.75}
+    own = _run(folder, optimizer__updates_per_batch=1)
+    alone = command.model_flops(own, phases.open_programs(own, hardware.parse(ONE), jax.devices()))
+    # A quarter of its own rows; the others differ in that the larger teacher writes them.
+    assert alone < command.model_flops(run, made) < 1.5 * alone
+
+  def test_what_is_done_for_each_update(self):
+    own = types.SimpleNamespace(name=OWN, steps=(0.0, 0.25), objective=types.SimpleNamespace(
+        advantages='recomputed'))
+    other = types.SimpleNamespace(name='other', steps=(0.25, 1.0), objective=own.objective)
+    programs = types.SimpleNamespace(parts=types.SimpleNamespace(streams=[own, other]))
+    run = types.SimpleNamespace(optimizer=types.SimpleNamespace(updates_per_batch=3))
+    for name, times in (('sample', 0.25), ('score teacher', 0.25), ('score student', 0.75),
+                        ('update', 0.75), ('other sample', 0.75), ('other score student', 0.75),
+                        ('other update', 2.25)):
+      assert phases._times(run, programs, name) == times, name
+
+  def test_every_byte_is_counted_once(self, folder, monkeypatch):
+    run, one = _run(folder), hardware.parse(ONE)
+    made = phases.open_programs(run, one, jax.devices())
+    size = sum(x.nbytes for x in map(
+        lambda x: np.empty(x.shape, x.dtype), jax.tree.leaves(made.state.params)))
+
+    def bytes_with(*counts):
+      monkeypatch.setattr(hlo, 'count', lambda *_: hlo.Counts(0.0, *counts))
+      return phases.measure(run, made, one, ('update',))[0].hbm_bytes
+
+    whole = bytes_with(0.0, [])
+    assert 2 * 3 * size < whole < 2.5 * 3 * size  # weights and moments, in and out; few rows
+    # A result is written and read.
+    assert bytes_with(5e9, [hlo.Collective('all-gather', (0,), 1e9, 3)]) == whole + 5e9 + 6e9
 
 
 class TestNearest:
@@ -278,6 +310,12 @@ class TestCommand:
     assert plan['fits'] and plan['chips'] == 8 and plan['mesh']['tensor'] == 2
     traffic = {p['name']: {t['axes'] for t in p['traffic']} for p in plan['phases']}
     assert all('tensor' in axes for axes in traffic.values())
+    for t in (t for p in plan['phases'] for t in p['traffic']):
+      assert t['seconds'] == pytest.approx(t['sent_bytes'] / 450e9 + 15e-6 * t['count'])
+    cache = next(p['cache_bytes'] for p in plan['phases'] if p['name'] == 'sample')
+    # By rows over four, by key/value heads over two; and of each slot whether it is valid.
+    assert 1.0 < cache / (32 * 11 * 2 * 2 * 2 * 8 * 4 / 8) < 1.02
+    assert plan['chip_hours'] == pytest.approx(8 * plan['step_s'] * plan['steps'] / 3600)
     assert not (tmp_path / 'runs').exists()
 
   def test_refusals(self, folder, tmp_path):

@@ -37,6 +37,7 @@ MODULE = '''HloModule jit_f, num_partitions=8
 %cond.1_spmd (param.1: (s32[], bf16[16,32])) -> pred[] {
   %param.1 = (s32[], bf16[16,32]{1,0}) parameter(0)
   %constant.1 = s32[] constant(6)
+  %constant.2 = s32[] constant(1)
   %i.1 = s32[] get-tuple-element(%param.1), index=0
   ROOT %less = pred[] compare(%i.1, %constant.1), direction=LT
 }

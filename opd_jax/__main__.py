@@ -68,7 +68,7 @@ def main() -> None:
   # Before anything imports them: they ask for torch, which is not needed, draw a bar for every file
   # and say twice what an error will say.
   for name, value in (('TRANSFORMERS_VERBOSITY', 'error'), ('DATASETS_VERBOSITY', 'critical'),
-                      ('HF_DATASETS_DISABLE_PROGRESS_BARS', '1')):
+                      ('HF_HUB_VERBOSITY', 'error'), ('HF_DATASETS_DISABLE_PROGRESS_BARS', '1')):
     os.environ.setdefault(name, value)
   try:
     from absl import app
@@ -155,7 +155,7 @@ def define_flags() -> None:
     flags.DEFINE_string(name, default, FLAGS[name][1])
   for name, default in (('step', -1), ('processes', 0), ('process', -1)):
     flags.DEFINE_integer(name, default, FLAGS[name][1])
-  flags.DEFINE_float('price', 0.0, FLAGS['price'][1], lower_bound=0.0)
+  flags.DEFINE_float('price', 0.0, FLAGS['price'][1])
 
 
 def parse_flags(command: str, argv: list[str]) -> list[str]:
@@ -276,6 +276,8 @@ def run_command(command: str, flags: Any) -> int:
       given = {n: flags[n].value for n in COMMANDS[command].flags if n not in ('config', 'process')}
       hosts.require_same({'command': command, **hosts.versions(), **given, 'config': (
           None if flags.config is None else json.loads(flags.config.to_json()))})
+    if command != 'export':  # which computes nothing
+      join.require_accelerators()
   from opd_jax import config, experiment, train
   from opd_jax.errors import ConfigError
   from opd_jax.tools import evaluate_model, export, pipeline

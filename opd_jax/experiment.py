@@ -4,11 +4,12 @@ pipelines of several runs."""
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 import copy
 import dataclasses
 import math
 import pathlib
-from typing import Any
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -18,6 +19,7 @@ from opd_jax.files.workdir import EXPORT
 from opd_jax.rules.run import STAGE
 from opd_jax.settings import Run
 
+T = TypeVar('T')
 PARTS = ('student', 'teacher', 'reference')  # those of a stage that an earlier stage may make
 
 
@@ -75,26 +77,49 @@ MACHINES = {
 ANSWERS = {'short': 2048, 'long': 16384}  # tokens
 
 
-def pick_machines(size: str) -> Machines:
-  """Picks the machines of a size.
+def pick(table: Mapping[str, T], **named: str) -> T:
+  """Picks what an argument names, as in `pick(MACHINES, size=arg.size)`.
 
   Raises:
-    ConfigError: there is no such size.
+    ConfigError: there is no such thing.
   """
-  if size not in MACHINES:
-    raise ConfigError(f'size={size!r}; allowed: {list(MACHINES)}')
-  return MACHINES[size]
+  (argument, name), = named.items()
+  if name not in table:
+    raise ConfigError(f'{argument}={name!r}; allowed: {list(table)}')
+  return table[name]
 
 
-def pick_answers(answers: str) -> int:
-  """Picks the room of an answer.
+def set_for_pods(c: ConfigDict, name: str, arg: ConfigDict, student: str, teacher: str) -> None:
+  """Sets what the experiments of experiments/pods/ share: 256 answers a step (64 problems of
+  DeepMath, four each) by one published model, graded by another, in bfloat16, for 100 steps.
+
+  Args:
+    c: with its objective; changed.
+    name: of the experiment.
+    arg: of `parse_arg`, with `size`, of MACHINES, and `answers`, of ANSWERS.
+    student, teacher: names on the hub.
 
   Raises:
-    ConfigError: there is no such length.
+    ConfigError: there is no such size or length.
   """
-  if answers not in ANSWERS:
-    raise ConfigError(f'answers={answers!r}; allowed: {list(ANSWERS)}')
-  return ANSWERS[answers]
+  pick(MACHINES, size=arg.size)  # refuses another
+  room = pick(ANSWERS, answers=arg.answers)
+  c.name, c.steps = f'{name}-{arg.size}-{arg.answers}', 100
+  c.student.path = student
+  c.teacher.kind, c.teacher.path = 'checkpoint', teacher
+  c.prompt.template, c.sample.stop = 'teacher', 'union'  # a base model ends no turn
+  c.prompt.thinking = 'on' if arg.answers == 'long' else 'off'
+  c.task = config_lib.task_config(
+      'prompts', source='zwhe99/DeepMath-103K', prompt_column='question',
+      answer_column='final_answer', grader='boxed', holdout_examples=512)
+  c.data.prompts_per_step, c.data.samples_per_prompt = 64, 4
+  c.data.max_prompt_tokens, c.data.max_new_tokens, c.data.overlong = 512, room, 'drop'
+  c.compute.dtype, c.compute.remat = 'bfloat16', 'layer'
+  c.compute.microbatch_rows = 2 if arg.answers == 'short' else 1
+  c.compute.chunk_tokens = 1024
+  c.optimizer.learning_rate, c.optimizer.warmup_steps = 5e-5, 5
+  c.eval.every_steps, c.eval.problems, c.eval.samples_per_problem = 25, 128, 2
+  c.checkpoint.every_steps = 25
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,7 +58,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
   if (done := workdir_lib.result(workdir, run)) is not None:
     return done
   with workdir_lib.lock(workdir):
-    # Models, tokenizers and data, held against each other in seconds: no weight is read yet.
+    # Models, tokenizers and data, held against each other: no weight is read yet.
     parts = build.open_parts(run)
     programs = compile_programs(run, parts)
     findings = doctor.require(run, doctor.examine(run, programs))

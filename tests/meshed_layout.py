@@ -122,11 +122,31 @@ CASES = {
     'layout gathered': ('decode_layout', 64, 16, 1, dict(fsdp=8)),
     'layout split': ('decode_layout', 64, 16, 8, dict(fsdp=8)),
     'layout half split': ('decode_layout', 64, 16, 2, dict(fsdp=8))}
+# With numbers of rows and tokens that are no width of the model, nor a part of one; one layer.
+ODD = {f'{name} of 72 rows': (name, 72, 24, split, dict(fsdp=8))
+       for name, split in (('update', 1), ('score', 1), ('sample', 8))}
+
+
+def _gathered_logits(mesh):
+  """What must not travel: the logits of all rows on each device."""
+  hidden = jax.ShapeDtypeStruct((72, 1024), jnp.float32, sharding=sharding.by_rows(mesh))
+  head = jax.ShapeDtypeStruct((1024, QWEN3['vocab_size']), jnp.float32,
+                              sharding=sharding.replicated(mesh))
+  return jax.jit(jnp.matmul, out_shardings=sharding.replicated(mesh)).lower(hidden, head)
 
 
 def traffic() -> dict[str, Any]:
   """By case: the collectives (see `collectives.of_program`), and what is said to be received."""
   out = {}
+  mesh = make_mesh(fsdp=8)
+  with jax.set_mesh(mesh):
+    out['gathered logits'] = dict(found=collectives.of_program(
+        _gathered_logits(mesh).compile().as_text()))
+  for name, (program, rows, micro, split, sizes) in ODD.items():
+    mesh = make_mesh(split, **sizes)
+    with jax.set_mesh(mesh):
+      text = getattr(Lowered(mesh, rows, micro, num_hidden_layers=1), program)().compile().as_text()
+    out[name] = dict(found=collectives.of_program(text))
   for name, (program, rows, micro, split, sizes) in CASES.items():
     mesh = make_mesh(split, **sizes)
     with jax.set_mesh(mesh):

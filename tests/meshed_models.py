@@ -30,7 +30,8 @@ ADAPTER = lora.Settings(rank=4, alpha=8.0)
 
 @dataclasses.dataclass
 class Case:
-  """A model, its parameters, a mesh, and whether adapters are what is trained."""
+  """A model, its parameters, a mesh, whether adapters are what is trained, and how the draws of
+  the sampler are truncated."""
 
   model: Model
   params: Params
@@ -38,6 +39,8 @@ class Case:
   adapted: bool = False
   slots: int = 0  # on the mesh
   buckets: int = 1  # there, too
+  top_p: float = 1.0
+  top_k: int = 0
 
 
 def _build(family: str = 'qwen3', **options: Any) -> tuple[Model, Params]:
@@ -55,8 +58,8 @@ def _whole():
 
 
 def _windows():
-  return Case(*_build('gemma2'), meshed_layout.make_mesh(2, fsdp=2, tensor=2), slots=4,
-              buckets=2)
+  return Case(*_build('gemma2'), meshed_layout.make_mesh(2, fsdp=2, tensor=2), top_p=0.8, top_k=9,
+              slots=4, buckets=2)
 
 
 def _experts():
@@ -81,12 +84,12 @@ CASES = {'whole': _whole, 'windows': _windows, 'experts': _experts, 'adapters': 
          'bfloat16': _bfloat16, 'module': _module}
 
 
-def _programs(model, slots, buckets):
-  optimizer = optax.sgd(1.0)
+def _programs(case, slots, buckets):
+  optimizer, model = optax.sgd(1.0), case.model
   common = dict(model=model, chunk_tokens=16)
   write = quick_jit(lambda params, prompts, key: sample.sample_fn(
       model.for_decoding(params), prompts, key, model=model, max_new_tokens=7, temperature=1.0,
-      top_p=1.0, top_k=0, stop_tokens=(1,), pad_token=0, slots=slots))
+      top_p=case.top_p, top_k=case.top_k, stop_tokens=(1,), pad_token=0, slots=slots))
   grade = quick_jit(functools.partial(
       score.teacher_logprob_fn, temperature=1.0, wants=Wants(logprobs=True, hidden=True),
       microbatch_rows=4, length_buckets=buckets, **common))
@@ -100,7 +103,7 @@ def _programs(model, slots, buckets):
 def _run(case, trained, frozen, teacher, prompts, given=None, slots=0, buckets=1):
   """What the student writes, what the teacher says of it (or of a rollout that is given), and where
   the student moves on that."""
-  write, grade, step = _programs(case.model, slots, buckets)
+  write, grade, step = _programs(case, slots, buckets)
   wait = jax.block_until_ready  # collectives of several programs can deadlock on few processors
   rollout = wait(write(lora.join(frozen, trained), prompts, jax.random.key(3)))
   given = rollout if given is None else given

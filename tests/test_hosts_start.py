@@ -1,20 +1,25 @@
 """How several processes find each other, and what is refused before any of them computes."""
 
+import concurrent.futures
+import contextlib
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
+import types
 
 from jax._src.clusters import cloud_tpu_cluster
 import pytest
 import several
 import tiny
 
-from opd_jax import config
+from opd_jax import __main__, config
 from opd_jax.errors import ConfigError
 from opd_jax.parallel import hosts, join, watch
 
@@ -26,7 +31,7 @@ SLURM = {'SLURM_JOB_ID': '4242', 'SLURM_NTASKS': '4', 'SLURM_PROCID': '2', 'SLUR
 def nowhere(monkeypatch):
   """An environment that says nothing of other processes, wherever the tests run."""
   for name in (*join.SIGNS, *SLURM, 'TPU_WORKER_ID', 'OMPI_MCA_orte_hnp_uri',
-               'JAX_COORDINATOR_PORT', 'KUBERNETES_SERVICE_HOST'):
+               'JAX_COORDINATOR_PORT', 'KUBERNETES_SERVICE_HOST', 'SLURM_GPUS_ON_NODE'):
     monkeypatch.delenv(name, raising=False)
 
 
@@ -49,7 +54,8 @@ class TestFind:
       (('a:1', 0, -1), r"\['processes', 'process'\]"), (('', 2, 0), r"\['coordinator'\]"),
       (('a:1', 2, -1), r"\['process'\]"), (('a', 2, 0), "coordinator='a'"),
       (('a:99999', 2, 0), "coordinator='a:99999'"), (('a:1', 2, 2), 'process=2'),
-      (('a:1', 2, -2), 'process=-2'), (('', -3, -1), 'processes=-3')])
+      (('a:1', 2, -2), 'process=-2'), (('', -3, -1), 'processes=-3'),
+      (('', 1, 1), r"\['coordinator'\]"), (('a:0', 2, 0), "coordinator='a:0'")])
   def test_flags_that_do_not_fit(self, flags, field):
     with pytest.raises(ConfigError, match=f'{field}.*allowed'):
       join.find(*flags)
@@ -64,6 +70,53 @@ class TestFind:
     assert join.find('', 1, -1) is None  # alone, on purpose
     monkeypatch.setenv('SLURM_NTASKS', '1')
     assert join.find('', 0, -1) is None
+
+  def test_gpus_that_no_task_would_take(self, monkeypatch):
+    set_all(monkeypatch, SLURM | {'SLURM_GPUS_ON_NODE': '8'})
+    assert join.find('', 0, -1).local_devices is None
+    monkeypatch.setenv('SLURM_STEP_TASKS_PER_NODE', '2(x2)')
+    with pytest.raises(ConfigError, match=r"SLURM_GPUS_ON_NODE='8'.*'2\(x2\)'.*allowed"):
+      join.find('', 0, -1)
+    monkeypatch.setenv('SLURM_STEP_TASKS_PER_NODE', '8(x2)')
+    assert join.find('', 0, -1).local_devices == (0,)
+
+  @pytest.mark.parametrize(('name', 'value'), [
+      ('JAX_COORDINATOR_PORT', 'abc'), ('JAX_COORDINATOR_PORT', '99999'),
+      ('OPD_JOIN_TIMEOUT_S', 'soon'), ('OPD_JOIN_TIMEOUT_S', '-1')])
+  def test_what_is_no_number(self, name, value, monkeypatch):
+    set_all(monkeypatch, SLURM | {name: value})
+    with pytest.raises(ConfigError, match=f'{value}.*allowed'):
+      join.find('', 0, -1)
+
+  @pytest.mark.parametrize('value', ['long', '0', 'nan'])
+  def test_a_silence_that_is_no_time(self, value, monkeypatch):
+    monkeypatch.setenv('OPD_SILENT_S', value)
+    with pytest.raises(ConfigError, match=f"OPD_SILENT_S='{value}'.*allowed"):
+      join.join(join.Start('localhost:1', 2, 1))
+
+  @pytest.mark.parametrize(('chips', 'gpu', 'extra'), [(4, False, 'tpu'), (0, True, 'cuda')])
+  def test_accelerators_that_jax_cannot_use(self, chips, gpu, extra, monkeypatch):
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    monkeypatch.setattr(join.hardware_utils, 'num_available_tpu_chips_and_device_id',
+                        lambda: (chips, None))
+    monkeypatch.setattr(join.hardware_utils, 'has_visible_nvidia_gpu', lambda: gpu)
+    join.require_accelerators()  # JAX_PLATFORMS=cpu, as all tests
+    platforms = join.jax.config.jax_platforms
+    assert join.jax.default_backend() == 'cpu'
+    try:
+      join.jax.config.update('jax_platforms', '')
+      with pytest.raises(ConfigError, match=rf"JAX_PLATFORMS=''.*allowed.*opd_jax\[{extra}\]"):
+        join.require_accelerators()
+      monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '-1')
+      join.require_accelerators()
+    finally:
+      join.jax.config.update('jax_platforms', platforms)
+
+  @pytest.mark.parametrize('command', ['train', 'doctor', 'diagnose', 'evaluate'])
+  def test_commands_that_compute_ask_for_them(self, command, monkeypatch):
+    monkeypatch.setattr(join, 'require_accelerators', lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      __main__.run_command(command, types.SimpleNamespace(coordinator='', processes=0, process=-1))
 
   @pytest.mark.parametrize(('sign', 'value'), [
       ('SLURM_NTASKS', '4'), ('TPU_WORKER_HOSTNAMES', 'a,b'), ('OMPI_COMM_WORLD_SIZE', '2')])
@@ -157,6 +210,14 @@ class TestRefused:
     for p in done:
       one_line(p, 'process 1 of 3')
 
+  def test_another_number_of_processes(self, launcher):
+    command = 'train', '--config', write(launcher.folder)
+    port = several.free_port()
+    done = [p.finish() for p in [launcher.start(*command, *several.flags(count, port)[i])
+                                 for i, count in ((0, 2), (1, 3))]]
+    for p in done:
+      one_line(p, f"coordinator='127.0.0.1:{port}'", 'process 1 of 3', 'process 0 of 2')
+
   def test_other_configs(self, launcher):
     folder = launcher.folder
     files = write(folder, 'one'), write(folder, 'other', optimizer__learning_rate=0.5)
@@ -221,6 +282,28 @@ class TestRefused:
     first.finish()
 
 
+@pytest.mark.parametrize('said', [b'GET / HTTP/1.1\r\n\r\n', b'{}\n', b'7\n', b'{"name": "x"}\n'])
+def test_strangers_at_the_port_of_the_coordinator_are_sent_away(said):
+  port, end = several.free_port(), time.monotonic() + tiny.PATIENCE_S
+  starts = [join.Start(f'127.0.0.1:{port}', 2, i) for i in (0, 1)]
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    first, strangers = pool.submit(join._receive, starts[0], end), []
+
+    def come():
+      with contextlib.suppress(ConnectionRefusedError):  # nobody listens there yet
+        strangers.append(socket.create_connection(('127.0.0.1', port)))
+      return strangers
+
+    tiny.wait_until(come)
+    strangers[0].sendall(said)
+    with contextlib.suppress(ConnectionResetError):  # closed before all of it was read
+      assert strangers[0].recv(1) == b''
+    names, peers = join._connect(starts[1], end)
+    assert (names, list(peers)) == (first.result()[0], [0])
+  for peer in (*strangers, *peers.values(), *first.result()[1].values()):
+    peer.close()
+
+
 @pytest.fixture
 def watchers():
   """Two watchers that are connected, and beside each of them a pipe that nobody has closed."""
@@ -244,11 +327,16 @@ def watchers():
   os.close(errors)
 
 
+def read_line(stream):
+  assert select.select([stream], [], [], tiny.PATIENCE_S)[0], 'waited in vain'
+  return stream.readline()
+
+
 def test_a_host_of_which_nothing_is_heard_is_dead(watchers):
   first, second = watchers
   second.send_signal(signal.SIGSTOP)  # as if its network were gone
-  assert json.loads(first.stdout.readline()) == {'own': False}
-  assert first.stderr.readline() == b'error: one has not been heard of for 5 s\n'
+  assert json.loads(read_line(first.stdout)) == {'own': False}
+  assert read_line(first.stderr) == b'error: one has not been heard of for 5 s\n'
 
 
 def test_of_several_that_end_the_one_from_which_it_came_is_named(watchers):
@@ -258,7 +346,7 @@ def test_of_several_that_end_the_one_from_which_it_came_is_named(watchers):
   first.stdin.flush()
   second.stdin.close()  # it has died
   for watcher in watchers:
-    assert watcher.stderr.readline() == b'error: one has died\n'
+    assert read_line(watcher.stderr) == b'error: one has died\n'
   second.stdin = None
 
 

@@ -25,6 +25,7 @@ import tiny
 import yaml
 
 from opd_jax import __main__ as console
+from opd_jax import experiment
 
 PAGE = (tiny.ROOT / 'docs' / 'pods.md').read_text()
 CLAIM, JOBSET = yaml.safe_load_all((tiny.ROOT / 'docs' / 'launch' / 'jobset.yaml').read_text())
@@ -83,6 +84,13 @@ class TestJobSet:
     of_a_host = pod(JOBSET)['containers'][0]['resources']['limits']['google.com/tpu']
     assert job(JOBSET)['parallelism'] == job(JOBSET)['completions'] == chips / of_a_host
 
+  def test_its_command_is_one_for_that_slice(self):
+    words = pod(JOBSET)['containers'][0]['command']
+    file, _, size = next(w for w in words if w.startswith('--config='))[9:].partition(':')
+    assert (tiny.ROOT / file).is_file() and words[:2] == ['opd', 'train']
+    topology = pod(JOBSET)['nodeSelector']['cloud.google.com/gke-tpu-topology']
+    assert experiment.MACHINES[size].topology == f'v6e:{topology}'
+
   def test_a_preemption_is_known_by_its_exit_status_and_starts_all_again(self):
     container, = pod(JOBSET)['containers']
     rule, = job(JOBSET)['podFailurePolicy']['rules']
@@ -102,7 +110,7 @@ class TestJobSet:
     assert CLAIM['spec']['accessModes'] == ['ReadWriteMany']
     paths = [v['value'] for v in container['env']] + [
         word.partition('=')[2] for word in container['command'] if '=/' in word]
-    assert len(paths) == 5 and all(p.startswith(f'{mount["mountPath"]}/') for p in paths)
+    assert len(paths) == 3 and all(p.startswith(f'{mount["mountPath"]}/') for p in paths)
 
 
 # --- SLURM ---

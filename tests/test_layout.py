@@ -13,7 +13,9 @@ import pytest
 import tiny
 
 GIB = 2**30
-ROWS = {2, 8, 16, 32, 64, 128, 2048, 4096}  # of a device, of a pass, of a chunk: on 8 devices
+# What may stand beside a part of the vocabulary: the model width, or a part of it. Rows and tokens
+# of meshed_layout.ODD are none of these.
+WIDTHS = {1, 128, 256, 512, 1024}
 VOCABULARY = meshed_layout.QWEN3['vocab_size']
 
 
@@ -55,14 +57,21 @@ def test_traffic_does_not_grow_with_the_rows(traffic, name):
   assert _total(two) < 1.02 * _total(one)
 
 
-@pytest.mark.parametrize('name', [n for n in meshed_layout.CASES if n != 'truncated split'])
+def _with_rows_and_vocabulary(case):
+  shapes = [shape for _, _, shapes, _ in case['found'] for shape in shapes
+            if any(size >= VOCABULARY // 8 for size in shape)]
+  return [shape for shape in shapes
+          if math.prod(size for size in shape if size < VOCABULARY // 8) not in WIDTHS]
+
+
+@pytest.mark.parametrize('name', [
+    *(n for n in meshed_layout.CASES if n != 'truncated split'), *meshed_layout.ODD])
 def test_nothing_with_rows_and_vocabulary_travels(traffic, name):
-  """A shape with a part of the vocabulary has beside it the model width, or a part of it."""
-  for kind, _, shapes, _ in traffic[name]['found']:
-    for shape in shapes:
-      if any(size >= VOCABULARY // 8 for size in shape):
-        others = [size for size in shape if size < VOCABULARY // 8]
-        assert math.prod(others) in (1, 128, 256, 512, 1024), (kind, shape)
+  assert traffic[name]['found'] and not _with_rows_and_vocabulary(traffic[name])
+
+
+def test_logits_that_are_gathered_are_found(traffic):
+  assert _with_rows_and_vocabulary(traffic['gathered logits']) == [[72, VOCABULARY]]
 
 
 def test_the_head_is_gathered_once(traffic):

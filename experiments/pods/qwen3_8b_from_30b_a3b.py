@@ -25,25 +25,9 @@ from opd_jax import experiment, presets
 def get_config(arg: str | None = None) -> ConfigDict:
   """Arguments: size (of the machines, see above), answers (short or long)."""
   arg = experiment.parse_arg(arg, size='v5p-64', answers='short')
-  machines, room = experiment.pick_machines(arg.size), experiment.pick_answers(arg.answers)
-  c = config_lib.default_config()
-  c.name, c.steps = f'qwen3_8b_from_30b_a3b-{arg.size}-{arg.answers}', 100
-  c.student.path = 'Qwen/Qwen3-8B-Base'
-  c.teacher.kind, c.teacher.path = 'checkpoint', 'Qwen/Qwen3-30B-A3B'
-  c.prompt.template, c.sample.stop = 'teacher', 'union'  # a base model ends no turn
-  c.prompt.thinking = 'on' if arg.answers == 'long' else 'off'
-  c.task = config_lib.task_config(
-      'prompts', source='zwhe99/DeepMath-103K', prompt_column='question',
-      answer_column='final_answer', grader='boxed', holdout_examples=512)
-  presets.apply(c, 'opd')
-  c.data.prompts_per_step, c.data.samples_per_prompt = 64, 4
-  c.data.max_prompt_tokens, c.data.max_new_tokens, c.data.overlong = 512, room, 'drop'
-  c.compute.dtype, c.compute.remat = 'bfloat16', 'layer'
+  c = presets.apply(config_lib.default_config(), 'opd')
+  experiment.set_for_pods(c, 'qwen3_8b_from_30b_a3b', arg, student='Qwen/Qwen3-8B-Base',
+                          teacher='Qwen/Qwen3-30B-A3B')
   # Experts over four chips where there are enough: a layer of all 128 is 1.2 GB to gather.
-  c.compute.mesh.expert = 4 if machines.chips >= 32 else 1
-  c.compute.microbatch_rows = 2 if arg.answers == 'short' else 1
-  c.compute.chunk_tokens = 1024
-  c.optimizer.learning_rate, c.optimizer.warmup_steps = 5e-5, 5
-  c.eval.every_steps, c.eval.problems, c.eval.samples_per_problem = 25, 128, 2
-  c.checkpoint.every_steps = 25
+  c.compute.mesh.expert = 4 if experiment.MACHINES[arg.size].chips >= 32 else 1
   return c

@@ -211,17 +211,20 @@ def _evaluation(run: Run, programs: Programs, there: Resident, call: Callable[..
       out[f'{name}greedy'] = call(evaluator.greedy, params, _prompts(run, problems, place), key,
                                   mesh=place)
     if evaluator.compare is not None:
-      theirs = _seen(run, parts, rows) if parts.apart else there.graders['teacher']
+      theirs = there.graders['teacher']
+      if evaluator.see is not None:
+        place = parts.mesh_of('teacher')
+        out[f'{name}see'] = sees = call(evaluator.see.program, theirs, _rollout(run, rows, place),
+                                        mesh=place)
+        theirs = Seen(_by_rows(sees.trace().out_info.hidden, rows, mesh), _seen_head(parts))
       out[f'{name}compare'] = call(evaluator.compare, params, theirs, _rollout(run, rows, mesh))
   return out
 
 
-def _seen(run: Run, parts: Parts, rows: int) -> Seen:
-  """What a teacher on devices of its own tells an evaluation."""
+def _seen_head(parts: Parts) -> Head:
+  """That of a teacher on devices of its own, on the student's."""
   model = parts.teacher.model
-  head = _head(model.head, params_lib.abstract_params(model.specs, parts.frozen_dtype), parts.mesh)
-  width = model.config.vocab_size if head.matrix is None else head.matrix.shape[0]
-  return Seen(_array((rows, run.data.max_new_tokens, width), run.compute.dtype, parts.mesh), head)
+  return _head(model.head, params_lib.abstract_params(model.specs, parts.frozen_dtype), parts.mesh)
 
 
 def _array(shape: tuple[int, ...], dtype: Any, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:

@@ -40,11 +40,13 @@ class Memory:
     return sum(self.resident.values()) + self.rows + self.temporaries + self.results
 
 
-def resident_bytes(there: lowered.Resident) -> dict[str, float]:
-  """Counts the bytes a device of what stays there, each array once."""
-  seen, out = set(), {}
+def resident_bytes(there: lowered.Resident, mesh: jax.sharding.Mesh) -> dict[str, float]:
+  """Counts the bytes a device of what stays on the devices of a mesh, each array once: a teacher on
+  devices of its own has nothing of the student there, nor the student of it."""
+  seen, out, devices = set(), {}, set(mesh.devices.flat)
   for name, tree in there.groups().items():
-    leaves = {id(x): lowered.bytes_each(x) for x in jax.tree.leaves(tree)}
+    leaves = {id(x): lowered.bytes_each(x) for x in jax.tree.leaves(tree)
+              if x.sharding is None or x.sharding.device_set == devices}
     out[name] = sum(size for key, size in leaves.items() if key not in seen)
     seen |= leaves.keys()
   return {name: size for name, size in out.items() if size}
@@ -56,7 +58,7 @@ def memory_of(call: lowered.Call, compiled: Any, there: lowered.Resident) -> Mem
   rows = {id(x): lowered.bytes_each(x) for x in jax.tree.leaves((call.args, call.keywords))}
   stats = compiled.memory_analysis()
   return Memory(
-      resident=resident_bytes(there),
+      resident=resident_bytes(there, call.mesh),
       rows=sum(size for key, size in rows.items() if key not in stays),
       temporaries=float(stats.temp_size_in_bytes + stats.generated_code_size_in_bytes),
       results=float(stats.output_size_in_bytes - stats.alias_size_in_bytes))

@@ -82,7 +82,7 @@ def take_probe(run: Run, parts: Parts, student: Params, teacher: Params | None) 
         score.teacher_logprob_fn, model=how['teacher'], temperature=1.0,
         wants=Wants(hidden=True), chunk_tokens=there.chunk_tokens, microbatch_rows=0),
         out_shardings=sharding.by_rows(there.mesh))
-    theirs = evaluate.see(there, score_it, how['teacher'], teacher, rollout)
+    theirs = evaluate.See(there, score_it, how['teacher'])(teacher, rollout)
     compare = jax.jit(functools.partial(evaluate.compare, **how), out_shardings=by_rows)
     return rollout, compare(student, theirs, rollout)
 

@@ -20,6 +20,7 @@ import time
 from typing import Any
 
 import jax
+from jax._src import hardware_utils  # what jax warns by, where it falls back to the CPU
 from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize() asks
 
 from opd_jax.errors import ConfigError
@@ -71,13 +72,13 @@ def find(coordinator: str, processes: int, process: int) -> Start | None:
   given = {'coordinator': coordinator != '', 'processes': processes != 0, 'process': process != -1}
   if given['processes'] and processes < 1:
     raise ConfigError(f'processes={processes}; allowed: at least 1')
-  if processes == 1 and not given['coordinator']:
+  if processes == 1 and not given['coordinator'] and process in (-1, 0):
     return None
   if any(given.values()):
     if missing := [name for name, there in given.items() if not there]:
       raise ConfigError(f'coordinator={coordinator!r}, processes={processes}, process={process}: '
                         f'{missing} not given; allowed: all three, or --processes=1 alone')
-    if not re.fullmatch(r'.+:\d{1,5}', coordinator) or not 0 < _split(coordinator)[1] < 65536:
+    if not _is_address(coordinator):
       raise ConfigError(f"coordinator={coordinator!r}; allowed: 'HOST:PORT' of process 0")
     if not 0 <= process < processes:
       raise ConfigError(f'process={process} of processes={processes}; allowed: 0 to '
@@ -98,16 +99,20 @@ def _detect(environment: Mapping[str, str]) -> Start | None:
             'on SLURM, jax[tpu] on TPUs, or --coordinator=HOST:PORT --processes=N --process=I), or '
             '--processes=1 for one that is to run alone')
     return None
+  wait_s = int(timeout_s())
   try:
     processes, process = kind.get_process_count(), kind.get_process_id()
     if processes == 1:
       return None
     address = kind.get_coordinator_address(
-        timeout_secs=int(timeout_s()),
+        timeout_secs=wait_s,
         override_coordinator_port=environment.get('JAX_COORDINATOR_PORT'))
   except (RuntimeError, ValueError, KeyError, OSError) as e:
     raise ConfigError(f'{kind.name} cannot be read: {e}; allowed: --coordinator=HOST:PORT '
                       '--processes=N --process=I, or --processes=1 to run alone') from e
+  if not _is_address(address):  # jax takes its port from the environment as it stands there
+    raise ConfigError(f"{kind.name} says coordinator={address!r}; allowed: 'HOST:PORT', of which "
+                      'JAX_COORDINATOR_PORT may say the port')
   return Start(address, processes, process, _own_devices(kind, environment), f'of {kind.name}')
 
 
@@ -117,7 +122,15 @@ def _own_devices(kind: Any, environment: Mapping[str, str]) -> tuple[int, ...] |
   place = kind.get_local_process_id()
   tasks = environment.get('SLURM_STEP_TASKS_PER_NODE', environment.get('SLURM_TASKS_PER_NODE', ''))
   alone = kind.name == 'slurm' and re.fullmatch(r'1(\(x\d+\))?', tasks)
-  return None if place is None or alone else (place,)
+  if place is None or alone:
+    return None
+  of_a_node = {int(n) for n in re.findall(r'(?:^|,)(\d+)', tasks)}
+  gpus = environment.get('SLURM_GPUS_ON_NODE', '')
+  if kind.name == 'slurm' and gpus.isdigit() and of_a_node and of_a_node != {int(gpus)}:
+    raise ConfigError(f'SLURM_GPUS_ON_NODE={gpus!r} and tasks of a node {tasks!r}: each task takes '
+                      'one GPU; allowed: one task a node, which takes all of its GPUs, or as many '
+                      'tasks as GPUs')
+  return (place,)
 
 
 def _several(sign: str, value: str) -> int:
@@ -128,7 +141,30 @@ def _several(sign: str, value: str) -> int:
 
 def timeout_s() -> float:
   """Returns how long the start waits for all processes."""
-  return float(os.environ.get('OPD_JOIN_TIMEOUT_S') or TIMEOUT_S)
+  return _seconds('OPD_JOIN_TIMEOUT_S', TIMEOUT_S)
+
+
+def _seconds(variable: str, default: float) -> float:
+  text = os.environ.get(variable) or str(default)
+  if not re.fullmatch(r'\d+(\.\d+)?', text) or not float(text):
+    raise ConfigError(f'{variable}={text!r}; allowed: seconds, above 0')
+  return float(text)
+
+
+def require_accelerators() -> None:
+  """Refuses to run on the CPU beside accelerators that nobody renounced.
+
+  Raises:
+    ConfigError: jax fell back to the CPU of a machine that has TPUs or NVIDIA GPUs.
+  """
+  if jax.config.jax_platforms or os.environ.get('CUDA_VISIBLE_DEVICES') in ('', '-1'):
+    return  # on purpose
+  chips, _ = hardware_utils.num_available_tpu_chips_and_device_id()
+  extra = 'tpu' if chips else 'cuda' if hardware_utils.has_visible_nvidia_gpu() else ''
+  if extra and jax.default_backend() == 'cpu':
+    raise ConfigError(f"JAX_PLATFORMS='': this machine has {'TPUs' if chips else 'an NVIDIA GPU'}, "
+                      f"and jax found only its CPU; allowed: after `pip install 'opd_jax[{extra}]'`"
+                      ', or with JAX_PLATFORMS=cpu')
 
 
 def join(start: Start) -> None:
@@ -137,16 +173,19 @@ def join(start: Start) -> None:
   Raises:
     ConfigError: they have not all come within the time, or do not fit together.
   """
-  deadline = time.monotonic() + timeout_s()
+  silent_s, deadline = _seconds('OPD_SILENT_S', SILENT_S), time.monotonic() + timeout_s()
   names, peers = (_receive if start.process == 0 else _connect)(start, deadline)
-  hosts.watch_over(start.process, names, {i: s.detach() for i, s in peers.items()},
-                   float(os.environ.get('OPD_SILENT_S') or SILENT_S))
+  hosts.watch_over(start.process, names, {i: s.detach() for i, s in peers.items()}, silent_s)
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   jax.config.update('jax_enable_preemption_service', False)  # run/interrupts.py has its own
   jax.distributed.initialize(
       start.address, start.processes, start.process, local_device_ids=start.local_devices,
       cluster_detection_method='deactivate', initialization_timeout=int(timeout_s()),
       heartbeat_timeout_seconds=100)  # watch.py comes first
+
+
+def _is_address(text: str) -> bool:
+  return bool(re.fullmatch(r'.+:\d{1,5}', text)) and 0 < _split(text)[1] < 65536
 
 
 def _split(address: str) -> tuple[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 from flax import struct
@@ -63,12 +64,24 @@ class Seen:
   head: Head
 
 
-def see(apart: Apart, program: Callable[..., Any], model: Model, params: Params, rollout: Rollout
-        ) -> Seen:
-  """Lets a teacher on devices of its own look at a rollout, by a program that scores it for hidden
-  states."""
-  hidden = apart.call(program, params, rollout).hidden
-  return Seen(hidden, apart.bring(model.head(params)))
+@dataclasses.dataclass(frozen=True)
+class See:
+  """Lets a teacher on devices of its own look at a rollout of the student.
+
+  Attributes:
+    apart: the way there and back.
+    program: compiled (params, rollout) -> scores with hidden states.
+    model: the teacher's.
+  """
+
+  apart: Apart
+  program: Callable[..., Any]
+  model: Model
+
+  def __call__(self, params: Params, rollout: Rollout) -> Seen:
+    """Returns what `compare` takes, on the student's devices."""
+    hidden = self.apart.call(self.program, params, rollout).hidden
+    return Seen(hidden, self.apart.bring(self.model.head(params)))
 
 
 def compare(params: Params, teacher_params: Params | Seen | None, rollout: Rollout, *,
@@ -149,7 +162,7 @@ class Evaluator:
                compare: Callable[..., dict[str, Array]] | None, samples_per_problem: int,
                pass_k: int, task: Any, examples: examples_lib.Examples, tokenizer: Any,
                mesh: jax.sharding.Mesh, key: jax.Array,
-               see: Callable[[Params, Rollout], Seen] | None = None):
+               see: See | None = None):
     """Takes what evaluates.
 
     Args:

@@ -17,7 +17,7 @@ from opd_jax.parallel import sharding
 from opd_jax.parallel.apart import Apart
 from opd_jax.run import evaluate
 from opd_jax.settings import Run
-from opd_jax.types import Model, Params, Rollout, Wants
+from opd_jax.types import Model, Rollout, Wants
 
 
 def make_sampler(run: Run, model: Model, stop_tokens: tuple[int, ...], pad_token: int,
@@ -31,20 +31,18 @@ def make_sampler(run: Run, model: Model, stop_tokens: tuple[int, ...], pad_token
   return functools.partial(sample.sample_fn, **settings | other)
 
 
-def make_see(apart: Apart, model: Model, rows: int) -> Callable[[Params, Rollout], evaluate.Seen]:
+def make_see(apart: Apart, model: Model, rows: int) -> evaluate.See:
   """Makes what a teacher on devices of its own tells the evaluation of the student."""
   program = jax.jit(functools.partial(
       score.teacher_logprob_fn, model=model, temperature=1.0, wants=Wants(hidden=True),
       chunk_tokens=apart.chunk_tokens, microbatch_rows=apart.rows_of_pass(rows)),
       out_shardings=sharding.by_rows(apart.mesh))
-  return lambda params, rollout: evaluate.see(apart, program, model, params, rollout)
+  return evaluate.See(apart, program, model)
 
 
 def make_evaluator(run: Run, student: LoadedModel, teacher: Model | None, *, task: Any,
                    examples: Examples, stop_tokens: tuple[int, ...], mesh: jax.sharding.Mesh,
-                   key: jax.Array,
-                   see: Callable[[Params, Rollout], evaluate.Seen] | None = None
-                   ) -> evaluate.Evaluator:
+                   key: jax.Array, see: evaluate.See | None = None) -> evaluate.Evaluator:
   """Makes the evaluation of models shaped like `student` on held-out examples; `see` is that of a
   teacher on devices of its own, and `key` of all draws."""
   draw = functools.partial(make_sampler, run, student.model, stop_tokens,

@@ -28,7 +28,7 @@ COMMANDS = {
         'trains a run, or every stage of a pipeline, from the start or from where it stopped',
         ('config', 'workdir', *HOSTS), ('config',), 'opd train --config experiments/quickstart.py'),
     'doctor': Command(
-        'checks in seconds whether student, teacher and config belong together',
+        'checks before any training whether student, teacher, config and device belong together',
         ('config', 'workdir', 'stage', *HOSTS), ('config',),
         'opd doctor --config experiments/quickstart.py --stage opd'),
     'diagnose': Command(

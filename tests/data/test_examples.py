@@ -1,6 +1,7 @@
 """Prompts and given completions as batches, their order, and what is too long."""
 
 import time
+import types
 
 import datasets
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ import tiny
 
 from opd_jax.data import examples as examples_lib
 from opd_jax.data import prompts as prompts_lib
+from opd_jax.parallel import hosts
 from opd_jax.tasks import arithmetic, prompts
 
 UNTIMED = settings(deadline=None, derandomize=True)  # the machine is shared; failures must repeat
@@ -131,6 +133,27 @@ class TestGiven:
     rewards, texts = examples_lib.grade(arithmetic, examples.rows, cut, CHARACTERS)
     assert list(rewards) == [1, 0, 1, 0, 1]
     assert texts == [r['completion'] for r in examples.rows]
+
+  @pytest.mark.parametrize(('place', 'own'), [(0, [0, 1]), (1, [2, 3, 4])])
+  def test_of_two_processes_each_grades_its_rows(self, place, own, monkeypatch):
+    monkeypatch.setattr(hosts, 'count', lambda: 2)
+    monkeypatch.setattr(hosts, 'index', lambda: place)
+    monkeypatch.setattr(hosts, 'exchange', lambda mine: [mine])
+    examples, asked = make(5), []
+    task = types.SimpleNamespace(grade=lambda row, text: asked.append(row) or 1.0)
+    rewards, texts = examples_lib.grade(task, examples.rows, examples.given(np.arange(5)),
+                                        CHARACTERS)
+    assert asked == [examples.rows[i] for i in own] and len(rewards) == len(texts) == len(own)
+
+  @pytest.mark.parametrize(('count', 'encoded'), [(hosts.FEW, hosts.FEW // 2), (8, 8)])
+  def test_of_two_processes_each_encodes_its_part_of_many_texts(
+      self, count, encoded, monkeypatch):
+    monkeypatch.setattr(hosts, 'count', lambda: 2)
+    monkeypatch.setattr(hosts, 'index', lambda: 1)
+    monkeypatch.setattr(hosts, 'exchange', lambda mine: [mine])
+    texts = [f'{i}+1=' for i in range(count)]
+    assert prompts_lib.render(CHARACTERS, prompts_lib.Style(), texts) == [
+        CHARACTERS.encode(text) for text in texts[count - encoded:]]
 
   def test_rewards_belong_to_their_rows(self):
     examples = make(5)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import apart_child
 import jax
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import tiny
 
 from opd_jax import build, config, load, programs, train
 from opd_jax.data.streams import OWN
-from opd_jax.doctor import examine, lowered, memory
+from opd_jax.doctor import examine, lowered, memory, rollouts
 from opd_jax.doctor.finding import FAIL, OK, SKIPPED, WARN
 from opd_jax.types import Batch, Heads
 
@@ -30,8 +31,8 @@ import json, logging, pathlib, resource, sys
 sys.path.insert(0, sys.argv[1])
 import jax
 from opd_jax import config, train
-from opd_jax.doctor import examine, memory
-lines, settled = [], []
+from opd_jax.doctor import examine, lowered, memory
+lines, settled, stays = [], [], {}
 handler = logging.Handler()
 handler.emit = lambda record: lines.append(record.getMessage())
 logging.getLogger('jax').addHandler(handler)
@@ -39,11 +40,14 @@ check = examine.COMPILED['memory']
 def spy(run, programs):
   out = check(run, programs)
   settled.append(len(lines))
+  there = lowered.resident(programs)
+  stays.update({name: sorted(memory.resident_bytes(there, call.mesh))
+                for name, call in lowered.calls(run, programs, there).items()})
   return out
 examine.COMPILED['memory'] = spy
 with jax.log_compiles():
   train.train(config.from_dict(json.loads(sys.stdin.read())), pathlib.Path(sys.argv[2]))
-print(json.dumps([lines[:settled[0]], lines[settled[0]:]]))
+print(json.dumps([lines[:settled[0]], lines[settled[0]:], stays]))
 '''
 
 
@@ -96,13 +100,31 @@ def test_nor_on_a_mesh_with_tied_embeddings(tmp_path):
                   doctor__uniform_teacher='off: random')
   c.student.fresh.tie_word_embeddings = True
   c.compute.mesh.fsdp, c.compute.mesh.tensor, c.compute.microbatch_rows = 2, 2, 16
+  looked_at, later, _ = _on_four_devices(c, tmp_path)
+  assert len(looked_at) == 6 and not later
+
+
+def test_nor_with_a_teacher_on_devices_of_its_own(tmp_path):
+  """What it does for an evaluation is looked at, too, and each keeps to its own memory."""
+  c = apart_child.configs()['exact_apart']  # of which test_apart.py has the programs compiled
+  c.steps = 1
+  for name in (n.removeprefix('check_') for n in rollouts.__dict__ if n.startswith('check_')):
+    c.doctor[name] = 'off: its program is another'
+  looked_at, later, stays = _on_four_devices(c, tmp_path)
+  assert looked_at.count('teacher_logprob_fn') == 2 and not later
+  assert stays['evaluate see'] == stays['score teacher'] == ['teacher']
+  assert stays['update'] == stays['evaluate compare'] == ['heads', 'optimizer', 'weights']
+
+
+def _on_four_devices(c, tmp_path):
+  """(what the check compiled, what was compiled after it, what stays during each program)."""
   done = subprocess.run(
       [sys.executable, '-c', CHILD, str(tiny.ROOT / 'tests'), str(tmp_path / 'run')], text=True,
       input=json.dumps(config.to_dict(c)), capture_output=True, timeout=tiny.PATIENCE_S,
       env=tiny.environment(devices=4))
   assert done.returncode == 0, done.stderr[-4000:]
-  looked_at, later = map(_compiled, json.loads(done.stdout.splitlines()[-1]))
-  assert len(looked_at) == 6 and not later
+  looked_at, later, stays = json.loads(done.stdout.splitlines()[-1])
+  return _compiled(looked_at), _compiled(later), stays
 
 
 @pytest.mark.parametrize('fields', [{}, dict(student__lora__rank=2), dict(
@@ -110,7 +132,7 @@ def test_nor_on_a_mesh_with_tied_embeddings(tmp_path):
     teacher__path='')])
 def test_what_stays_is_that_of_the_arrays(fields):
   run, made = _open(tiny.with_models('opd_exact', **GOOD, **fields))
-  there = memory.resident_bytes(lowered.resident(made))
+  there = memory.resident_bytes(lowered.resident(made), made.parts.mesh)
   base = made.parts.read_base()
   graders = made.connect(base)
   state = made.init(made.parts.read_trained())

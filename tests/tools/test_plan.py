@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import io
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
+import rich.console
 import tiny
 
 from opd_jax import build, config, programs
 from opd_jax.algorithm import slots as slots_lib
+from opd_jax.data.streams import OWN
 from opd_jax.doctor import lowered, memory
 from opd_jax.errors import ConfigError
 from opd_jax.run import flops
-from opd_jax.tools.plan import command, hardware, nearest, phases, shapes
+from opd_jax.tools.plan import command, hardware, hlo, nearest, phases, shapes
 
 ONE = 'gpu:1xh100'
 # What the update of a run takes of a slice, and what XLA says of it.
@@ -206,10 +210,40 @@ class TestPlan:
   def test_streams_count_by_their_share(self, folder):
     run = _run(folder, data__off_policy_source='teacher', data__on_policy_fraction=0.25,
                optimizer__updates_per_batch=1)
-    times = {p.name: p.times for p in phases.measure(
-        run, phases.open_programs(run, hardware.parse(ONE), jax.devices()), hardware.parse(ONE))}
+    made = phases.open_programs(run, hardware.parse(ONE), jax.devices())
+    times = {p.name: p.times for p in phases.measure(run, made, hardware.parse(ONE))}
     assert times == {'sample': 0.25, 'score teacher': 0.25, 'off_policy sample': 0.75,
                      'off_policy score teacher': 0.75, 'update': 0.25, 'off_policy update': 0.75}
+    own = _run(folder, optimizer__updates_per_batch=1)
+    alone = command.model_flops(own, phases.open_programs(own, hardware.parse(ONE), jax.devices()))
+    # A quarter of its own rows; the others differ in that the larger teacher writes them.
+    assert alone < command.model_flops(run, made) < 1.5 * alone
+
+  def test_what_is_done_for_each_update(self):
+    own = types.SimpleNamespace(name=OWN, steps=(0.0, 0.25), objective=types.SimpleNamespace(
+        advantages='recomputed'))
+    other = types.SimpleNamespace(name='other', steps=(0.25, 1.0), objective=own.objective)
+    programs = types.SimpleNamespace(parts=types.SimpleNamespace(streams=[own, other]))
+    run = types.SimpleNamespace(optimizer=types.SimpleNamespace(updates_per_batch=3))
+    for name, times in (('sample', 0.25), ('score teacher', 0.25), ('score student', 0.75),
+                        ('update', 0.75), ('other sample', 0.75), ('other score student', 0.75),
+                        ('other update', 2.25)):
+      assert phases._times(run, programs, name) == times, name
+
+  def test_every_byte_is_counted_once(self, folder, monkeypatch):
+    run, one = _run(folder), hardware.parse(ONE)
+    made = phases.open_programs(run, one, jax.devices())
+    size = sum(x.nbytes for x in map(
+        lambda x: np.empty(x.shape, x.dtype), jax.tree.leaves(made.state.params)))
+
+    def bytes_with(*counts):
+      monkeypatch.setattr(hlo, 'count', lambda *_: hlo.Counts(0.0, *counts))
+      return phases.measure(run, made, one, ('update',))[0].hbm_bytes
+
+    whole = bytes_with(0.0, [])
+    assert 2 * 3 * size < whole < 2.5 * 3 * size  # weights and moments, in and out; few rows
+    # A result is written and read.
+    assert bytes_with(5e9, [hlo.Collective('all-gather', (0,), 1e9, 3)]) == whole + 5e9 + 6e9
 
 
 class TestNearest:
@@ -255,6 +289,9 @@ class TestNearest:
           'Exceeded hbm capacity by 56.06G.')
 
     monkeypatch.setattr(lowered.Call, 'compile', full)
+    assert phases._said('RESOURCE_EXHAUSTED: the total memory required for HLO temporaries '
+                        '(240.00G) exceeds available HBM (30.75G).') == (
+                            'needs 240.00G of 30.75G, 209.25G too much')
     plan = command.make(_run(folder), hardware.parse(ONE), tries=1)
     assert not plan.fits and plan.phases[-1].memory is None
     assert plan.phases[-1].refused == 'needs 151.79G of 95.73G, 56.06G too much'
@@ -262,6 +299,28 @@ class TestNearest:
 
 
 class TestCommand:
+
+  @pytest.mark.parametrize(('args', 'said'), [
+      (('MODELS', float('nan'), None), '--price=nan'), (('MODELS', -4.0, None), '--price=-4'),
+      (('/nowhere', 0.0, None), "--models='/nowhere'"),
+      (('MODELS', 0.0, '/nowhere/plan.json'), "--json='/nowhere/plan.json'"),
+      (('MODELS', 0.0, '/'), "--json='/'")])
+  def test_what_cannot_be_is_said_before_anything_is_compiled(
+      self, args, said, folder, monkeypatch):
+    monkeypatch.setattr(command, 'make', None)
+    models, price, file = args
+    with pytest.raises(ConfigError, match=f'{said}.*allowed'):
+      command.command(_config(), ONE, models.replace('MODELS', str(folder)), price, file)
+
+  def test_numbers_can_be_read(self, plan):
+    out = io.StringIO()
+    console = rich.console.Console(file=out, width=200)
+    plan = dataclasses.replace(plan, price=3e9)
+    command.show(plan, console)
+    s = plan.summary()
+    text = out.getvalue()
+    assert f'{s["answer_tokens_per_s"]:,.0f} answer tokens/s' in text and 'e+' not in text
+    assert f'{s["cost_usd"]:,.2f} USD' in text
 
   def test_on_eight_gpus(self, folder, tmp_path):
     done = tiny.opd('plan', '--config', folder / 'one.py', '--topology', 'gpu:8xh100', '--models',
@@ -274,6 +333,12 @@ class TestCommand:
     assert plan['fits'] and plan['chips'] == 8 and plan['mesh']['tensor'] == 2
     traffic = {p['name']: {t['axes'] for t in p['traffic']} for p in plan['phases']}
     assert all('tensor' in axes for axes in traffic.values())
+    for t in (t for p in plan['phases'] for t in p['traffic']):
+      assert t['seconds'] == pytest.approx(t['sent_bytes'] / 450e9 + 15e-6 * t['count'])
+    cache = next(p['cache_bytes'] for p in plan['phases'] if p['name'] == 'sample')
+    # By rows over four, by key/value heads over two; and of each slot whether it is valid.
+    assert 1.0 < cache / (32 * 11 * 2 * 2 * 2 * 8 * 4 / 8) < 1.02
+    assert plan['chip_hours'] == pytest.approx(8 * plan['step_s'] * plan['steps'] / 3600)
     assert not (tmp_path / 'runs').exists()
 
   def test_refusals(self, folder, tmp_path):
@@ -290,6 +355,14 @@ class TestCommand:
 class TestTpus:
   """Compiled by libtpu, on a machine that has none, in processes of their own: it takes none of the
   flags that XLA has for CPUs."""
+
+  def test_a_device_is_a_chip(self):
+    names = ['v4:2x2x1', 'v5e:4x4', 'v5p:2x2x1', 'v6e:2x4']
+    code = 'import sys; from opd_jax.tools.plan import hardware\n' + (
+        'for t in map(hardware.parse, sys.argv[1:]): assert len(hardware.devices(t)) == t.chips, t')
+    done = subprocess.run([sys.executable, '-c', code, *names], text=True, capture_output=True,
+                          env=tiny.environment(), timeout=tiny.PATIENCE_S)
+    assert done.returncode == 0, done.stderr[-3000:]
 
   def test_a_slice(self, folder, tmp_path):
     done = tiny.opd('plan', '--config', folder / 'one.py', '--topology', 'v5p:2x2x1', '--models',

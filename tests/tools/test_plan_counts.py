@@ -37,6 +37,7 @@ MODULE = '''HloModule jit_f, num_partitions=8
 %cond.1_spmd (param.1: (s32[], bf16[16,32])) -> pred[] {
   %param.1 = (s32[], bf16[16,32]{1,0}) parameter(0)
   %constant.1 = s32[] constant(6)
+  %constant.2 = s32[] constant(1)
   %i.1 = s32[] get-tuple-element(%param.1), index=0
   ROOT %less = pred[] compare(%i.1, %constant.1), direction=LT
 }
@@ -190,21 +191,36 @@ class TestHardware:
     assert hardware.parse(text).chips == chips
 
   @pytest.mark.parametrize('text', ['', 'v5p', 'v5p:4x4', 'v6e:8x8x8', 'v5p:0x2x2', 'gpu:h100',
-                                    'gpu:8xv5p', 'h100:8', 'gpu:12xh100', 'v5p:2x2x1:'])
+                                    'gpu:8xv5p', 'h100:8', 'gpu:12xh100', 'v5p:2x2x1:',
+                                    'v6e:32x16'])
   def test_what_is_none(self, text):
     with pytest.raises(ConfigError, match=f"--topology='{text}'.*allowed"):
       hardware.parse(text)
 
+  def _devices(self, *shape):
+    return [types.SimpleNamespace(coords=(*at, 0)[:3]) for at in np.ndindex(shape)]
+
   def test_links_of_a_torus(self):
-    topology = hardware.parse('v5p:4x4x2')
-    devices = [types.SimpleNamespace(coords=(x, y, z)) for x in range(4) for y in range(4)
-               for z in range(2)]
+    """A cube of 4x4x4 has rings, of which a part is a line; over all of them, three rings."""
+    topology, devices = hardware.parse('v5p:4x4x4'), self._devices(4, 4, 4)
     rate = topology.chip.link_bytes_per_s
-    # Along z, whose ends are not connected, one way; around a ring both ways; over all, both
-    # rings and the line.
+    assert topology.link((0, 1, 2, 3), devices) == ('ICI', 2 * rate)
     assert topology.link((0, 1), devices) == ('ICI', rate)
-    assert topology.link((0, 2, 4, 6), devices) == ('ICI', 2 * rate)
-    assert topology.link(range(32), devices) == ('ICI', 5 * rate)
+    assert topology.link(range(16), devices) == ('ICI', 4 * rate)
+    assert topology.link((0, 1, 4, 5), devices) == ('ICI', 2 * rate)
+    assert topology.link(range(64), devices) == ('ICI', 6 * rate)
+
+  def test_links_of_less_than_a_cube(self):
+    topology, devices = hardware.parse('v5p:2x4x4'), self._devices(2, 4, 4)
+    rate = topology.chip.link_bytes_per_s
+    assert topology.link((0, 1, 2, 3), devices) == ('ICI', rate)
+    assert topology.link(range(32), devices) == ('ICI', 3 * rate)
+
+  @pytest.mark.parametrize(('text', 'rings'), [
+      ('v6e:8x8', (False, False)), ('v6e:8x16', (False, True)), ('v5e:16x16', (True, True)),
+      ('v4:4x4x8', (True,) * 3), ('v4:4x4x6', (False,) * 3), ('v5p:2x2x4', (False,) * 3)])
+  def test_which_ends_are_connected(self, text, rings):
+    assert hardware.parse(text).rings == rings
 
   def test_links_of_gpus(self):
     topology = hardware.parse('gpu:16xh100')
@@ -214,7 +230,8 @@ class TestHardware:
   def test_every_chip_has_a_source(self):
     for chip in hardware.CHIPS.values():
       assert 'TFLOP' in chip.source and chip.hbm_bytes > 15 * hardware.GIB
-      assert bool(chip.dims) == bool(chip.wraps) == ('cloud.google' in chip.source)
+      assert bool(chip.dims) == bool(chip.wraps) == bool(chip.most) == (
+          'cloud.google' in chip.source)
 
   def test_without_libtpu_a_line_says_what_to_install(self, monkeypatch):
     monkeypatch.setattr(hardware.importlib.util, 'find_spec', lambda name: None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+import os
 import pathlib
 import sys
 from typing import Any
@@ -14,6 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from opd_jax.errors import ConfigError
 from opd_jax.files import disk
 from opd_jax.programs import Programs
 from opd_jax.run import flops, metrics
@@ -35,7 +38,8 @@ NOTES = (
 OF_GPUS = ('GPUs by arithmetic: the programs are partitioned and compiled by XLA for as many CPU '
            'devices. Weights, optimizer and cache are exact; temporaries are those of the CPU, '
            'which widens bfloat16 and multiplies every token by every expert: more than a GPU '
-           'takes.')
+           'takes. jax takes three quarters of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says '
+           'more.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +148,19 @@ def command(c: ConfigDict, topology: str, models: str, price: float, file: str |
     Whether the run fits.
 
   Raises:
-    ConfigError: see `make`, `hardware.parse` and `shapes.find`.
+    ConfigError: see `make`, `hardware.parse` and `shapes.find`; or a price or a file that cannot
+      be.
   """
   where = hardware.parse(topology)
+  if not 0 <= price < math.inf:
+    raise ConfigError(f'--price={price}; allowed: USD of a chip an hour, at least 0')
+  if models and not pathlib.Path(models).is_dir():
+    raise ConfigError(f'--models={models!r} is not here; allowed: a directory that holds '
+                      'ORGANIZATION/NAME/config.json or NAME/config.json')
+  if file is not None and (pathlib.Path(file).is_dir() or not os.access(
+      pathlib.Path(file).absolute().parent, os.W_OK)):
+    raise ConfigError(f'--json={file!r} cannot be written; allowed: a file in a directory that is '
+                      'here')
   run = shapes.parse(c, models)
   # No accelerator of this machine is needed, and what is compiled here is never run.
   jax.config.update('jax_platforms', 'cpu')
@@ -167,9 +181,9 @@ def show(plan: Plan, console: Console) -> None:
   console.print(memory_table(plan))
   console.print(time_table(plan))
   s = plan.summary()
-  text = (f'{plan.run.name} on {s["topology"]}: a step takes {s["step_s"]:.3g} s at least, '
-          f'{s["answer_tokens_per_s"]:.3g} answer tokens/s, model FLOPs utilization '
-          f'{s["model_flops_utilization"]:.1%}; {s["steps"]} steps {s["chip_hours"]:.3g} '
+  text = (f'{plan.run.name} on {s["topology"]}: a step takes {_number(s["step_s"])} s at least, '
+          f'{_number(s["answer_tokens_per_s"])} answer tokens/s, model FLOPs utilization '
+          f'{s["model_flops_utilization"]:.1%}; {s["steps"]} steps {_number(s["chip_hours"])} '
           'chip-hours')
   console.print(text + (f', {s["cost_usd"]:,.2f} USD' if plan.price else '')
                 + ('' if plan.fits else ', but it does not fit'))
@@ -207,9 +221,13 @@ def time_table(plan: Plan) -> Table:
   out = Table('phase', 'a step', 'TFLOP', 'GB a chip', 'collectives, GB sent by a chip', 's',
               'limit', 'tokens/s')
   for p in plan.phases:
-    sent = '; '.join(f'{t.axes} {t.link} {t.sent_bytes / 1e9:.3g} in {t.count:.0f}'
+    sent = '; '.join(f'{t.axes} {t.link} {_number(t.sent_bytes / 1e9)} in {t.count:,.0f}'
                      for t in p.traffic if t.sent_bytes)
-    out.add_row(p.name, f'{p.times:g}', f'{p.flops / 1e12:.4g}', f'{p.hbm_bytes / 1e9:.4g}',
-                sent or 'none', f'{p.roofline_s:.3g}', p.limit,
-                f'{p.tokens / p.roofline_s:.3g}' if p.roofline_s else '')
+    out.add_row(p.name, f'{p.times:g}', _number(p.flops / 1e12), _number(p.hbm_bytes / 1e9),
+                sent or 'none', _number(p.roofline_s), p.limit,
+                _number(p.tokens / p.roofline_s) if p.tokens and p.roofline_s else '')
   return out
+
+
+def _number(x: float) -> str:
+  return f'{x:,.0f}' if x >= 1000 else f'{x:.3g}'

@@ -198,6 +198,10 @@ def _said(text: str) -> str:
   found = re.search(r'Used ([\d.]+\w) of ([\d.]+\w) hbm. Exceeded hbm capacity by ([\d.]+\w)', text)
   if found:
     return f'needs {found[1]} of {found[2]}, {found[3]} too much'
+  if found := re.search(r'\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)', text):
+    return f'needs {found[1]} of {found[2]}' + (
+        f', {float(found[1][:-1]) - float(found[2][:-1]):.2f}G too much'
+        if found[1][-1] == found[2][-1] == 'G' else '')
   return ' '.join(text.split())[:300]
 
 

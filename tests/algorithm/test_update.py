@@ -106,7 +106,8 @@ def test_metrics_against_numpy(x64, name):
   ratio = np.exp(chosen - behaviour - (offset if o.importance.startswith('ppo_clip') else 0))
   want = {'entropy_student': entropy(mine), 'logprob': chosen.mean(), 'truncation_rate': 2 / 6,
           'gap_mean': gap.mean(), 'gap_max': gap.max(), 'ratio_mean': ratio.mean(),
-          'ratio_max': ratio.max(), 'ratio_min': ratio.min()}
+          'ratio_max': ratio.max(), 'ratio_min': ratio.min(),
+          'scored_useful': np.mean(r.mask[:, r.prompt_length - 1:])}
   if o.needs_teacher:
     graded = np.array([theirs[b, t, r.tokens[b, t + 1]] for b, t in places])
     want |= {'entropy_teacher': entropy(theirs), 'reverse_kl': (chosen - graded).mean()}

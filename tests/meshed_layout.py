@@ -41,12 +41,10 @@ class Lowered:
   """The programs of the loop for a mesh, without an array."""
 
   def __init__(self, mesh: jax.sharding.Mesh, rows: int = 64, microbatch_rows: int = 16,
-               prompt: int = PROMPT, room: int = ROOM, attention: str = 'auto',
-               remat: str = 'layer', **shape: Any):
+               prompt: int = PROMPT, room: int = ROOM, **shape: Any):
     self.mesh, self.rows, self.micro = mesh, rows, microbatch_rows
     self.prompt, self.room = prompt, room
-    self.model = models.build(QWEN3 | shape, dtype=jnp.bfloat16, attention=attention,
-                              remat=remat)
+    self.model = models.build(QWEN3 | shape, dtype=jnp.bfloat16, remat='layer')
     self.optimizer = optax.adamw(1e-4)
     self.state = state_lib.abstract(self.model.specs, self.optimizer, mesh)
     self.rollout = Rollout(

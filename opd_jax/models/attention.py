@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
-import numpy as np
 
 from opd_jax.models import kernels
 
@@ -125,7 +124,7 @@ def form(mask: Mask, q: Array, k: Array, softcap: float) -> str:
 
 
 def reduction_dtype(x: Array) -> jnp.dtype:
-  """The dtype of scores, sums and maxima: float32 at least."""
+  """Says in what scores, sums and maxima are: float32 at least."""
   return jnp.promote_types(x.dtype, jnp.float32)
 
 
@@ -167,12 +166,12 @@ _again.defvjp(lambda *x: (_again(*x), x[:4]), _again_backward)
 # --- blocks ---
 
 
-def pairs(length: int, block: int, window: int | None) -> np.ndarray:
-  """Lists the (block of queries, block of keys) in which some query may read some key, [n, 2], by
-  blocks of queries."""
+def pairs(length: int, block: int, window: int | None) -> list[tuple[int, int]]:
+  """Lists the (block of queries, block of keys) in which some query may read some key, by blocks
+  of queries."""
   count = -(-length // block)
   first = [0 if window is None else max(i * block - window + 1, 0) // block for i in range(count)]
-  return np.array([(i, j) for i in range(count) for j in range(first[i], i + 1)], np.int32)
+  return [(i, j) for i in range(count) for j in range(first[i], i + 1)]
 
 
 def block_size(length: int, most: int = BLOCK) -> int:
@@ -235,10 +234,10 @@ class Plan:
 
   def visit(self, body: Callable[..., Any], carry: Any) -> Any:
     """Runs body(carry, i, j, first) over the pairs; `first` begins another block of queries."""
-    found = pairs(self.length, self.block, self.window)
-    first = np.diff(found[:, 0], prepend=-1) > 0
-    return jax.lax.scan(lambda carry, at: (body(carry, *at), None), carry,
-                        (found[:, 0], found[:, 1], first))[0]
+    i, j = (jnp.array(x, jnp.int32) for x in zip(
+        *pairs(self.length, self.block, self.window), strict=True))
+    first = jnp.diff(i, prepend=-1) > 0
+    return jax.lax.scan(lambda carry, at: (body(carry, *at), None), carry, (i, j, first))[0]
 
 
 def _at(x, i):

@@ -15,7 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_layout
+import tiny
 
+from opd_jax import build, config
+from opd_jax.errors import ConfigError
 from opd_jax.models import attention, kernels
 from opd_jax.models.attention import Mask
 
@@ -81,6 +84,14 @@ def test_a_row_rolls_and_its_gradient_rolls_back():
   np.testing.assert_array_equal(got, np.stack([np.roll(a, b, 0) for a, b in zip(
       x, by, strict=True)]))
   np.testing.assert_array_equal(back(got)[0], x)
+
+
+@pytest.mark.parametrize(('field', 'value'), [
+    ('attention', 'cudnn'), ('attention', 'splash'), ('remat', 'offload')])
+def test_what_these_devices_do_not_have_is_refused_before_anything_is_read(field, value):
+  run = config.parse(tiny.config('sft', **{f'compute__{field}': value}))
+  with pytest.raises(ConfigError, match=f"compute.{field}='{value}'.*allowed"):
+    build.open_parts(run)
 
 
 @pytest.fixture(scope='module')

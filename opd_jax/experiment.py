@@ -117,6 +117,7 @@ def set_for_pods(c: ConfigDict, name: str, arg: ConfigDict, student: str, teache
   c.compute.dtype, c.compute.remat = 'bfloat16', 'layer'
   c.compute.microbatch_rows = 2 if arg.answers == 'short' else 1
   c.compute.chunk_tokens = 1024
+  c.sample.slots = 0 if arg.answers == 'short' else 64  # of 256 rows: few are long
   c.optimizer.learning_rate, c.optimizer.warmup_steps = 5e-5, 5
   c.eval.every_steps, c.eval.problems, c.eval.samples_per_problem = 25, 128, 2
   c.checkpoint.every_steps = 25

@@ -25,7 +25,7 @@ LANES, SPLASH_BLOCK = 128, 512
 def platform() -> str:
   """Tells what the program that is being traced is for: the devices of the mesh in context, or the
   default ones; 'cpu', 'gpu' or 'tpu'."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
+  device = getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None)
   return jax.default_backend() if device is None else device.platform
 
 

@@ -46,13 +46,14 @@ def examine_parts(run: Run, parts: Parts) -> list[Finding]:
   return _examine(run, STATIC, run, parts)
 
 
-def examine(run: Run, programs: Programs) -> list[Finding]:
+def examine(run: Run, programs: Programs, say: Callable[[str], None] = lambda text: None
+            ) -> list[Finding]:
   """Makes the checks that run no model and read no weight: those that compare, and, where none of
-  them failed, those that compile what the run will call anyway."""
+  them failed, those that compile what the run will call anyway, which `say` hears of."""
   out = examine_parts(run, programs.parts)
   if any(f.status == FAIL for f in out):
     return out + [Finding(name, SKIPPED, 'the run is refused as it is') for name in COMPILED]
-  return out + _examine(run, COMPILED, run, programs)
+  return out + _examine(run, COMPILED, run, programs, say)
 
 
 def examine_rollouts(run: Run, parts: Parts, student: Params, teacher: Params | None
@@ -130,10 +131,16 @@ def command(c: ConfigDict, console: Console) -> bool:
   """
   run = config_lib.parse(c)
   load.require_same_inputs(run)
+  def say(text):
+    console.print(f'{run.name}: {text}', style='dim')
+
+  say('opening models, tokenizers and data')
   parts = build.open_parts(run)
-  findings = examine(run, compile_programs(run, parts))
+  findings = examine(run, compile_programs(run, parts), say)
+  say('reading weights')
   base = parts.read_base()
   student = lora.join(base, parts.read_trained())
+  say('writing and grading some rollouts')
   findings += examine_rollouts(run, parts, student, parts.read_frozen('teacher', base))
   console.print(table(run.name, findings))
   return all(f.status != FAIL for f in findings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 import os
 from typing import Any
@@ -64,10 +65,11 @@ def memory_of(call: lowered.Call, compiled: Any, there: lowered.Resident) -> Mem
       results=float(stats.output_size_in_bytes - stats.alias_size_in_bytes))
 
 
-def check_memory(run: Run, programs: Programs) -> Finding:
+def check_memory(run: Run, programs: Programs, say: Callable[[str], None]) -> Finding:
   """Compiles the programs of a run and compares what the largest takes with what a device has."""
   there, limit, worst = lowered.resident(programs), device_bytes(), None
   for name, call in lowered.calls(run, programs, there).items():
+    say(f'compiling: {name}')
     try:
       found = memory_of(call, call.compile(), there)
     except jax.errors.JaxRuntimeError as e:  # compilers that know the device refuse by themselves

@@ -286,8 +286,9 @@ class TestCommand:
     tiny.write_config(tmp_path / 'one.py', _pair())
     done = tiny.opd('doctor', '--config', 'one.py', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for name in EVERY:
+    for name in (*EVERY, 'compiling: update', 'reading weights'):
       assert name in done.stdout
+    assert done.stdout.index('compiling: update') < done.stdout.index('check')  # while it lasts
     path = _teacher(tmp_path, lambda name, x: 0 * x if name in ('head', 'embed') else x)
     done = tiny.opd('doctor', '--config', 'one.py', f'--config.teacher.path={path}', cwd=tmp_path)
     assert done.returncode == 1 and 'FAIL' in done.stdout and 'teacher.path' in done.stdout

@@ -209,7 +209,7 @@ class TestRefusal:
              for name, call in lowered.calls(run, made, there).items()}
     for share, status in ((0.99, FAIL), (1.05, WARN), (1.2, OK)):
       monkeypatch.setattr(memory, 'device_bytes', lambda s=share: s * max(found.values()))
-      finding = memory.check_memory(run, made)
+      finding = memory.check_memory(run, made, print)
       assert (finding.status, finding.field) == (status, 'compute.microbatch_rows')
       assert finding.detail.startswith(f'{max(found, key=found.get)}: weights ')
 
@@ -220,7 +220,7 @@ class TestRefusal:
       raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: 151.79G of 95.73G')
 
     monkeypatch.setattr(lowered.Call, 'compile', full)
-    finding = memory.check_memory(run, made)
+    finding = memory.check_memory(run, made, print)
     assert finding.status == FAIL and '151.79G' in finding.detail
 
   def test_nothing_is_compiled_for_a_run_that_is_refused_anyway(self, monkeypatch):

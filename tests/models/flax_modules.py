@@ -139,7 +139,7 @@ def trained(model, params, objective, teacher=None, steps=8):
   optimizer = optax.adam(1e-2)
   rollout = quick_jit(functools.partial(
       sample.sample_fn, model=model, max_new_tokens=7, temperature=1.0, top_p=1.0, top_k=0,
-      stop_tokens=(1,), pad_token=0))(params, left_padded(ROWS * 2, 6), jax.random.key(0))
+      stop_tokens=(1,), pad_token=0))(params, left_padded(ROWS * 2, 6), jax.random.key(1))
   scores = head = None
   if teacher is not None:
     scores = quick_jit(functools.partial(

@@ -118,7 +118,7 @@ class Programs:
       return
     author = graders['teacher'].params if stream.writer == 'teacher' else student
     mixed = {'mix_params': graders['teacher'].params} if stream.teacher_mix else {}
-    place, parts = self.place_of(stream), self.pieces_of(stream)
+    place, parts = self.parts.place_of(stream), self.parts.pieces_of(stream)
     key = key if place is home else apart_lib.move_key(key, place)
     with jax.set_mesh(place):
       weights = self.layouts[stream.name](author)
@@ -129,14 +129,6 @@ class Programs:
       if i == parts:
         del weights  # not to be kept while the rows are graded
       yield self.wait(rollout if place is home else apart_lib.move_rows(rollout, home))
-
-  def place_of(self, stream: Stream) -> jax.sharding.Mesh:
-    """Returns the mesh on which a stream is written."""
-    return self.parts.mesh_of('teacher' if stream.writer == 'teacher' else 'student')
-
-  def pieces_of(self, stream: Stream) -> int:
-    """Says in how many parts the rows of a stream are written, one after another."""
-    return self.parts.apart.parts if self.parts.apart and stream.on_policy else 1
 
   def grade(self, stream: Stream, student: Params, graders: Graders, indices: np.ndarray,
             rollouts: Iterable[Rollout]) -> Batch:
@@ -182,8 +174,8 @@ class Programs:
     functions = {*self.writers.values(), *self.scorers.values(), *self.updates.values()}
     decoded = {}
     if stream.name in self.layouts:
-      place = self.place_of(stream)
-      parts = apart_lib.part_places(len(lengths), self.pieces_of(stream), self.parts.mesh)
+      place = self.parts.place_of(stream)
+      parts = apart_lib.part_places(len(lengths), self.parts.pieces_of(stream), self.parts.mesh)
       decoded = {**self.layouts[stream.name].report(), 'decode_useful': slots_lib.useful_share(
           list(lengths[parts]), slots, layout.row_parts(parts.shape[1], layout.DECODE, place))}
     compiled = sum(f._cache_size() for f in functions)

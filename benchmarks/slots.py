@@ -106,7 +106,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
   for n in ways:
     s = statistics.median(seconds[n])
     out[str(n)] = dict(s=s, useful_tokens_per_s=lengths.sum() / s,
-                       useful_share=slots.useful_share(lengths, n))
+                       useful_share=slots.useful_share([lengths], n))
   for n, row in out.items():
     row['gain'] = out['0']['s'] / row['s']
     print(f'slots {n}:', ', '.join(f'{k} {v:.4g}' for k, v in row.items()), flush=True)

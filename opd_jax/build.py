@@ -114,6 +114,14 @@ class Parts:
     """Returns the mesh of the 'student', the 'teacher' or the 'reference'."""
     return self.apart.mesh if part == 'teacher' and self.apart else self.mesh
 
+  def place_of(self, stream: Stream) -> jax.sharding.Mesh:
+    """Returns the mesh on which a stream is written."""
+    return self.mesh_of('teacher' if stream.writer == 'teacher' else 'student')
+
+  def pieces_of(self, stream: Stream) -> int:
+    """Says in how many parts the rows of a stream are written, one after another."""
+    return self.apart.parts if self.apart and stream.on_policy else 1
+
   def runs_students_programs(self, other: LoadedModel | None) -> bool:
     """Tells whether another model's parameters have the very form of the student's, so that the
     same compiled programs serve both: only then is log p_T - log p_S exactly zero for equal

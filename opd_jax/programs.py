@@ -26,7 +26,7 @@ from opd_jax.algorithm import slots as slots_lib
 from opd_jax.algorithm.objective import wants
 from opd_jax.build import Parts
 from opd_jax.data import examples as examples_lib
-from opd_jax.data.streams import GIVEN, OWN, Stream
+from opd_jax.data.streams import GIVEN, Stream
 from opd_jax.files import checkpoint
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.models import layout, lora
@@ -118,8 +118,7 @@ class Programs:
       return
     author = graders['teacher'].params if stream.writer == 'teacher' else student
     mixed = {'mix_params': graders['teacher'].params} if stream.teacher_mix else {}
-    place = self.parts.mesh_of('teacher' if stream.writer == 'teacher' else 'student')
-    parts = self.parts.apart.parts if self.parts.apart and stream.on_policy else 1
+    place, parts = self.parts.place_of(stream), self.parts.pieces_of(stream)
     key = key if place is home else apart_lib.move_key(key, place)
     with jax.set_mesh(place):
       weights = self.layouts[stream.name](author)
@@ -168,14 +167,17 @@ class Programs:
     """Picks the heads of the models whose hidden states the loss takes."""
     return Heads(**{part: grader.head for part, grader in graders.items()})
 
-  def counts(self, lengths: np.ndarray, slots: int) -> dict[str, float]:
-    """Counts compiled programs (one a function that is in use, or something retraces), what laying
-    the student out for decoding moves, and which part of decoding wrote rows of these lengths."""
+  def counts(self, stream: Stream, lengths: np.ndarray, slots: int) -> dict[str, float]:
+    """Counts compiled programs (one a function that is in use, or something retraces), and of a
+    stream that a model wrote in rows of these lengths, what laying that out for decoding moved, and
+    which part of decoding wrote them."""
     functions = {*self.writers.values(), *self.scorers.values(), *self.updates.values()}
     decoded = {}
-    if OWN in self.layouts:
-      decoded = {**self.layouts[OWN].report(), 'decode_useful': slots_lib.useful_share(
-          lengths, slots, layout.row_parts(len(lengths), layout.DECODE, self.parts.mesh))}
+    if stream.name in self.layouts:
+      place = self.parts.place_of(stream)
+      parts = apart_lib.part_places(len(lengths), self.parts.pieces_of(stream), self.parts.mesh)
+      decoded = {**self.layouts[stream.name].report(), 'decode_useful': slots_lib.useful_share(
+          list(lengths[parts]), slots, layout.row_parts(parts.shape[1], layout.DECODE, place))}
     compiled = sum(f._cache_size() for f in functions)
     compiled += sum(layout.compile_count() for layout in self.layouts.values())
     return {'compiles': compiled, **decoded}

@@ -168,7 +168,8 @@ def restore(run: Run, programs: Programs, store: checkpoint.Checkpoints, workdir
           reference=parts.reference and parts.reference.model,
           adapter_specs=parts.adapter and parts.adapter.specs,
           updates=run.optimizer.updates_per_batch),
-      counts=lambda lengths: programs.counts(lengths, run.sample.slots))
+      counts=lambda step, lengths: programs.counts(
+          streams_lib.of_step(parts.streams, run.seed, step - 1)[0], lengths, run.sample.slots))
   if parts.apart:
     book.say(parts.describe_apart(run.name))
   return state, book

@@ -1,13 +1,15 @@
 """The loop with rows that are written in slots."""
 
 import dataclasses
+import types
 
 import jax
+import numpy as np
 import pytest
 import reuse
 import tiny
 
-from opd_jax import build, config, train
+from opd_jax import build, config, programs, train
 from opd_jax.errors import ConfigError
 from opd_jax.models import layout
 
@@ -29,6 +31,25 @@ def test_a_run_in_slots_is_the_run_without(tmp_path):
       more += found['perf']['decode_useful']
       assert 0 < want['perf']['decode_useful'] < 1
   assert more > fewer
+
+
+def test_decoding_is_counted_of_who_wrote_the_rows():
+  run = config.parse(tiny.with_models(
+      'opd_exact', data__on_policy_fraction=0.5, data__off_policy_source='teacher',
+      given__source='dataset', given__split='corpus', given__prompts_per_step=8,
+      given__likelihood_coef=0.1))
+  made = programs.compile_programs(run, build.open_parts(run))
+  streams = {s.name: s for s in made.parts.streams}
+  lengths = np.array([9, 9, 1, 1])
+  for name in ('own', 'off_policy'):
+    assert made.counts(streams[name], lengths, 0)['decode_useful'] == 0.5
+    assert made.counts(streams[name], lengths, 2)['decode_useful'] == 1.0
+  assert 'decode_useful' not in made.counts(streams['given'], lengths, 0)
+  # In parts, of which each ends on its own; the teacher writes in one.
+  apart = types.SimpleNamespace(parts=2, mesh=made.parts.mesh)
+  made = dataclasses.replace(made, parts=dataclasses.replace(made.parts, apart=apart))
+  assert made.counts(streams['own'], lengths, 0)['decode_useful'] == 1.0
+  assert made.counts(streams['off_policy'], lengths, 0)['decode_useful'] == 0.5
 
 
 def test_slots_that_cannot_be_are_refused(tmp_path):

@@ -69,6 +69,8 @@ def scan_rows(f: Callable[[Any, Any], tuple[Any, Any]], carry: Any, tree: Any, r
   size, room = len(rollout.tokens), rollout.tokens.shape[1] - rollout.prompt_length
   size, lengths = microbatch_rows or size, lengths_of(room, buckets)
   tokens = jnp.sum(rollout.mask > 0, axis=1)
+  # The place of the last token: a mask may leave some before it out.
+  ends = jnp.max(jnp.arange(1, room + 1)[None] * (rollout.mask[:, -room:] > 0), axis=1)
   if len(lengths) == 1:
     carry, out = jax.lax.scan(f, carry, split_rows(tree, size))
     return carry, join_rows(out), jnp.sum(tokens) / (len(tokens) * room)
@@ -93,8 +95,8 @@ def scan_rows(f: Callable[[Any, Any], tuple[Any, Any]], carry: Any, tree: Any, r
     carry, out = jax.lax.switch(which, ways, carry, rows)
     return carry, (out, jnp.array(lengths)[which] * size)
 
-  order = layout.on_own_rows(lambda n: _alike(n, len(tokens) // size), tokens)
-  rows = split_rows(pick((tree, tokens), order), size)
+  order = layout.on_own_rows(lambda n: _alike(n, len(ends) // size), ends)
+  rows = split_rows(pick((tree, ends), order), size)
   carry, (out, places) = jax.lax.scan(body, carry, (rows[0], jnp.max(rows[1], axis=1)))
   back = layout.on_own_rows(jnp.argsort, order)
   return carry, pick(join_rows(out), back), jnp.sum(tokens) / jnp.sum(places)

@@ -221,11 +221,13 @@ def _put(out, at, steps, chosen):
   return _own(own, out, at, steps, chosen)
 
 
-def useful_share(lengths: np.ndarray, slots: int, shards: int = 1) -> float:
-  """Computes which part of the steps times slots wrote a token of a row; the arguments are those of
-  `slot_steps`, and no slots are a slot for every row."""
-  spent = slot_steps(lengths, slots if 0 < slots < len(lengths) else len(lengths), shards)
-  return float(np.sum(lengths - 1) / spent) if spent else 1.0
+def useful_share(parts: list[np.ndarray], slots: int, shards: int = 1) -> float:
+  """Computes which part of the steps times slots wrote a token of a row, of rows that are written
+  in parts, one after another; the other arguments are those of `slot_steps`, and no slots are a
+  slot for every row."""
+  spent = sum(slot_steps(lengths, slots if 0 < slots < len(lengths) else len(lengths), shards)
+              for lengths in parts)
+  return float(sum(np.sum(lengths - 1) for lengths in parts) / spent) if spent else 1.0
 
 
 def slot_steps(lengths: np.ndarray, slots: int, shards: int = 1) -> int:

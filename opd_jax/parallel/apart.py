@@ -107,16 +107,20 @@ def _through_host(x, target):
   return jax.make_array_from_callback(x.shape, target, rows)
 
 
+def part_places(rows: int, parts: int, mesh: jax.sharding.Mesh) -> np.ndarray:
+  """Lists the rows of a step that are in each part, int32 [parts, rows / parts]; see
+  `split_prompts`."""
+  places = np.arange(rows, dtype=np.int32).reshape(sharding.row_shards(mesh), parts, -1)
+  return places.swapaxes(0, 1).reshape(parts, -1)
+
+
 def split_prompts(prompts: Prompts, parts: int, mesh: jax.sharding.Mesh) -> Iterator[Prompts]:
   """Splits the prompts of a step, host arrays, into parts; of each the rows on a device are some of
   those that it has of the whole, so that `join_parts` moves none."""
   if parts == 1:
     yield prompts
     return
-  rows = len(prompts.tokens)
-  places = np.arange(rows, dtype=np.int32).reshape(sharding.row_shards(mesh), parts, -1)
-  for i in range(parts):
-    here = places[:, i].reshape(-1)
+  for here in part_places(len(prompts.tokens), parts, mesh):
     yield Prompts(prompts.tokens[here], prompts.valid[here], here)
 
 

@@ -40,7 +40,7 @@ class Book:
 
   def __init__(self, run: Run, workdir: pathlib.Path, history: dict[str, Any], *, restored: bool,
                operations: Callable[[int, dict[str, np.ndarray]], dict[str, float]],
-               counts: Callable[[np.ndarray], dict[str, float]]):
+               counts: Callable[[int, np.ndarray], dict[str, float]]):
     """Opens the records.
 
     Args:
@@ -50,7 +50,8 @@ class Book:
       restored: which of the two.
       operations: (step, lengths) -> the operations of the step that led to `step`, by who spends
         them; lengths are those metrics of the update that are arrays [B].
-      counts: (lengths of the rows) -> what is counted for `perf`: compiled programs, bytes moved.
+      counts: (step, lengths of its rows) -> what is counted for `perf`: compiled programs, bytes
+        moved.
     """
     self._run, self.history = run, history
     self._operations, self._counts = operations, counts
@@ -121,7 +122,7 @@ class Book:
     own = lengths['lengths']
     row |= {'length': float(own.mean()), 'flops': dict(self.history['flops']),
             # What is of this process, and not of the run.
-            'perf': {**self._clock.read(1, int(own.sum())), **self._counts(own)}}
+            'perf': {**self._clock.read(1, int(own.sum())), **self._counts(step, own)}}
     if written:
       row['text'] = texts.text_metrics(*written, self._run.data.samples_per_prompt)
       for alarm in self._watch.look(row):

@@ -97,6 +97,15 @@ def test_short_rows_are_cut():
   assert useful == pytest.approx(63 / (2 * 4 + 2 * 32))
 
 
+def test_a_mask_with_gaps_is_cut_behind_its_last_token():
+  rows = make_rollout([[1, 2]] * 4, [[3] * n for n in (2, 6, 2, 6)], prompt_width=2, room=8)
+  rows = rows.replace(mask=jnp.asarray(rows.mask).at[:, 2:6].set(0.0))  # of 6, the first and last
+  _, out, useful = buckets.scan_rows(lambda _, r: (None, r.mask), None, rows, rows,
+                                     microbatch_rows=2, buckets=3)
+  np.testing.assert_array_equal(out, rows.mask)
+  assert useful == pytest.approx(6 / (2 * 2 + 2 * 8))
+
+
 def test_most_places_hold_a_token_where_lengths_have_a_long_tail():
   # Log-normal lengths with sigma 0.7, room for 8 times the median, 256 rows by fours.
   useful, plain = [], []

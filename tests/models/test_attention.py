@@ -143,6 +143,15 @@ def test_padding_is_exactly_nobodys_business():
   assert all(bool(jnp.all(jnp.isfinite(g))) for g in grads)
 
 
+@pytest.mark.parametrize(('window', 'start', 'want'), [
+    (None, 1, [0, 1, 2, 4]), (3, 1, [0, 1, 4]), (3, 0, [0, 4]), (1, 2, [2]), (4, 4, [1, 2, 4]),
+    (9, 4, [0, 1, 2, 4])])
+def test_one_query_reads_a_ring(window, start, want):
+  valid = jnp.array([[True, True, True, False, True]])
+  allowed = Mask(valid, (window,), start=jnp.int32(start)).allowed(1)
+  assert np.flatnonzero(allowed[0, 0]).tolist() == want
+
+
 @pytest.mark.parametrize('window', [None, 100, 33])
 def test_blocks_beyond_the_mask_are_not_visited(window):
   length, block, heads, width = 512, 32, 2, 8

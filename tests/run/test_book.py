@@ -25,7 +25,7 @@ def keep(tmp_path):
 
   def take(steps, history, restored=False):
     made = book.Book(run, tmp_path, history, restored=restored, operations=lambda *_: {},
-                     counts=lambda lengths: {})
+                     counts=lambda step, lengths: {})
     with made:
       for step, pattern in steps:
         made.train(step, a_step(pattern))
@@ -52,5 +52,5 @@ def test_an_alarm_is_in_the_result(tmp_path):
   run = config.parse(tiny.config('opd_sampled'))
   history = {**book.new_history({}), 'evals': [{'step': 0}], 'alarms': [{'step': 3, 'alarm': 'x'}]}
   with book.Book(run, tmp_path, history, restored=True, operations=lambda *_: {},
-                 counts=lambda lengths: {}) as made:
+                 counts=lambda step, lengths: {}) as made:
     assert made.result()['alarms'] == history['alarms']

@@ -17,9 +17,9 @@ Written again once what stands at masked places was replaced before the loss: ot
 everywhere, within 4e-5 through all steps, but for two_updates (4e-4 at its second step, some per
 cent at its third) and, on four devices, the cases in bfloat16 (2e-4 at the first step, some per
 cent at the last). grpo and kdrl divide by the sample's deviation since.
-All of it written again once a row's draws came from a key of its own: other samples. On four devices
-the numbers are those on one within 4e-4, but for cases that amplify rounding (bfloat16, mopd,
-stable_opd, two_updates and a draw on an edge of opd, at their last rows).
+All of it written again once a row's draws came from a key of its own: other samples. On four
+devices the numbers are those on one within 4e-4, but for cases that amplify rounding (bfloat16,
+mopd, stable_opd, two_updates and a draw on an edge of opd, at their last rows).
 
 It takes some minutes, and so is no test of the suite.
 """

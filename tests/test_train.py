@@ -171,8 +171,9 @@ def test_supervision_by_the_teacher_lowers_its_loss():
 @pytest.mark.parametrize('kind', ['opd_sampled', 'opd_exact'])
 def test_the_student_moves_towards_the_teacher(kind):
   _, workdir, _ = finished(kind)
-  kl = [r['reverse_kl'] for r in tiny.rows(workdir, 'train')]
-  assert np.mean(kl[-5:]) < 0.9 * np.mean(kl[:5])
+  # Of the evaluations, which is no estimate from the tokens drawn; a tenth to a quarter less here.
+  kl = [r['reverse_kl'] for r in tiny.rows(workdir, 'eval')]
+  assert kl[-1] < 0.95 * kl[0]
 
 
 def test_reinforcement_raises_the_reward(tmp_path, monkeypatch):

@@ -37,8 +37,8 @@ handler = logging.Handler()
 handler.emit = lambda record: lines.append(record.getMessage())
 logging.getLogger('jax').addHandler(handler)
 check = examine.COMPILED['memory']
-def spy(run, programs):
-  out = check(run, programs)
+def spy(run, programs, say):
+  out = check(run, programs, say)
   settled.append(len(lines))
   there = lowered.resident(programs)
   stays.update({name: sorted(memory.resident_bytes(there, call.mesh))
@@ -75,9 +75,9 @@ def _compiled(lines):
 def test_a_start_compiles_nothing_twice(kind, fields, tmp_path, caplog, monkeypatch):
   looked_at, check = [], examine.COMPILED['memory']
 
-  def spy(run, made):
+  def spy(run, made, say):
     with caplog.at_level(logging.WARNING, 'jax'), jax.log_compiles():
-      out = check(run, made)
+      out = check(run, made, say)
     looked_at.extend(_compiled(r.getMessage() for r in caplog.records))
     caplog.clear()
     return out

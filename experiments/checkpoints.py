@@ -12,7 +12,7 @@ A file of prompts needs no other flag where only one of its columns can be the p
 one the answers (the log says which; else `prompt_column` and `answer_column` do): without answers
 nothing is graded. 320 school problems in `assets/` stand in for yours. `checkpoints.py:rank=0`
 trains the whole model, and `checkpoints.py:preset=eopd` takes another objective: any of
-`docs/presets.md`. `opd doctor` with the same flags says in seconds whether the two belong
+`docs/presets.md`. `opd doctor` with the same flags says whether the two belong
 together. In the work directory, `export/` is then a Hugging Face directory and `adapter/` a PEFT
 one. benchmarks/real_size.py runs this at the size of Qwen3-0.6B.
 """

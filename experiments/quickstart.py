@@ -1,4 +1,5 @@
-"""On-policy distillation of a shipped teacher into a shipped base student, in a minute and a half.
+"""On-policy distillation of a shipped teacher into a shipped base student, in
+two and a half minutes.
 
 The student writes 128 answers a step, the teacher grades every token by the exact full-vocabulary
 reverse KL, the student moves. Beside it, the same number of steps of off-policy supervised

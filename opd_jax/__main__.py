@@ -20,9 +20,10 @@ import warnings
 from opd_jax.tools.commands import COMMANDS, FLAGS, HOSTS
 
 # glibc hands XLA's per-step buffers back to the kernel and faults them in again; these settings
-# keep them. They only work when set before the process starts.
+# keep them, in large pages. They only work when set before the process starts.
 _MALLOC = {'MALLOC_ARENA_MAX': '1', 'MALLOC_MMAP_MAX_': '0',
-           'MALLOC_TRIM_THRESHOLD_': str(2**33), 'MALLOC_TOP_PAD_': str(2**28)}
+           'MALLOC_TRIM_THRESHOLD_': str(2**33), 'MALLOC_TOP_PAD_': str(2**28),
+           'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
 
 
 def entry() -> NoReturn:

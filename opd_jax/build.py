@@ -102,8 +102,10 @@ class Parts:
   def _teacher_width(self):
     """Numbers in a hidden state of the teacher, which are the logits where it has no head."""
     model = self.teacher.model
-    matrix = jax.eval_shape(model.head, params_lib.abstract_params(model.specs)).matrix
-    return model.config.vocab_size if matrix is None else matrix.shape[0]
+    head = jax.eval_shape(model.head, params_lib.abstract_params(model.specs))
+    if head.matrix is None:
+      return model.config.vocab_size
+    return head.matrix.shape[head.axes.index('embed')]
 
   def describe_apart(self, name: str) -> str:
     """Says, for the log of a run, where a teacher on devices of its own is, and what comes back."""

@@ -93,7 +93,7 @@ class Programs:
       scores = apart.call(scorer, params, rollout) if apart else scorer(params, rollout)
       return score.only(scores, self.parts.wanted(stream, part))
 
-    # A head is a copy where it is tied to the embedding: only where somebody reads it.
+    # A head comes over from devices of its own: only where somebody reads it.
     head = None
     if any(self.parts.wanted(s, part).hidden for s in self.parts.streams):
       head = loaded.model.head(params)

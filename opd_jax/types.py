@@ -150,17 +150,25 @@ class Head:
   are `UNUSED_LOGIT`, so they have probability zero and no gradient.
   """
 
-  matrix: jax.Array | None  # [D, V]; None where a model's hidden states are its logits already
+  # [D, V], or [V, D] where it is the embedding: transposed, it would be copied. None where a model's
+  # hidden states are its logits already.
+  matrix: jax.Array | None
   vocab_in_use: int = struct.field(pytree_node=False)  # ids below this are tokens
   softcap: float = struct.field(pytree_node=False, default=0.0)  # Gemma 2 (2408.00118); 0: none
+  tied: bool = struct.field(pytree_node=False, default=False)
+
+  @property
+  def axes(self) -> tuple[str, str]:
+    """Names the axes of the matrix."""
+    return ('vocab', 'embed') if self.tied else ('embed', 'vocab')
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """Maps [..., D] to [..., V]: a product in the dtype of `hidden`, summed in float32 at least."""
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     logits = hidden.astype(wide)
     if self.matrix is not None:
-      logits = jnp.einsum('...d,dv->...v', hidden, self.matrix.astype(hidden.dtype),
-                          preferred_element_type=wide)
+      logits = jnp.einsum('...d,vd->...v' if self.tied else '...d,dv->...v', hidden,
+                          self.matrix.astype(hidden.dtype), preferred_element_type=wide)
     if self.softcap:
       logits = self.softcap * jnp.tanh(logits / self.softcap)
     if self.vocab_in_use < logits.shape[-1]:

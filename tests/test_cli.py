@@ -132,7 +132,7 @@ class TestAllocator:
   # Every interpreter that starts leaves a line; the config file leaves what it sees.
   SITE = 'import os\nopen({log!r}, "a").write(f"start {{os.getpid()}}\\n")\n'
   CONFIG = ('import os, json\ndef get_config():\n'
-            '  seen = {{k: v for k, v in os.environ.items() if k.startswith("MALLOC_")}}\n'
+            '  seen = {{k: v for k, v in os.environ.items() if "MALLOC_" in k or "GLIBC" in k}}\n'
             '  open({log!r}, "a").write(json.dumps(seen) + "\\n")\n'
             '  raise SystemExit(7)\n')
 
@@ -142,7 +142,7 @@ class TestAllocator:
     (tmp_path / 'experiment.py').write_text(self.CONFIG.format(log=log))
     env = tiny.environment()
     env['PYTHONPATH'] = os.pathsep.join([str(tmp_path), env['PYTHONPATH']])
-    env = {k: v for k, v in env.items() if not k.startswith('MALLOC_')} | settings
+    env = {k: v for k, v in env.items() if 'MALLOC_' not in k and 'GLIBC' not in k} | settings
     process = subprocess.Popen([sys.executable, '-m', 'opd_jax', 'train', '--config',
                                 'experiment.py'], cwd=tmp_path, env=env,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -156,7 +156,8 @@ class TestAllocator:
     starts, seen = self.start(tmp_path)
     assert starts == 2
     assert seen == {'MALLOC_ARENA_MAX': '1', 'MALLOC_MMAP_MAX_': '0',
-                    'MALLOC_TRIM_THRESHOLD_': '8589934592', 'MALLOC_TOP_PAD_': '268435456'}
+                    'MALLOC_TRIM_THRESHOLD_': '8589934592', 'MALLOC_TOP_PAD_': '268435456',
+                    'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
 
   def test_a_users_own_setting_is_left_alone(self, tmp_path):
     assert self.start(tmp_path, MALLOC_ARENA_MAX='4') == (1, {'MALLOC_ARENA_MAX': '4'})

@@ -122,11 +122,6 @@ def _at_work(head, hidden):
   return layout.whole_head(head, jnp.result_type(*jax.tree.leaves(hidden)))
 
 
-def _split(x):
-  """The gradient of a head lies as the head does."""
-  return layout.constrain(x, ('embed', 'vocab')) if x.ndim == 2 else x
-
-
 def _chunk(fn, head, hidden, constants, real, arrays):
   losses, out = fn(head, constants, hidden, *arrays)
   if real is not None:
@@ -163,11 +158,12 @@ def _forward(fn, *inputs):
     total, d_head = carry
     real, hidden, arrays = layout.rows(xs)
     (value, out), (of_head, d_hidden) = grad_fn(whole, hidden, constants, real, arrays)
-    d_head = jax.tree.map(lambda total, x: _split(total + _split(x).astype(total.dtype)), d_head,
-                          of_head)
+    # The gradient of a head lies as the head does.
+    d_head = layout.lay_head(jax.tree.map(lambda total, x: total + x.astype(total.dtype), d_head,
+                                          layout.lay_head(of_head)))
     return (total + value, d_head), (out, layout.rows(d_hidden))
 
-  zeros = jax.tree.map(lambda x: _split(jnp.zeros(x.shape, _wide(x))), head)
+  zeros = layout.lay_head(jax.tree.map(lambda x: jnp.zeros(x.shape, _wide(x)), head))
   (total, d_head), (out, d_hidden) = jax.lax.scan(
       step, (jnp.zeros((), _wide(hidden)), zeros), (real, hidden, arrays))
   return (total, out), (head, d_head, d_hidden)

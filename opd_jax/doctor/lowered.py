@@ -39,7 +39,7 @@ class Resident:
     base: under the adapters; None where the whole student is trained.
     graders: the parameters of 'teacher' and 'reference', those that there are. What a model shares
       with the base is the very same object.
-    heads: of those whose hidden states a loss takes; a copy where a model's head is tied.
+    heads: of those whose hidden states a loss takes: their own arrays, or a copy on other devices.
   """
 
   state: TrainState
@@ -125,14 +125,15 @@ def resident(programs: Programs) -> Resident:
 
 
 def _head(make: Callable[[Params], Head], params: Params, mesh: jax.sharding.Mesh) -> Head:
-  """A head as an array: the parameter itself, or a transposed embedding, split likewise."""
-  head, own = jax.eval_shape(make, params), params.get('head')
+  """A head as an array: the parameter itself, or what another mesh has of it, split likewise."""
+  head = jax.eval_shape(make, params)
   if head.matrix is None:
     return head
+  own = params.get('embed' if head.tied else 'head')
   if own is not None and getattr(own.sharding, 'mesh', None) == mesh and (
       own.shape, own.dtype) == (head.matrix.shape, head.matrix.dtype):
     return head.replace(matrix=own)
-  where = sharding.fitting(head.matrix.shape, ('embed', 'vocab'), mesh)
+  where = sharding.fitting(head.matrix.shape, head.axes, mesh)
   return head.replace(matrix=jax.ShapeDtypeStruct(head.matrix.shape, head.matrix.dtype,
                                                   sharding=where))
 

@@ -369,8 +369,8 @@ def make_model(family: Family, hf_config: dict[str, Any], dtype: Any, attention:
   written = config_json.to_hf(c, name, family.architecture, family.written(c))
 
   def head(params):
-    weights = params['embed'].T if c.tie_word_embeddings else params['head']
-    return Head(weights, c.vocab_size, family.softcap(c))
+    tied = c.tie_word_embeddings
+    return Head(params['embed' if tied else 'head'], c.vocab_size, family.softcap(c), tied)
 
   def init_cache(batch, length):
     shape = (batch, c.num_key_value_heads, length, c.head_dim)

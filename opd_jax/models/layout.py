@@ -126,9 +126,19 @@ def axis_names(spec: PartitionSpec) -> list[str]:
 
 
 def whole_head(head: Any, dtype: Any) -> Any:
-  """Gathers the matrix [D, V] of a `types.Head` (or of several) along its width, in the dtype in
-  which it multiplies: once a program, before any loop over chunks."""
-  return jax.tree.map(lambda x: constrain(x.astype(dtype), (None, 'vocab'), USED), head)
+  """Gathers the matrix of a `types.Head` (or of several) along its width, in the dtype in which it
+  multiplies: once a program, before any loop over chunks."""
+  return lay_head(jax.tree.map(lambda x: x.astype(dtype), head), USED)
+
+
+def lay_head(head: Any, rules: Rules = TRAIN) -> Any:
+  """Holds the matrix of a head (or of several, in a pytree), or its gradient, where the rules say.
+  """
+  def lay(x):
+    named = hasattr(x, 'axes') and x.matrix is not None
+    return x.replace(matrix=constrain(x.matrix, x.axes, rules)) if named else x
+
+  return jax.tree.map(lay, head, is_leaf=lambda x: hasattr(x, 'axes'))
 
 
 def token_logits(head: Any, hidden: Any) -> Any:

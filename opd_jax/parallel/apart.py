@@ -70,7 +70,7 @@ class Apart:
       return head
     with jax.set_mesh(self.mesh):
       matrix = hosts.fetch(head.matrix)
-    where = sharding.fitting(matrix.shape, ('embed', 'vocab'), self.home)
+    where = sharding.fitting(matrix.shape, head.axes, self.home)
     return head.replace(matrix=sharding.put(matrix, where))
 
 

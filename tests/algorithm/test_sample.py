@@ -3,7 +3,7 @@ does. (One token: test_draw.py. With a teacher mixed in: test_sample_mixed.py.)"
 
 from __future__ import annotations
 
-from conftest import left_padded, numpy_log_softmax, numpy_rows
+from conftest import left_padded, numpy_log_softmax, numpy_rows, qwen3_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -28,7 +28,9 @@ from sampling import (
   truncated,
 )
 
+from opd_jax import models
 from opd_jax.algorithm import sample
+from opd_jax.models import params as params_lib
 
 
 def test_positions_count_from_the_first_real_token():
@@ -190,6 +192,17 @@ def test_a_row_is_the_same_in_every_batch(tiny_model):
   np.testing.assert_array_equal(found.tokens, whole.tokens[rows])
   assert not np.array_equal(
       sampler(params, part.replace(rows=None), jax.random.key(3)).tokens, whole.tokens[rows])
+
+
+def test_decoding_makes_no_other_copy_of_the_embedding():
+  # A head that is the embedding, transposed before the loop, would be one: read slowly, and as large
+  # as the largest parameter.
+  config = qwen3_config(vocab_size=8192, hidden_size=64, tie_word_embeddings=True)
+  model = models.build(config)
+  compiled = real_sampler(model, temperature=1.0).lower(
+      params_lib.abstract_params(model.specs), left_padded(PROMPTS[:2], 6), jax.random.key(0)
+  ).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 8192 * 64 * 4
 
 
 def test_another_key_gives_other_samples_and_the_same_key_the_same(tiny_model):

@@ -134,6 +134,24 @@ def test_padding_reaches_nothing_though_zeros_there_would_be_infinite():
       np.testing.assert_allclose(a, b, rtol=2e-5)
 
 
+def test_a_head_that_is_the_embedding_is_the_other_one_transposed():
+  inputs = _inputs(jnp.float32)
+
+  def grads(head):
+    return quick_jit(jax.value_and_grad(lambda head, hidden: vocabulary.sum_over_chunks(
+        _fn, 15, head, inputs['constants'], hidden, inputs['targets'], inputs['weights'],
+        inputs['other'])[0], (0, 1)))(head, inputs['hidden'])
+
+  head = inputs['head']
+  value, (of_head, of_hidden) = grads(head)
+  tied, (of_tied, same) = grads(head.replace(matrix=head.matrix.T, tied=True))
+  assert of_tied.matrix.shape == (V, D) and (of_tied.tied, of_tied.axes) == (
+      True, ('vocab', 'embed'))
+  # The order of sums is another: float32, and terms of order 10.
+  for a, b in ((tied, value), (of_tied.matrix.T, of_head.matrix), (same, of_hidden)):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 # --- a tree of hidden states, and no gradient that is lost in silence ---
 
 

@@ -46,14 +46,15 @@ def examine_parts(run: Run, parts: Parts) -> list[Finding]:
   return _examine(run, STATIC, run, parts)
 
 
-def examine(run: Run, programs: Programs, say: Callable[[str], None] = lambda text: None
-            ) -> list[Finding]:
+def examine(run: Run, programs: Programs, say: Callable[[str], None] = lambda text: None,
+            look: bool = False) -> list[Finding]:
   """Makes the checks that run no model and read no weight: those that compare, and, where none of
-  them failed, those that compile what the run will call anyway, which `say` hears of."""
+  them failed, those that compile what the run will call anyway, which `say` hears of; if this is
+  all that it is for, to `look`, as quickly as it goes."""
   out = examine_parts(run, programs.parts)
   if any(f.status == FAIL for f in out):
     return out + [Finding(name, SKIPPED, 'the run is refused as it is') for name in COMPILED]
-  return out + _examine(run, COMPILED, run, programs, say)
+  return out + _examine(run, COMPILED, run, programs, say, look)
 
 
 def examine_rollouts(run: Run, parts: Parts, student: Params, teacher: Params | None
@@ -136,7 +137,7 @@ def command(c: ConfigDict, console: Console) -> bool:
 
   say('opening models, tokenizers and data')
   parts = build.open_parts(run)
-  findings = examine(run, compile_programs(run, parts), say)
+  findings = examine(run, compile_programs(run, parts), say, look=True)
   say('reading weights')
   base = parts.read_base()
   student = lora.join(base, parts.read_trained())

@@ -102,10 +102,13 @@ def take_probe(run: Run, parts: Parts, student: Params, teacher: Params | None) 
 
 
 def _prompts(run, examples, mesh):
-  """The first `doctor.rollouts` prompts, or a few more where the mesh splits rows."""
+  """The first `doctor.rollouts` prompts, or a few more where the mesh splits rows; no wider than the
+  longest of them."""
   shards = sharding.row_shards(mesh)
   count = -(-run.doctor.rollouts // shards) * shards
-  return sharding.put(examples.prompts(np.arange(count) % len(examples)), sharding.by_rows(mesh))
+  prompts = examples.prompts(np.arange(count) % len(examples))
+  longest = int(prompts.valid.sum(axis=1).max())
+  return sharding.put(jax.tree.map(lambda x: x[:, -longest:], prompts), sharding.by_rows(mesh))
 
 
 def measure_export(run: Run, student: LoadedModel, stop_tokens: tuple[int, ...],

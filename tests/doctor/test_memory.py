@@ -192,6 +192,26 @@ def test_every_stream_is_looked_at():
   assert isinstance(calls['update'].args[2], Heads)
 
 
+def test_what_is_compiled_for_a_look_allocates_the_same(monkeypatch):
+  run, made = _open(tiny.with_models('opd_exact', **GOOD))
+  there, compiled = lowered.resident(made), []
+  calls = lowered.calls(run, made, there)
+  for name in ('sample', 'score teacher', 'update', 'evaluate greedy'):
+    looked, run_later = (memory.memory_of(calls[name], calls[name].compile(options), there)
+                         for options in (lowered.look_options(), None))
+    assert looked.temporaries == pytest.approx(run_later.temporaries, rel=0.01), name
+    if name == 'evaluate greedy':  # which is why it is not looked at
+      drawn = calls['evaluate sample'].compile(lowered.look_options())
+      assert looked.total <= memory.memory_of(calls['evaluate sample'], drawn, there).total
+
+  monkeypatch.setattr(lowered.Call, 'compile', lambda self, options: compiled.append(
+      options) or pytest.fail('stop'))
+  said = []
+  with pytest.raises(pytest.fail.Exception):
+    memory.check_memory(run, made, said.append, look=True)
+  assert compiled == [lowered.look_options()] and said == ['compiling: sample']
+
+
 class TestRefusal:
 
   def test_it_comes_before_a_weight_is_read(self, tmp_path, monkeypatch):

@@ -115,7 +115,8 @@ def test_init_follows_the_table(family):
   assert params_lib.count_params(family.model.specs) == count
   multiplied = params_lib.count_params(family.model.specs, matmul_only=True)
   # The head multiplies every token, tied or not; the look-up of an untied embedding does not.
-  assert family.model.head(params_lib.unflatten(one)).matrix.shape == (16, 64)
+  head = family.model.head(params_lib.unflatten(one))
+  assert dict(zip(head.axes, head.matrix.shape, strict=True)) == {'embed': 16, 'vocab': 64}
   assert multiplied == sum(one[n].size * s.matmul for n, s in specs.items())
   assert multiplied >= 16 * 64
 

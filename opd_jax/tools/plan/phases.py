@@ -21,9 +21,6 @@ from opd_jax.settings import Run
 from opd_jax.tools.plan import hardware, hlo, products, shapes
 from opd_jax.tools.plan.hardware import Topology
 
-# Code that is only looked at need not be fast.
-CPU_OPTIONS = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
-
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
@@ -163,7 +160,7 @@ def _compile(run: Run, call: lowered.Call, there: lowered.Resident, topology: To
                and x.dtype == np.int32), 0)
   compiled, refused = None, ''
   with tempfile.TemporaryDirectory() as folder:
-    settings = hlo.options(folder) | (CPU_OPTIONS if topology.platform == 'gpu' else {})
+    settings = hlo.options(folder) | (lowered.look_options() if topology.platform == 'gpu' else {})
     try:
       compiled = call.compile(settings)
     except jax.errors.JaxRuntimeError as e:  # after it was partitioned

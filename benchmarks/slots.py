@@ -53,9 +53,10 @@ def stopping(model: Model, hazard: np.ndarray) -> Model:
   def head(params):
     inner = model.head(params)
     # All others weigh one together: they are as good as alike with fresh weights.
-    matrix = jnp.pad(inner.matrix, ((0, 1), (0, 0))).at[:, STOP].set(0.0)
+    matrix = inner.matrix.T if inner.tied else inner.matrix
+    matrix = jnp.pad(matrix, ((0, 1), (0, 0))).at[:, STOP].set(0.0)
     matrix = matrix.at[-1, STOP].set(1.0)
-    return inner.replace(matrix=matrix)
+    return inner.replace(matrix=matrix, tied=False)
 
   return dataclasses.replace(model, forward=forward, head=head)
 

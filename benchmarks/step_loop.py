@@ -35,7 +35,7 @@ PRESETS = {'exact': 'opd_exact', 'sampled': 'opd'}
 OWN = 'reverse_kl'  # the divergence of both
 NEGATIVE_LOGPROB = 'negative_logprob'  # of the given completions, beside the divergences
 # As the launcher `opd` starts a run.
-ENVIRONMENT = {**launcher._MALLOC, 'TRANSFORMERS_VERBOSITY': 'error',
+ENVIRONMENT = {**launcher._MALLOC, **launcher._LARGE_PAGES, 'TRANSFORMERS_VERBOSITY': 'error',
                'HF_DATASETS_DISABLE_PROGRESS_BARS': '1'}
 
 

@@ -34,9 +34,12 @@ def _shape(width: int, layers: int, heads: int, kv_heads: int, head: int, inner:
               num_key_value_heads=kv_heads, head_dim=head, intermediate_size=inner)
 
 
-# (student, teacher); the first is that of the comparison with the peers, the others are for GPUs.
+# (student, teacher); the first is that of the comparison with the peers, then the same at half and
+# at twice the width (growth.py), and some for GPUs.
 SHAPES = {
     'small': (_shape(256, 4, 8, 4, 32, 768), _shape(512, 8, 16, 8, 32, 1536)),
+    'half': (_shape(128, 4, 4, 2, 32, 384), _shape(256, 8, 8, 4, 32, 768)),
+    'double': (_shape(512, 4, 16, 8, 32, 1536), _shape(1024, 8, 32, 16, 32, 3072)),
     'tiny': (_shape(32, 2, 2, 1, 16, 64), _shape(64, 2, 4, 2, 16, 128)),  # of the test
     '0.6b': (_shape(1024, 28, 16, 8, 128, 3072), _shape(2048, 28, 16, 8, 128, 6144)),
     '1.7b': (_shape(2048, 28, 16, 8, 128, 6144), _shape(2048, 28, 16, 8, 128, 6144))}
@@ -88,7 +91,7 @@ def make(folder: pathlib.Path, sizes: Sizes) -> pathlib.Path:
   folder.mkdir(parents=True)
   words = [*SPECIAL, *(f'w{i}' for i in range(len(SPECIAL), sizes.vocab))]
   # Large weights in two bytes, as checkpoints of that size come; small ones exactly.
-  dtype = np.float32 if sizes.shapes in ('small', 'tiny') else jnp.bfloat16
+  dtype = np.float32 if sizes.shapes in ('small', 'half', 'double', 'tiny') else jnp.bfloat16
   for i, part in enumerate(('student', 'teacher')):
     model = model_of(sizes, part)
     huggingface.write_checkpoint(folder / part, model, _draw(model, sizes.seed + i, dtype),

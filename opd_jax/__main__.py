@@ -22,8 +22,8 @@ from opd_jax.tools.commands import COMMANDS, FLAGS, HOSTS
 # glibc hands XLA's per-step buffers back to the kernel and faults them in again; these settings
 # keep them, in large pages. They only work when set before the process starts.
 _MALLOC = {'MALLOC_ARENA_MAX': '1', 'MALLOC_MMAP_MAX_': '0',
-           'MALLOC_TRIM_THRESHOLD_': str(2**33), 'MALLOC_TOP_PAD_': str(2**28),
-           'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+           'MALLOC_TRIM_THRESHOLD_': str(2**33), 'MALLOC_TOP_PAD_': str(2**28)}
+_LARGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}  # other tunables may be there
 
 
 def entry() -> NoReturn:
@@ -134,13 +134,13 @@ def experiments() -> str:
 
 
 def keep_allocations() -> None:
-  """Starts this process again with `_MALLOC` in its environment: on Linux with glibc, when JAX will
-  run on the CPU and the user has set none of them."""
+  """Starts this process again with `_MALLOC` and large pages in its environment: on Linux with glibc,
+  when JAX will run on the CPU and the user has set nothing of `_MALLOC`."""
   accelerator = any(pathlib.Path('/dev').glob(p) for p in ('nvidia[0-9]*', 'accel[0-9]*', 'vfio/*'))
   if (platform.libc_ver()[0] != 'glibc' or any(name in os.environ for name in _MALLOC)
       or (accelerator and os.environ.get('JAX_PLATFORMS') != 'cpu')):
     return
-  os.environ.update(_MALLOC)
+  os.environ.update(_MALLOC | {n: x for n, x in _LARGE_PAGES.items() if n not in os.environ})
   os.execv(sys.executable, [sys.executable, '-m', 'opd_jax', *sys.argv[1:]])
 
 

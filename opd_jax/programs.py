@@ -93,7 +93,7 @@ class Programs:
       scores = apart.call(scorer, params, rollout) if apart else scorer(params, rollout)
       return score.only(scores, self.parts.wanted(stream, part))
 
-    # A head comes over from devices of its own: only where somebody reads it.
+    # A head may be a copy (of other devices, of a module's): only where somebody reads it.
     head = None
     if any(self.parts.wanted(s, part).hidden for s in self.parts.streams):
       head = loaded.model.head(params)

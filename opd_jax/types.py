@@ -150,8 +150,8 @@ class Head:
   are `UNUSED_LOGIT`, so they have probability zero and no gradient.
   """
 
-  # [D, V], or [V, D] where it is the embedding: transposed, it would be copied. None where a model's
-  # hidden states are its logits already.
+  # [D, V], or [V, D] where it is the embedding, which would be copied if it were transposed. None
+  # where a model's hidden states are its logits already.
   matrix: jax.Array | None
   vocab_in_use: int = struct.field(pytree_node=False)  # ids below this are tokens
   softcap: float = struct.field(pytree_node=False, default=0.0)  # Gemma 2 (2408.00118); 0: none

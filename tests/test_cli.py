@@ -159,5 +159,10 @@ class TestAllocator:
                     'MALLOC_TRIM_THRESHOLD_': '8589934592', 'MALLOC_TOP_PAD_': '268435456',
                     'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
 
+  def test_other_tunables_of_a_user_are_kept_and_cost_nothing_else(self, tmp_path):
+    tunable = {'GLIBC_TUNABLES': 'glibc.malloc.check=0'}
+    starts, seen = self.start(tmp_path, **tunable)
+    assert starts == 2 and len(seen) == 5 and tunable.items() <= seen.items()
+
   def test_a_users_own_setting_is_left_alone(self, tmp_path):
     assert self.start(tmp_path, MALLOC_ARENA_MAX='4') == (1, {'MALLOC_ARENA_MAX': '4'})

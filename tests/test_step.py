@@ -1,5 +1,5 @@
-"""benchmarks/step.py and peers.py: what they count, measure and refuse. No peer, no network; times
-are only compared with themselves."""
+"""benchmarks/step.py, peers.py and growth.py: what they count, measure and refuse. No peer, no
+network; times are only compared with themselves."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.append(str(ROOT / 'benchmarks'))
+import growth  # noqa: E402
 import peers  # noqa: E402
 import step  # noqa: E402
 import step_floor  # noqa: E402
@@ -281,6 +282,8 @@ def test_other_work_is_no_comparison():
     (step.parse, ['--set', 'compute.no_field=1'], 'compute.no_field=1'),
     (step.parse, ['--set', 'compute.microbatch_rows=7'], 'compute.microbatch_rows=7'),
     (peers.parse, ['--only', 'tunix,vllm'], '--only vllm'),
+    (growth.parse, ['--only', 'seeds'], '--only.*seeds'),
+    (growth.parse, ['--png', 'nowhere/growth.png'], 'nowhere'),
     (peers.parse, ['--only', 'tunix', '--envs', 'nowhere'], 'nowhere.*make_env.py tunix')])
 def test_mistakes_are_one_line(parse, flags, said, capsys, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
@@ -289,3 +292,28 @@ def test_mistakes_are_one_line(parse, flags, said, capsys, tmp_path, monkeypatch
   error = capsys.readouterr().err
   assert e.value.code == 2 and error.startswith('error: ') and error.count('\n') == 1
   assert re.search(said, error), error
+
+
+# --- how it grows ---
+
+
+def test_exponents_are_those_of_the_powers_and_what_grows_faster_is_marked():
+  x = [2.0, 4.0, 16.0]
+  assert growth.exponent(x, [3 * v**1.5 for v in x]) == pytest.approx(1.5)
+  phases = {name: {'exponent': e, 'arithmetic': 1.0} for name, e in (('fast', 1.2), ('slow', 0.7))}
+  text = growth.table({'rows': {'x': x, 'phases': phases}})
+  assert '| rows, 2 to 16 | fast | 1.20 | 1.00 | faster |' in text
+  assert '| rows, 2 to 16 | slow | 0.70 | 1.00 |  |' in text
+
+
+def test_the_arithmetic_grows_as_it_must():
+  def exponents(axis, phase):
+    return growth.exponent([growth.place(axis, s) for s in growth.AXES[axis]],
+                           [growth.arithmetic(s)[phase] for s in growth.AXES[axis]])
+
+  for phase in ('generate', 'score_teacher', 'update', turns.STEP):
+    assert exponents('rows', phase) == pytest.approx(1.0)
+    assert 0.7 < exponents('length', phase) < 1.3  # the prompt does not grow; attention does twice
+    assert 0.9 < exponents('model', phase) < 1.1  # embeddings are counted and not multiplied
+  assert exponents('vocabulary', 'score_teacher') == pytest.approx(0.0)  # its head is in the update
+  assert 0.3 < exponents('vocabulary', 'update') < 1.0

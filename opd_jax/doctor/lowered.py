@@ -1,15 +1,15 @@
 """The programs of a run without its weights: what each is called with, as shapes and shardings, and
 what XLA makes of it.
 
-What is compiled here is what the loop calls later: jax keeps it under the function, the shapes and
-the shardings, so that a start compiles nothing twice (a test counts).
+What is compiled here, other than for a look (`look_options`), is what the loop calls later: jax
+keeps it under the function, the shapes and the shardings, so that a start compiles nothing twice (a
+test counts).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -40,7 +40,8 @@ class Resident:
     base: under the adapters; None where the whole student is trained.
     graders: the parameters of 'teacher' and 'reference', those that there are. What a model shares
       with the base is the very same object.
-    heads: of those whose hidden states a loss takes: their own arrays, or a copy on other devices.
+    heads: of those whose hidden states a loss takes: their own arrays, or a
+      copy: on other devices, or where a module computes it.
   """
 
   state: TrainState
@@ -90,17 +91,13 @@ class Call:
       return self.program.lower(*self.args, **self.keywords).compile(compiler_options=options)
 
 
-@functools.cache
 def look_options() -> dict[str, Any]:
   """Says how code of the CPU is compiled that is looked at and not run: what it allocates is the
   same, and compiling takes a third of the time."""
   options = {'xla_backend_optimization_level': 0, 'xla_cpu_parallel_codegen_split_count': 1}
-  more = options | {'xla_cpu_use_fusion_emitters': False}
-  try:
-    jax.jit(lambda x: x).lower(0.0).compile(compiler_options=more)
-  except jax.errors.JaxRuntimeError:  # gone from jaxlib 0.12
-    return options
-  return more
+  if jax.__version_info__ < (0, 12):  # gone from there
+    options['xla_cpu_use_fusion_emitters'] = False
+  return options
 
 
 def bytes_each(x: Any) -> float:
@@ -144,7 +141,8 @@ def _head(make: Callable[[Params], Head], params: Params, mesh: jax.sharding.Mes
   if head.matrix is None:
     return head
   own = params.get('embed' if head.tied else 'head')
-  if own is not None and getattr(own.sharding, 'mesh', None) == mesh and (
+  # A Flax module may have a part of this name.
+  if hasattr(own, 'sharding') and getattr(own.sharding, 'mesh', None) == mesh and (
       own.shape, own.dtype) == (head.matrix.shape, head.matrix.dtype):
     return head.replace(matrix=own)
   where = sharding.fitting(head.matrix.shape, head.axes, mesh)

@@ -102,7 +102,7 @@ def take_probe(run: Run, parts: Parts, student: Params, teacher: Params | None) 
 
 
 def _prompts(run, examples, mesh):
-  """The first `doctor.rollouts` prompts, or a few more where the mesh splits rows; no wider than the
+  """The first `doctor.rollouts` prompts, or a few more where the mesh splits rows; as wide as the
   longest of them."""
   shards = sharding.row_shards(mesh)
   count = -(-run.doctor.rollouts // shards) * shards

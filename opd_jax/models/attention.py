@@ -138,7 +138,8 @@ def reference(q: Float[Array, 'B S N H'], k: Float[Array, 'B K T H'], v: Float[A
   """
   batch, length, heads, width = q.shape
   # In the order in which the products have them: on CPU others are several times slower.
-  grouped = q.reshape(batch, length, k.shape[1], heads // k.shape[1], width).transpose(0, 2, 3, 1, 4)
+  grouped = q.reshape(batch, length, k.shape[1], heads // k.shape[1], width)
+  grouped = grouped.transpose(0, 2, 3, 1, 4)
   logits = jnp.einsum('bkgsh,bkth->bkgst', grouped, k, preferred_element_type=reduction_dtype(q))
   logits = logits * (width**-0.5 if scale is None else scale)
   if softcap:

@@ -132,13 +132,17 @@ def whole_head(head: Any, dtype: Any) -> Any:
 
 
 def lay_head(head: Any, rules: Rules = TRAIN) -> Any:
-  """Holds the matrix of a head (or of several, in a pytree), or its gradient, where the rules say.
-  """
-  def lay(x):
-    named = hasattr(x, 'axes') and x.matrix is not None
-    return x.replace(matrix=constrain(x.matrix, x.axes, rules)) if named else x
+  """Holds the matrix of a `types.Head` (or of several, in a pytree), or its gradient, where the
+  rules say; what else is in the tree is left to the partitioner."""
+  def is_head(x):
+    return hasattr(x, 'matrix')
 
-  return jax.tree.map(lay, head, is_leaf=lambda x: hasattr(x, 'axes'))
+  def lay(x):
+    if not is_head(x) or x.matrix is None:
+      return x
+    return x.replace(matrix=constrain(x.matrix, x.axes, rules))
+
+  return jax.tree.map(lay, head, is_leaf=is_head)
 
 
 def token_logits(head: Any, hidden: Any) -> Any:

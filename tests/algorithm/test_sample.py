@@ -195,8 +195,8 @@ def test_a_row_is_the_same_in_every_batch(tiny_model):
 
 
 def test_decoding_makes_no_other_copy_of_the_embedding():
-  # A head that is the embedding, transposed before the loop, would be one: read slowly, and as large
-  # as the largest parameter.
+  # A head that is the embedding, transposed before the loop, would be one: as large as the largest
+  # parameter, and read slowly.
   config = qwen3_config(vocab_size=8192, hidden_size=64, tie_word_embeddings=True)
   model = models.build(config)
   compiled = real_sampler(model, temperature=1.0).lower(

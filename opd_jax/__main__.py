@@ -134,8 +134,8 @@ def experiments() -> str:
 
 
 def keep_allocations() -> None:
-  """Starts this process again with `_MALLOC` and large pages in its environment: on Linux with glibc,
-  when JAX will run on the CPU and the user has set nothing of `_MALLOC`."""
+  """Starts this process again with `_MALLOC` and large pages in its environment: on Linux with
+  glibc, when JAX will run on the CPU and the user has set nothing of `_MALLOC`."""
   accelerator = any(pathlib.Path('/dev').glob(p) for p in ('nvidia[0-9]*', 'accel[0-9]*', 'vfio/*'))
   if (platform.libc_ver()[0] != 'glibc' or any(name in os.environ for name in _MALLOC)
       or (accelerator and os.environ.get('JAX_PLATFORMS') != 'cpu')):

@@ -169,6 +169,8 @@ def draw(found: dict[str, Any], path: pathlib.Path) -> None:
       scale = p['y'][-1] / p['least'][-1]
       panel.loglog(a['x'], [scale * y for y in p['least']], '--', color=f'C{i}', linewidth=0.8)
     panel.set(xlabel=axis, ylabel=a['unit'])
+    panel.set_xticks(a['x'], [f'{x:.3g}' for x in a['x']])
+    panel.minorticks_off()
     panel.legend(fontsize=7)
   figure.tight_layout()
   figure.savefig(path, dpi=90)

@@ -37,7 +37,7 @@ import turns  # noqa: E402
 
 from opd_jax.models import params  # noqa: E402
 
-BASE = step_work.Sizes()
+BASE, SETTINGS = step_work.Sizes(), step_loop.Settings()
 AXES: dict[str, tuple[step_work.Sizes, ...]] = {
     'rows': tuple(dataclasses.replace(BASE, rows=n) for n in (16, 32, 64, 128)),
     'length': tuple(dataclasses.replace(BASE, new=n) for n in (64, 128, 256, 512)),
@@ -60,14 +60,9 @@ def exponent(x: list[float], y: list[float]) -> float:
   return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
-def settings() -> step_loop.Settings:
-  """Says how the step is taken."""
-  return step_loop.Settings()
-
-
 def take(work: pathlib.Path, log: pathlib.Path, steps: int) -> dict[str, float]:
   """Takes steps in a process of its own; returns median CPU seconds by phase."""
-  worker = step.loop_worker(work, settings(), 'one', log)
+  worker = step.loop_worker(work, SETTINGS, 'one', log)
   try:
     worker.step()
     taken = [worker.step() for _ in range(steps)]
@@ -80,7 +75,7 @@ def take(work: pathlib.Path, log: pathlib.Path, steps: int) -> dict[str, float]:
 def arithmetic(sizes: step_work.Sizes) -> dict[str, float]:
   """Counts the operations by phase, and of the step."""
   models = [step_work.model_of(sizes, part) for part in ('student', 'teacher')]
-  o = step.config_lib.parse(step_loop.make_config(None, sizes, settings())).objective
+  o = step.config_lib.parse(step_loop.make_config(None, sizes, SETTINGS)).objective
   out = step_floor.phase_flops(*models, o, sizes.rows, sizes.prompt, sizes.new)
   return out | {turns.STEP: sum(out.values())}
 
@@ -108,7 +103,7 @@ def bytes_of(work: pathlib.Path) -> dict[str, float]:
   from opd_jax import build, programs
   from opd_jax.doctor import lowered
   from opd_jax.tools.plan import hlo
-  how = dataclasses.replace(settings(), fields=(
+  how = dataclasses.replace(SETTINGS, fields=(
       'compute.microbatch_rows=0', 'compute.chunk_tokens=512',
       f'compute.mesh.fsdp={jax.device_count()}', f'eval.problems={FAKE[-1]}'))
   run = step.config_lib.parse(step_loop.make_config(work, step_work.read(work)[0], how))

@@ -89,7 +89,8 @@ def write_table(folder: pathlib.Path) -> None:
       'their latency), every answer takes all of its room, and evaluations are not in it: a real '
       'run takes longer. Memory is that of the largest program, GiB a chip; of GPUs, temporaries '
       "are those of XLA's CPU compiler, which takes more. Chip-hours are for 100 steps of 256 "
-      'answers. What is counted, and how, is in [docs/plan.md](../../docs/plan.md).', '']
+      'answers. A row stays as it is until it is planned again. What is counted, and how, is in '
+      '[docs/plan.md](../../docs/plan.md).', '']
   for file in sorted(PODS.glob('*.py')):
     lines += [f'## {file.stem}', '', '| size | chips | answers | GiB a chip | seconds a step, and '
               'their limit | step, s | answer tokens/s | MFU | chip-hours | |',

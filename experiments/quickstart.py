@@ -1,5 +1,4 @@
-"""On-policy distillation of a shipped teacher into a shipped base student, in
-two and a half minutes.
+"""Distils a shipped teacher into a shipped base student, on policy, in two and a half minutes.
 
 The student writes 128 answers a step, the teacher grades every token by the exact full-vocabulary
 reverse KL, the student moves. Beside it, the same number of steps of off-policy supervised

@@ -40,8 +40,8 @@ class Resident:
     base: under the adapters; None where the whole student is trained.
     graders: the parameters of 'teacher' and 'reference', those that there are. What a model shares
       with the base is the very same object.
-    heads: of those whose hidden states a loss takes: their own arrays, or a
-      copy: on other devices, or where a module computes it.
+    heads: of those whose hidden states a loss takes: their own arrays, or copies, on
+      other devices or where a module computes them.
   """
 
   state: TrainState

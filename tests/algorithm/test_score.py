@@ -68,8 +68,7 @@ def test_hidden_states_stand_where_they_predict_the_completion(tiny_model, rollo
   scores = _scorer(model, wants=Wants(hidden=True))(params, rollout)
   assert scores.logprobs is None and scores.entropy is None
   assert scores.hidden.shape == (len(PROMPTS), ROOM, model.config.hidden_size)
-  head = model.head(params)
-  logits = np.asarray(scores.hidden) @ np.asarray(head.matrix.T if head.tied else head.matrix)
+  logits = np.asarray(scores.hidden) @ np.asarray(model.head(params).matrix)
   for b, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
     want = numpy_logits(model, params, prompt + completion)
     for c in range(len(completion)):  # completion token c is predicted from all before it

@@ -29,7 +29,7 @@ from opd_jax.parallel import hosts, sharding
 from opd_jax.settings import Compute, Lora, Run
 from opd_jax.types import Params
 
-INIT, SAMPLE, EVAL, BESIDE, GATE = range(5)  # what a random key is for
+INIT, SAMPLE, EVAL, BESIDE, GATE, ANSWERS = range(6)  # what a random key is for
 DIRECTORY = 'a Hugging Face checkpoint directory'
 
 

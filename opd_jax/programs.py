@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
+import pathlib
 from typing import Any
 
 import jax
@@ -25,10 +26,13 @@ from opd_jax.algorithm import score, update
 from opd_jax.algorithm import slots as slots_lib
 from opd_jax.algorithm.objective import wants
 from opd_jax.build import Parts
+from opd_jax.data import answers as answers_lib
 from opd_jax.data import examples as examples_lib
+from opd_jax.data.examples import Examples
 from opd_jax.data.streams import GIVEN, Stream
 from opd_jax.files import checkpoint
 from opd_jax.files.huggingface import LoadedModel
+from opd_jax.files.workdir import ANSWERS
 from opd_jax.models import layout, lora
 from opd_jax.models.placement import LaidOut
 from opd_jax.parallel import apart as apart_lib
@@ -61,6 +65,7 @@ class Programs:
     checksums: of a train state, for its checkpoints.
     join: parts of the rows of a step -> all of them, each where it is.
     wait: blocks until its argument is computed, where programs must not be in flight together.
+    answers: by the name of the stream, what was written for it before the first step.
   """
 
   parts: Parts
@@ -75,6 +80,7 @@ class Programs:
   checksums: Callable[[Any], jax.Array]
   join: Callable[[Any], Any]
   wait: Callable[[Any], Any]
+  answers: dict[str, Examples] = dataclasses.field(default_factory=dict)
 
   def connect(self, base: lora.Frozen | None) -> Graders:
     """Reads the weights of the models that grade, and makes graders of them."""
@@ -113,7 +119,10 @@ class Programs:
       key: of the draws.
     """
     examples, home = self.parts.examples[stream.name], self.parts.mesh
-    if stream.writer == 'dataset':
+    if stream.name in self.answers:
+      examples = self.answers[stream.name]
+      indices = indices * stream.samples + np.arange(len(indices)) % stream.samples
+    if stream.writer == 'dataset' or stream.name in self.answers:
       yield self.wait(sharding.put(examples.given(indices), sharding.by_rows(home)))
       return
     author = graders['teacher'].params if stream.writer == 'teacher' else student
@@ -129,6 +138,30 @@ class Programs:
       if i == parts:
         del weights  # not to be kept while the rows are graded
       yield self.wait(rollout if place is home else apart_lib.move_rows(rollout, home))
+
+  def with_answers(self, workdir: pathlib.Path, graders: Graders, key: jax.Array) -> Programs:
+    """Has the teacher write what streams with `fixed` text are to learn from again and again, or
+    reads it from the work directory, if it is there.
+
+    Args:
+      workdir: of the run.
+      graders: the teacher, who writes.
+      key: of the draws.
+
+    Raises:
+      ConfigError: a file there is damaged.
+    """
+    answers = {}
+    for stream in (s for s in self.parts.streams if s.fixed):
+      file, examples = workdir / ANSWERS.format(stream.name), self.parts.examples[stream.name]
+      if (found := answers_lib.read(file, examples, stream.samples)) is None:
+        rollouts = (next(self.write(
+            stream, {}, graders, indices.repeat(stream.samples), jax.random.fold_in(key, i)))
+            for i, indices in enumerate(answers_lib.blocks(len(examples), stream.prompts)))
+        answers_lib.write(file, examples, stream.samples, rollouts)
+        found = answers_lib.read(file, examples, stream.samples)
+      answers[stream.name] = found
+    return dataclasses.replace(self, answers=answers)
 
   def grade(self, stream: Stream, student: Params, graders: Graders, indices: np.ndarray,
             rollouts: Iterable[Rollout]) -> Batch:
@@ -173,7 +206,7 @@ class Programs:
     which part of decoding wrote them."""
     functions = {*self.writers.values(), *self.scorers.values(), *self.updates.values()}
     decoded = {}
-    if stream.name in self.layouts:
+    if stream.name in self.layouts and not stream.fixed:
       place = self.parts.place_of(stream)
       parts = apart_lib.part_places(len(lengths), self.parts.pieces_of(stream), self.parts.mesh)
       decoded = {**self.layouts[stream.name].report(), 'decode_useful': slots_lib.useful_share(

@@ -142,6 +142,9 @@ class Data:
   # 2306.13649, its lambda).
   on_policy_fraction: float = 1.0
   off_policy_source: str = 'none'
+  # What the teacher writes: 'fresh' in every step; 'fixed', samples_per_prompt answers to each
+  # example once, before the first step, which is a data set to learn from again and again.
+  teacher_answers: str = 'fresh'
   # The first so many batches are all of the off-policy source: a student that is far from its
   # teacher first learns on text that the teacher knows.
   warm_steps: int = 0

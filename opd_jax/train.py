@@ -75,6 +75,9 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
       doctor.settle(run, findings, workdir, book.say)
       # Only now: a start that was refused must not keep the directory from the corrected config.
       workdir_lib.claim(workdir, settings, inputs)
+      programs = programs.with_answers(workdir, graders, load.fold_in(key, load.ANSWERS, 0))
+      for answers in programs.answers.values():
+        book.answers(answers.lengths, flops.forward_flops(parts.teacher.model, answers.lengths))
       if not book.begun:
         book.begin(parts.report, evaluate_teacher(programs, graders))
         evaluate_student(book, programs, student, graders, 0)

@@ -37,6 +37,8 @@ class Examples:
 
   Attributes:
     rows: the examples that are left, as the task made them.
+    asked: what the task asks in each, a text or messages.
+    tokenizer: the student's.
     report: for the log: how many examples there are, and how many did not fit.
   """
 
@@ -66,14 +68,14 @@ class Examples:
                        f' ({dataset.info.description or "the task says no more"}); allowed: at '
                        'least one')
     self.rows = dataset.to_list()
-    self._seed, self._tokenizer = seed, tokenizer
+    self._seed, self.tokenizer = seed, tokenizer
     self._prompt_room, self._completion_room = max_prompt_tokens, max_new_tokens
     self.report: dict[str, Any] = {'examples': len(self.rows)}
     if dataset.info.description:
       self.report['task'] = dataset.info.description
     taught = with_completions and 'completion' in dataset.column_names
     prompts = self._readable([task.prompt(r) for r in self.rows], taught, overlong)
-    self._completions = None
+    self.asked, self._completions = prompts, None
     if taught:
       answers = [r['completion'] for r in self.rows]
       self._prompts, self._completions = prompts_lib.render_answers(
@@ -124,9 +126,15 @@ class Examples:
     """Whether the split comes with completions, so that `given` works."""
     return self._completions is not None
 
+  @property
+  def lengths(self) -> np.ndarray:
+    """Tokens of each prompt and the completion behind it, int [examples]."""
+    return np.array([len(p) + len(c) for p, c in zip(
+        self._prompts, self._completions or [()] * len(self), strict=True)])
+
   def text(self, index: int) -> str:
     """Renders what a model is given of one example, special tokens included."""
-    return self._tokenizer.decode(self._prompts[index])
+    return self.tokenizer.decode(self._prompts[index])
 
   def first(self, count: int) -> Examples:
     """Takes the first `count` examples."""
@@ -135,8 +143,29 @@ class Examples:
     out._keep(range(count))
     return out
 
+  def answered(self, samples: int, completions: list[np.ndarray], ended: list[bool]) -> Examples:
+    """Gives every example other completions, `samples` each.
+
+    Args:
+      samples: of an example; its own follow one another.
+      completions: their tokens, int32 each.
+      ended: whether each ended before its room did.
+
+    Raises:
+      ValueError: a completion without tokens, or longer than its room.
+    """
+    sizes = [len(ids) for ids in completions]
+    if not 1 <= min(sizes) <= max(sizes) <= self._completion_room:
+      raise ValueError(f'a completion has {min(sizes)} tokens, another {max(sizes)}; allowed: 1 to '
+                       f'{self._completion_room}')
+    out = copy.copy(self)
+    out._keep(np.arange(len(self)).repeat(samples))
+    out._completions, out._ended = completions, np.array(ended)
+    return out
+
   def _keep(self, chosen):
     self.rows = [self.rows[i] for i in chosen]
+    self.asked = [self.asked[i] for i in chosen]
     self._prompts = [self._prompts[i] for i in chosen]
     self._ended = self._ended[list(chosen)]
     if self._completions is not None:
@@ -178,7 +207,7 @@ class Examples:
 
   def prompts(self, indices: np.ndarray) -> Prompts:
     """Makes left-padded prompts, NumPy arrays [B, P]."""
-    tokens = np.full((len(indices), self._prompt_room), prompts_lib.pad_id(self._tokenizer),
+    tokens = np.full((len(indices), self._prompt_room), prompts_lib.pad_id(self.tokenizer),
                      np.int32)
     valid = np.zeros(tokens.shape, bool)
     for row, i in enumerate(indices):
@@ -198,7 +227,7 @@ class Examples:
                        f'{sorted(self.rows[0])}')
     prompts = self.prompts(indices)
     room = (len(indices), self._completion_room)
-    tokens = np.full(room, prompts_lib.pad_id(self._tokenizer), np.int32)
+    tokens = np.full(room, prompts_lib.pad_id(self.tokenizer), np.int32)
     alive = np.zeros(room, bool)
     for row, i in enumerate(indices):
       ids = self._completions[i]

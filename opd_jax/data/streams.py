@@ -38,6 +38,7 @@ class Stream:
     microbatch_rows: rows per forward and backward pass, on all devices together; 0 for all.
     length_buckets: to how many lengths these are cut.
     warm_steps: the first steps of a run, in which the student writes nothing.
+    fixed: whether what is written is written once, before the first step.
   """
 
   name: str
@@ -51,6 +52,7 @@ class Stream:
   microbatch_rows: int
   length_buckets: int = 1
   warm_steps: int = 0
+  fixed: bool = False
 
   @property
   def rows(self) -> int:
@@ -90,18 +92,23 @@ def make(run: Run, shards: int = 1) -> tuple[Stream, ...]:
       OWN, run.data.source, run.sample.teacher_mix if run.data.source == 'student' else 0.0,
       objective_of(run, run.data.source), run.data.split, run.data.prompts_per_step,
       run.data.samples_per_prompt, (0.0, share), microbatch, run.compute.length_buckets,
-      run.data.warm_steps)
+      run.data.warm_steps, _is_fixed(run, run.data.source))
   out = [own]
   if run.data.off_policy_source != 'none':
     writer = run.data.off_policy_source
     out.append(dataclasses.replace(own, name=OFF_POLICY, writer=writer, teacher_mix=0.0,
-                                   objective=objective_of(run, writer), steps=(share, 1.0)))
+                                   objective=objective_of(run, writer), steps=(share, 1.0),
+                                   fixed=_is_fixed(run, writer)))
   if run.given.source != 'none':
     rows = run.given.prompts_per_step
     out.append(Stream(GIVEN, run.given.source, 0.0, given_objective(run), run.given.split, rows, 1,
                       (0.0, 1.0), math.gcd(microbatch, rows), run.compute.length_buckets,
-                      run.data.warm_steps))
+                      run.data.warm_steps, _is_fixed(run, run.given.source)))
   return tuple(out)
+
+
+def _is_fixed(run: Run, writer: str) -> bool:
+  return writer == 'teacher' and run.data.teacher_answers == 'fixed'
 
 
 def objective_of(run: Run, writer: str) -> Objective:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent import futures
 import dataclasses
 import os
 from typing import Any
@@ -11,10 +12,12 @@ import jax
 
 from opd_jax.doctor import lowered
 from opd_jax.doctor.finding import FAIL, OK, WARN, Finding
+from opd_jax.parallel import hosts
 from opd_jax.programs import Programs
 from opd_jax.settings import Run
 
 GIB = 2**30
+MOST_AT_ONCE = 4  # programs that are compiled: each takes memory of the host
 LOWERS = ('compute.microbatch_rows, compute.chunk_tokens, compute.remat, compute.frozen_dtype, '
           'compute.mesh or student.lora')
 
@@ -74,12 +77,11 @@ def check_memory(run: Run, programs: Programs, say: Callable[[str], None], look:
   """
   there, limit, worst = lowered.resident(programs), device_bytes(), None
   options = lowered.look_options() if look and jax.default_backend() == 'cpu' else None
-  for name, call in lowered.calls(run, programs, there).items():
-    if look and name.endswith('greedy'):
-      continue
-    say(f'compiling: {name}')
+  calls = {name: call for name, call in lowered.calls(run, programs, there).items()
+           if not (look and name.endswith('greedy'))}
+  for name, compiled in compile_all(calls, options, say):
     try:
-      found = memory_of(call, call.compile(options), there)
+      found = memory_of(calls[name], compiled(), there)
     except jax.errors.JaxRuntimeError as e:  # compilers that know the device refuse by themselves
       if 'RESOURCE_EXHAUSTED' not in str(e):
         raise
@@ -98,6 +100,31 @@ def check_memory(run: Run, programs: Programs, say: Callable[[str], None], look:
     return _refused(detail)
   return Finding('memory', OK if found.total < 0.9 * limit else WARN, detail,
                  'compute.microbatch_rows')
+
+
+def compile_all(calls: dict[str, lowered.Call], options: dict[str, Any] | None,
+                say: Callable[[str], None]) -> Iterator[tuple[str, Callable[[], Any]]]:
+  """Compiles programs, several at a time: XLA is busy on one core for most of the time that it
+  takes for one. Processes that are one run compile in one order, in which they may wait for each
+  other.
+
+  Args:
+    calls: the programs, by name.
+    options: of the compiler.
+    say: takes a line about what is being done.
+
+  Yields:
+    (name, waits for the compiled program or raises what the compiler did).
+  """
+  workers = 1 if hosts.count() > 1 else min(len(os.sched_getaffinity(0)), MOST_AT_ONCE)
+  with futures.ThreadPoolExecutor(workers) as pool:
+    compiled = {name: pool.submit(call.compile, options) for name, call in calls.items()}
+    try:
+      for name, future in compiled.items():
+        say(f'compiling: {name}')
+        yield name, future.result
+    finally:
+      pool.shutdown(cancel_futures=True)
 
 
 def _refused(detail: str) -> Finding:

@@ -26,6 +26,7 @@ from opd_jax.settings import Run
 # What a run leaves there, beside `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
 CONFIG, RESULT, EXPORT, ADAPTER = 'config.json', 'result.json', 'export', 'adapter'
 INPUTS, REVISIONS, CHECKPOINTS, LOCK = 'inputs.json', 'revisions.json', 'checkpoints', '.lock'
+ANSWERS = 'answers_{}.jsonl'  # of a stream, data.teacher_answers='fixed'
 SHARED_S = 20.0  # until a file that one host has written is seen by another
 # The types of what a result.json holds; 'teacher' may be None.
 RESULT_TYPES = {'name': str, 'seed': int, 'steps': int, 'flops': dict, 'before': dict,

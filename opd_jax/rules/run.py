@@ -100,6 +100,9 @@ FIELDS = (
     choice('data.source', SOURCES), choice('data.overlong', examples.OVERLONG),
     choice('data.off_policy_source', ('none', *FOREIGN)),
     choice('given.source', ('none', *FOREIGN)),
+    choice('data.teacher_answers', ('fresh', 'fixed')),
+    *unread('data.teacher_answers', lambda r: 'teacher' not in (
+        r.data.source, r.data.off_policy_source, r.given.source), 'no rows that a teacher writes'),
     choice('sample.stop', ('student', 'teacher', 'union')),
     choice('prompt.template', prompts.TEMPLATES), choice('prompt.thinking', prompts.THINKING),
     choice('prompt.control_tokens', control.CHOICES),

@@ -24,8 +24,8 @@ def new_history(settings: dict[str, Any]) -> dict[str, Any]:
   """Makes the history of a run that has not begun: what a checkpoint holds beside the train state.
 
   'step', 'flops' so far by who spent them, 'evals', and the config; later 'teacher', its
-  evaluation, 'stopped_at', where a goal ended the run early, 'watch' (`texts.Watch`) and the
-  'alarms' that it gave.
+  evaluation, 'answers', what it wrote before the first step, 'stopped_at', where a goal ended the
+  run early, 'watch' (`texts.Watch`) and the 'alarms' that it gave.
   """
   return {'step': 0, 'flops': {'student': 0.0, 'sampling': 0.0, 'teacher': 0.0}, 'evals': [],
           'config': settings}
@@ -94,6 +94,19 @@ class Book:
     if 'sampled_accuracy' in teacher:  # the task grades
       self.say(f"{self._run.name}: the teacher's sampled accuracy is "
                f"{teacher['sampled_accuracy']:.3f}, greedy {teacher['greedy_accuracy']:.3f}")
+
+  def answers(self, lengths: np.ndarray, flops: float) -> None:
+    """Records, once, what the teacher wrote before the first step.
+
+    Args:
+      lengths: tokens of each prompt and the answer behind it.
+      flops: operations that were spent on them.
+    """
+    if 'answers' not in self.history:
+      self.history['answers'] = {'examples': len(lengths), 'tokens': int(lengths.sum())}
+      self.history['flops']['sampling'] += flops
+      self._writer.write('answers', 0, self.history['answers'])
+      self.say(f'{self._run.name}: the teacher wrote {len(lengths)} answers before the first step')
 
   def train(self, step: int, values: dict[str, Any]) -> None:
     """Takes the metrics of the update that led to `step`, and records those of the one before:

@@ -53,10 +53,11 @@ def stream_flops(stream: Stream, lengths: np.ndarray, *, student: Model, teacher
     updates: gradient steps on the rows.
 
   Returns:
-    'student' (training and rescoring), 'sampling', 'teacher' (grading, by the reference too). A
-    gradient step is a forward pass, the gradient of the activations, which costs as much, and that
-    of the trained weights, which costs as much as their share of the forward pass: 3 forwards for a
-    whole model, 2 and three times the adapters for adapters.
+    'student' (training and rescoring), 'sampling' (of what is written in the step), 'teacher'
+    (grading, by the reference too). A gradient step is a forward pass, the gradient of the
+    activations, which costs as much, and that of the trained weights, which costs as much as their
+    share of the forward pass: 3 forwards for a whole model, 2 and three times the adapters for
+    adapters.
   """
   o = stream.objective
   own = forward_flops(student, lengths)
@@ -74,8 +75,8 @@ def stream_flops(stream: Stream, lengths: np.ndarray, *, student: Model, teacher
           ('student', student), ('teacher', teacher), ('reference', reference))) if times}
   return {
       'student': update * updates + own * rescores + again.get('student', 0.0),
-      'sampling': {'student': own, 'teacher': theirs, 'dataset': 0.0}[stream.writer]
-                  + theirs * (stream.teacher_mix > 0.0),
+      'sampling': ({'student': own, 'teacher': theirs, 'dataset': 0.0}[stream.writer]
+                   * (not stream.fixed) + theirs * (stream.teacher_mix > 0.0)),
       'teacher': grading + again.get('teacher', 0.0) + again.get('reference', 0.0)}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -85,10 +86,17 @@ class Call:
     with jax.set_mesh(self.mesh):
       return self.program.lower(*self.args, **self.keywords).compiler_ir('hlo').as_hlo_text()
 
-  def compile(self, options: dict[str, Any] | None = None) -> Any:
-    """Compiles it; with `options` of the compiler, for a look and not for the loop."""
+  def begin(self, options: dict[str, Any] | None = None) -> Callable[[], Any]:
+    """Traces it; what is returned compiles it, in any thread; with `options` of the compiler, for a
+    look and not for the loop."""
     with jax.set_mesh(self.mesh):
-      return self.program.lower(*self.args, **self.keywords).compile(compiler_options=options)
+      traced = self.program.lower(*self.args, **self.keywords)
+    return functools.partial(traced.compile, options)
+
+  def compile(self, options: dict[str, Any] | None = None) -> Any:
+    """Compiles it, see `begin`."""
+    with jax.set_mesh(self.mesh):
+      return self.begin(options)()
 
 
 def look_options() -> dict[str, Any]:

@@ -105,8 +105,8 @@ def check_memory(run: Run, programs: Programs, say: Callable[[str], None], look:
 def compile_all(calls: dict[str, lowered.Call], options: dict[str, Any] | None,
                 say: Callable[[str], None]) -> Iterator[tuple[str, Callable[[], Any]]]:
   """Compiles programs, several at a time: XLA is busy on one core for most of the time that it
-  takes for one. Processes that are one run compile in one order, in which they may wait for each
-  other.
+  takes for one. They are traced one after another, in this thread, whose settings of jax others do
+  not see. Processes that are one run compile in one order, in which they may wait for each other.
 
   Args:
     calls: the programs, by name.
@@ -118,8 +118,8 @@ def compile_all(calls: dict[str, lowered.Call], options: dict[str, Any] | None,
   """
   workers = 1 if hosts.count() > 1 else min(len(os.sched_getaffinity(0)), MOST_AT_ONCE)
   with futures.ThreadPoolExecutor(workers) as pool:
-    compiled = {name: pool.submit(call.compile, options) for name, call in calls.items()}
     try:
+      compiled = {name: pool.submit(call.begin(options)) for name, call in calls.items()}
       for name, future in compiled.items():
         say(f'compiling: {name}')
         yield name, future.result

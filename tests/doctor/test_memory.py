@@ -45,8 +45,8 @@ def spy(run, programs, *how):
                 for name, call in lowered.calls(run, programs, there).items()})
   return out
 examine.COMPILED['memory'] = spy
-with jax.log_compiles():
-  train.train(config.from_dict(json.loads(sys.stdin.read())), pathlib.Path(sys.argv[2]))
+jax.config.update('jax_log_compiles', True)
+train.train(config.from_dict(json.loads(sys.stdin.read())), pathlib.Path(sys.argv[2]))
 print(json.dumps([lines[:settled[0]], lines[settled[0]:], stays]))
 '''
 
@@ -64,6 +64,14 @@ def _looked_at(c):
   return there, lowered.calls(run, made, there)
 
 
+@pytest.fixture
+def log_compiles():
+  """Of all threads, which jax.log_compiles() is not."""
+  jax.config.update('jax_log_compiles', True)
+  yield
+  jax.config.update('jax_log_compiles', False)
+
+
 def _compiled(lines):
   return [name for line in lines for name in re.findall(r'Finished XLA compilation of jit\((\w+)\)',
                                                         line) if name in PROGRAMS]
@@ -72,11 +80,11 @@ def _compiled(lines):
 @pytest.mark.parametrize(('kind', 'fields'), [
     ('opd_exact', {}), ('opd_exact', dict(student__lora__rank=2)), ('grpo', {}), ('sft', {}),
     ('opd_exact', BESIDE)])
-def test_a_start_compiles_nothing_twice(kind, fields, tmp_path, caplog, monkeypatch):
+def test_a_start_compiles_nothing_twice(kind, fields, tmp_path, caplog, monkeypatch, log_compiles):
   looked_at, check = [], examine.COMPILED['memory']
 
   def spy(run, made, *how):
-    with caplog.at_level(logging.WARNING, 'jax'), jax.log_compiles():
+    with caplog.at_level(logging.WARNING, 'jax'):
       out = check(run, made, *how)
     looked_at.extend(_compiled(r.getMessage() for r in caplog.records))
     caplog.clear()
@@ -86,7 +94,7 @@ def test_a_start_compiles_nothing_twice(kind, fields, tmp_path, caplog, monkeypa
   c = tiny.with_models(kind, **{**GOOD, **fields})
   if fields is BESIDE:
     c.steps = 4  # both kinds of step
-  with jax.log_compiles(), caplog.at_level(logging.WARNING, 'jax'):
+  with caplog.at_level(logging.WARNING, 'jax'):
     train.train(c, tmp_path)
     later = _compiled(r.getMessage() for r in caplog.records)
   # After the check, adapters have their export measured, by another sampler than the run's.
@@ -205,7 +213,8 @@ def test_what_is_compiled_for_a_look_allocates_the_same(monkeypatch):
       drawn = calls['evaluate sample'].compile(lowered.look_options())
       assert looked.total <= memory.memory_of(calls['evaluate sample'], drawn, there).total
 
-  monkeypatch.setattr(lowered.Call, 'compile', lambda self, options: compiled.append(options))
+  monkeypatch.setattr(lowered.Call, 'begin', lambda self, options: (
+      lambda: compiled.append(options)))
   monkeypatch.setattr(memory, 'memory_of', lambda *args: memory.Memory({}, 0.0, 1.0, 0.0))
   for look, expected in ((True, lowered.look_options()), (False, None)):
     said = []
@@ -240,17 +249,17 @@ class TestRefusal:
   def test_a_compiler_that_knows_the_device_refuses_by_itself(self, monkeypatch):
     run, made = _open(tiny.with_models('opd_sampled', **GOOD))
 
-    def full(self, options=None):
+    def full():
       raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: 151.79G of 95.73G')
 
-    monkeypatch.setattr(lowered.Call, 'compile', full)
+    monkeypatch.setattr(lowered.Call, 'begin', lambda *args: full)
     finding = memory.check_memory(run, made, print)
     assert finding.status == FAIL and '151.79G' in finding.detail
 
   def test_nothing_is_compiled_for_a_run_that_is_refused_anyway(self, monkeypatch):
     c = tiny.with_models('opd_sampled', **GOOD, optimizer__name='sgd', optimizer__b2=0.5)
     run, made = _open(c)
-    monkeypatch.setattr(lowered.Call, 'compile', lambda *args: pytest.fail('compiled'))
+    monkeypatch.setattr(lowered.Call, 'begin', lambda *args: pytest.fail('compiled'))
     found = {f.check: f.status for f in examine.examine(run, made)}
     assert (found['unused_options'], found['memory']) == (FAIL, SKIPPED)
 

@@ -2,8 +2,9 @@ r"""Grades answers by the answer that is known.
 
 The answer is looked for in the same way in the completion and in what it is compared with, so that
 a worked solution will do there. Two numbers are compared exactly, as numbers (1,000 is 1000.0,
-\frac12 is 0.5), and equal texts are equal, whatever their case and white space. 'exact' knows no
-more than that; the others ask `math-verify` about the rest: expressions, sets, intervals, matrices.
+\frac12 is 0.5), and equal texts are equal, whatever their case and white space. 'exact' and
+'choice' know no more than that; the others ask `math-verify` about the rest: expressions, sets,
+intervals, matrices.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ _BASE = re.compile(r'\d[0-9A-Z]*_\{?(\d+)\}?')
 
 def grade(grader: str, answers: list[str], text: str) -> float:
   """Returns 1.0 if `text` has one of the right answers, else 0.0; `grader` is a name of `FIND`."""
-  find, same = FIND[grader], same_text if grader == 'exact' else same_answer
+  find = FIND[grader]
+  same = same_text if grader in ('exact', 'choice') else same_answer
   found = find(text)
   if not found:
     return 0.0
@@ -73,6 +75,21 @@ def last_number(text: str) -> str | None:
   for match in re.finditer(rf'({_QUANTITY})|{_ATTACHED}', text):
     last = match[1] or last
   return last
+
+
+def answer_line(text: str) -> str | None:
+  """Finds what the last line of the form 'Answer: ...' says, whatever its case and its stars."""
+  found = re.findall(r'(?im)^[ \t>*_#]*(?:final\s+)?answer\**\s*:[ \t*_]*(\S.*?)[ \t*_.]*$', text)
+  return found[-1] if found else None
+
+
+def choice(text: str) -> str | None:
+  r"""Finds the letter of a multiple choice, in the last \boxed{} or else in the last line 'Answer:
+  ...': B, (B), B) with the text of the choice, \text{B}."""
+  found = last_box(text) or answer_line(text) or text
+  found = re.sub(_TEXT, r'\1', found)
+  match = re.fullmatch(r'(?s)[\s$*(\[]*([A-Z])(?:\s*[)\].:].*|[\s$*]*)', found)
+  return match[1] if match else None
 
 
 def same_text(wanted: str, found: str) -> bool:
@@ -163,4 +180,5 @@ def _number(text):
 
 # Where a grader looks for the answer: a function (text) -> the answer, or None.
 FIND: dict[str, Callable[[str], str | None]] = {
-    'exact': str.strip, 'boxed': last_box, 'last_number': last_number}
+    'exact': str.strip, 'boxed': last_box, 'last_number': last_number, 'answer_line': answer_line,
+    'choice': choice}

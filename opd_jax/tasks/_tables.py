@@ -54,14 +54,14 @@ class Table:
   Attributes:
     names: of the columns.
     rows: which rows of the source these are, by their number there.
-    read: (name of a column) -> its values in all rows of the source.
+    read: (name of a column, numbers of rows) -> its values there.
     files: (file, how many rows are in it) in order.
     only_texts: whether every value is a text, as in CSV.
   """
 
   names: Sequence[str]
   rows: Sequence[int]
-  read: Callable[[str], list[Any]]
+  read: Callable[[str, Sequence[int]], list[Any]]
   files: tuple[tuple[str, int], ...]
   only_texts: bool = False
 
@@ -93,8 +93,7 @@ class Table:
     """
     asked = asked or f'column {column!r}'
     name, *path = [column] if column in self.names else column.split('.')
-    values = self.read(name)
-    values = [values[row] for row in self.rows]
+    values = self.read(name, self.rows)
     for field in path:
       for place, value in enumerate(values):
         if not isinstance(value, dict) or field not in value:
@@ -191,8 +190,8 @@ def _typed(part, table):
 
   def one(rows):
     rows = rows.with_format(None)
-    return Table(rows.column_names, range(len(rows)), lambda name: rows[name][:],
-                 ((part.source, len(rows)),))
+    return Table(rows.column_names, range(len(rows)),
+                 lambda name, places: rows.select(places)[name][:], ((part.source, len(rows)),))
 
   return {str(name): lambda rows=rows: one(rows) for name, rows in splits.items()}
 
@@ -213,7 +212,7 @@ def _texts(names):
   if not rows:
     raise ValueError('it is empty')
   columns = list(dict.fromkeys(name for row in rows for name in row))
-  return Table(columns, range(len(rows)), lambda name: [row.get(name) for row in rows],
+  return Table(columns, range(len(rows)), lambda name, places: [rows[i].get(name) for i in places],
                tuple(files), all(name.endswith('.csv') for name in names))
 
 

@@ -59,8 +59,9 @@ class Options:
     eval_prompt_column, eval_messages_column, eval_answer_column: '' for those of training.
     eval_filters: like `filters`, which are for training rows only.
     grader: 'none'; 'exact', the whole text; 'boxed', what is in the last \\boxed{}; 'last_number'.
-      The last two compare as mathematics. 'auto' is 'last_number' where there is a column of
-      answers, and 'none' without.
+      The last two compare as mathematics, and so does 'answer_line', the last line 'Answer: ...'.
+      'choice': a letter, in the last box or such a line. 'auto' is 'last_number' where there is
+      a column of answers, and 'none' without.
   """
 
   source: str = ''
@@ -118,7 +119,8 @@ def _check(o):
                      'on the hub')
   if o.grader not in GRADERS:
     raise ValueError(f'task.options.grader={o.grader!r}; allowed: {list(GRADERS)}')
-  if o.grader not in ('none', 'exact') and importlib.util.find_spec('math_verify') is None:
+  if o.grader not in ('none', 'exact', 'choice') and (
+      importlib.util.find_spec('math_verify') is None):
     raise ValueError(f"task.options.grader={o.grader!r} needs math-verify, which is not installed; "
                      "allowed: `pip install 'math-verify>=0.9'`, or 'exact'")
   separate = bool(o.eval_split or o.eval_source)
@@ -181,23 +183,46 @@ def load(split: str, options: Options) -> datasets.Dataset:
   rows, told = _rows(_train_part(o), o)
   if held_out is None:
     count = min(max(len(rows) // 5, 1), MOST_HELD_OUT)
-    count = count if o.holdout_examples < 0 else o.holdout_examples
-    if count >= len(rows):
-      raise ValueError(f'task.options.holdout_examples={o.holdout_examples}; allowed: below the '
-                       f'{len(rows)} training rows')
-    order = np.random.default_rng(o.holdout_seed).permutation(len(rows))
-    held_out = rows.select(order[:count])
-    told += [f'{count} held out']
+    rows, held_out = hold_out(rows, count if o.holdout_examples < 0 else o.holdout_examples,
+                              o.holdout_seed)
+    told += [f'{len(held_out)} held out']
     if split == 'eval':
       return _told(held_out, told)
-    rows = rows.select(np.sort(order[count:]))
-  known = set(map(_key, held_out['prompt'][:]))
-  fresh = [i for i, p in enumerate(rows['prompt'][:]) if _key(p) not in known]
+  rows, left_out = leave_out(rows, held_out, o.source)
+  return _told(rows, told + left_out)
+
+
+def hold_out(rows: datasets.Dataset, count: int, seed: int
+             ) -> tuple[datasets.Dataset, datasets.Dataset]:
+  """Sets `count` random rows aside: (the others, in their order; those).
+
+  Raises:
+    ValueError: there are no more than that.
+  """
+  if count >= len(rows):
+    raise ValueError(f'task.options.holdout_examples={count}; allowed: below the {len(rows)} '
+                     'training rows')
+  order = np.random.default_rng(seed).permutation(len(rows))
+  return rows.select(np.sort(order[count:])), rows.select(order[:count])
+
+
+def leave_out(rows: datasets.Dataset, held_out: datasets.Dataset, source: str,
+              suffixes: tuple[str, str] = ('', '')) -> tuple[datasets.Dataset, list[str]]:
+  """Leaves out the rows whose prompt is one of the evaluation set; (the others, what to say).
+  `suffixes` are those of both, which do not count.
+
+  Raises:
+    ValueError: these are all; `source` is where they are from.
+  """
+  mine, theirs = map(key, suffixes)
+  known = {key(p).removesuffix(theirs).rstrip() for p in held_out['prompt'][:]}
+  fresh = [i for i, p in enumerate(rows['prompt'][:])
+           if key(p).removesuffix(mine).rstrip() not in known]
   if not fresh:
-    raise ValueError(f'task.options.source={o.source!r}: all of {len(rows)} training rows are '
+    raise ValueError(f'task.options.source={source!r}: all of {len(rows)} training rows are '
                      'evaluation rows too; allowed: at least one that is not')
-  told += [f'{len(rows) - len(fresh)} left out that are in the evaluation set']
-  return _told(rows.select(fresh), told)
+  return rows.select(fresh), [
+      f'{len(rows) - len(fresh)} left out that are in the evaluation set']
 
 
 def _told(rows, told):
@@ -206,9 +231,9 @@ def _told(rows, told):
   return rows
 
 
-def _key(prompt):
-  """What makes two prompts the same: their words, whatever the case, the white space and the system
-  message."""
+def key(prompt: str | list[dict[str, str]]) -> str:
+  """Computes what makes two prompts the same: their words, whatever the case, the white space and
+  the system message."""
   if not isinstance(prompt, str):
     prompt = '\n'.join(m['content'] for m in prompt if m['role'] != 'system')
   return ' '.join(prompt.casefold().split())

@@ -1,4 +1,4 @@
-"""Tasks, one file each, found by name.
+"""Tasks, one file each, found by name: here, in training/ and in benchmarks/.
 
 A task module offers
   Options: a frozen dataclass, the knobs (`config.task.options`);
@@ -11,6 +11,10 @@ A task module offers
     whatever the text, for the examples of a split that nobody can grade. At the start, every
     example is asked for its grade of '';
   grade_all(examples, texts) -> their rewards; only where that is faster than one after the other;
+  group(example) -> the name of a part of the examples, '' for none, where evaluations are to report
+    the accuracy of each part;
+  measures(example, text) -> {name: values}, what an evaluation reports besides the reward, each the
+    mean of the values of all answers;
   example_options(folder) -> knobs that work, for the contract tests; only where the default Options
     do not, because the task reads files: it writes a small one into `folder`.
 Knobs that name a file or a folder are called `source` or end in `_source`: a run does not go on
@@ -26,9 +30,17 @@ from types import ModuleType
 from typing import Any
 
 
-def names() -> list[str]:
-  """Lists the tasks there are: the files of this folder."""
-  return sorted(p.stem for p in pathlib.Path(__file__).parent.glob('*.py') if p.stem[0] != '_')
+def names(folder: str = '') -> list[str]:
+  """Lists the tasks there are, or those of one folder: the files here and one level below."""
+  return sorted(name for name, inside in _places().items() if folder in ('', inside))
+
+
+def _places():
+  """The folder of each task, '' for this one."""
+  here = pathlib.Path(__file__).parent
+  files = [p.relative_to(here) for p in (*here.glob('*.py'), *here.glob('*/*.py'))]
+  return {p.stem: str(p.parent).strip('.') for p in files
+          if not any(part[0] in '_.' for part in p.parts)}
 
 
 def get(name: str) -> ModuleType:
@@ -37,9 +49,10 @@ def get(name: str) -> ModuleType:
   Raises:
     ValueError: there is none; lists those there are.
   """
-  if name not in names():
+  places = _places()
+  if name not in places:
     raise ValueError(f'task.name={name!r}; allowed: {names()}')
-  return importlib.import_module(f'opd_jax.tasks.{name}')
+  return importlib.import_module('.'.join(filter(None, ('opd_jax.tasks', places[name], name))))
 
 
 def options(task: ModuleType, values: dict[str, Any]) -> Any:

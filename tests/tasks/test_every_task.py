@@ -37,9 +37,10 @@ def test_task(name, tmp_path):
   splits = {split: task.load(split, options) for split in ('eval', 'train')}
   prompts = {split: [task.prompt(row) for row in rows] for split, rows in splits.items()}
   for split, texts in prompts.items():
-    assert len(texts) > 0 and all(isinstance(t, str) and t for t in texts)
+    assert len(texts) > 0 and all(isinstance(t, str | list) and t for t in texts)
     assert task.load(split, options).to_list() == splits[split].to_list(), 'not deterministic'
-  assert not set(prompts['eval']) & set(prompts['train']), 'training on held-out problems'
+  asked = {split: set(map(json.dumps, texts)) for split, texts in prompts.items()}
+  assert not asked['eval'] & asked['train'], 'training on held-out problems'
   rng = np.random.RandomState(0)
   for row in splits['eval'].select(range(20)):
     for text in ('', '#', 'no answer', '#12', ''.join(map(chr, rng.randint(32, 127, 40)))):
@@ -82,8 +83,10 @@ def test_tasks_are_the_same_in_every_process():
 
 
 def test_tasks_are_found_by_listing_the_folder():
-  assert tasks.names() == sorted(
-      f.stem for f in pathlib.Path(tasks.__file__).parent.glob('*.py') if f.stem[0] != '_')
+  here = pathlib.Path(tasks.__file__).parent
+  files = [f for f in (*here.glob('*.py'), *here.glob('[!_]*/*.py')) if f.stem[0] != '_']
+  assert tasks.names() == sorted({f.stem for f in files}) and len(files) == len(tasks.names())
+  assert 'aime24' in tasks.names('benchmarks') and 'deepmath' not in tasks.names('benchmarks')
   with pytest.raises(ValueError) as error:
     tasks.get('chess')
   assert "task.name='chess'" in str(error.value) and str(tasks.names()) in str(error.value)

@@ -1,0 +1,1 @@
+"""Tasks to evaluate on, one file each: published sets of problems."""

@@ -27,6 +27,7 @@ from opd_jax.data import control, examples
 from opd_jax.data import streams as streams_lib
 from opd_jax.models.params import abstract_params
 from opd_jax.parallel import decoding
+from opd_jax.run import evaluate
 from opd_jax.types import Batch, Heads, Scores, TrainState
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -233,6 +234,10 @@ def test_every_metric_of_a_step_is_listed_and_none_besides(rows):
 
 def test_every_metric_of_an_evaluation_is_listed_and_none_besides(rows):
   seen = set().union(*(_names(row) for row in rows if row['kind'] == 'eval'))
+  # What only other tasks have, or more samples.
+  for group, names in (('pass_at', evaluate.pass_curve(np.zeros((1, 4)))), ('measures', ['NAME']),
+                       ('by_group', evaluate.by_group(['NAME'], np.zeros((1, 4))))):
+    seen |= {f'{group}/{name}' for name in names}
   assert _listed('eval') == {re.sub(r'^pass_at_\d+', 'pass_at_K', name) for name in seen}
 
 

@@ -328,10 +328,29 @@ def grade(task: Any, rows: list[dict[str, Any]], rollout: Rollout, tokenizer: An
   return np.concatenate([r for r, _ in parts]), [text for _, texts in parts for text in texts]
 
 
+def _answers(texts, rollout, tokenizer):
+  """What of each completion is graded; nothing of one that has not ended."""
+  return [answer(begun + text) if end else '' for begun, text, end in zip(
+      _opened(rollout, tokenizer), texts, rollout.ended, strict=True)]
+
+
+def measure(task: Any, rows: list[dict[str, Any]], rollout: Rollout, texts: list[str],
+            tokenizer: Any) -> dict[str, float]:
+  """Asks a task that has `measures` for them, of what `grade` returned as `texts`; means over all
+  values of all answers."""
+  found: dict[str, list[float]] = {}
+  if not hasattr(task, 'measures'):
+    return {}
+  rollout = hosts.fetch(rollout)
+  for row, text in zip(rows, _answers(texts, rollout, tokenizer), strict=True):
+    for name, values in task.measures(row, text).items():
+      found.setdefault(name, []).extend(values)
+  return {name: float(np.mean(values)) for name, values in found.items()}
+
+
 def _grade(task, rows, rollout, tokenizer):
   texts, ended = completions(rollout, tokenizer), rollout.ended
-  answers = [answer(begun + text) if end else ''
-             for begun, text, end in zip(_opened(rollout, tokenizer), texts, ended, strict=True)]
+  answers = _answers(texts, rollout, tokenizer)
   if hasattr(task, 'grade_all'):
     rewards = task.grade_all(rows, answers)
   else:

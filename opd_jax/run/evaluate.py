@@ -56,6 +56,31 @@ def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
   return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
+def pass_curve(rewards: np.ndarray) -> dict[str, float]:
+  """Estimates pass@k for k = 1, 2, 4, ... up to the samples per problem, means over problems."""
+  ks = [2**i for i in range(rewards.shape[1].bit_length())]
+  return {str(k): float(pass_at_k(rewards, k).mean()) for k in ks}
+
+
+def by_group(groups: list[str], rewards: np.ndarray) -> dict[str, float]:
+  """Averages by part of the problems, with intervals as of the whole.
+
+  Args:
+    groups: of each problem, '' for none.
+    rewards: [problems, samples].
+
+  Returns:
+    Of each group its mean, as NAME, NAME_low and NAME_high, and NAME_problems, how many it has.
+  """
+  out, means = {}, rewards.mean(axis=1).astype(np.float64)
+  for name in sorted(set(groups) - {''}):
+    values = means[[group == name for group in groups]]
+    low, high = interval(values)
+    out |= {name: float(values.mean()), f'{name}_low': low, f'{name}_high': high,
+            f'{name}_problems': len(values)}
+  return out
+
+
 @struct.dataclass
 class Seen:
   """What a teacher on devices of its own says of a rollout, in place of its parameters."""
@@ -190,10 +215,11 @@ class Evaluator:
     """Returns (metrics, some transcripts).
 
     Metrics: sampled_accuracy (avg@k), pass@k, greedy_accuracy, each with `_low`, `_high`
-    (none of them where the task does not grade these examples); with a teacher, on the student's
-    own samples, reverse_kl (exact, nats a token), overlap_count, overlap_mass and mass_outside
-    (`metrics.overlap`, token means); text/compression, text/distinct_4, text/shared_4 (run/texts);
-    mean length; truncation rate.
+    (none of them where the task does not grade these examples); pass_at, the curve of pass@k, where
+    there are at least 4 samples; by_group and measures, where the task has them; with a teacher,
+    on the student's own samples, reverse_kl (exact, nats a token), overlap_count, overlap_mass and
+    mass_outside (`metrics.overlap`, token means); text/compression, text/distinct_4, text/shared_4
+    (run/texts); mean length; truncation rate.
     """
     rollout = jax.block_until_ready(self.sample(params, self._put(self._count), self._key))
     graded = [row for row in self.rows for _ in range(self._count)]
@@ -207,6 +233,8 @@ class Evaluator:
       count = sums.pop('tokens').sum()
       out |= {name: float(sums[name].sum() / count) for name in ('reverse_kl', *OVERLAP)
               if name in sums}
+    if measures := examples_lib.measure(self._task, graded, seen, texts, self._tokenizer):
+      out['measures'] = measures
     out['text'] = {'compression': texts_lib.compression(texts), **texts_lib.text_metrics(
         seen.tokens[:, 1:], seen.mask, self._count)}
     out['length'] = float(seen.mask.sum(axis=1).mean())
@@ -232,6 +260,10 @@ class Evaluator:
       values = values.astype(np.float64)
       out[name] = float(values.mean())
       out[f'{name}_low'], out[f'{name}_high'] = interval(values)
+    if self._count >= 4:
+      out['pass_at'] = pass_curve(rewards)
+    if hasattr(self._task, 'group') and any(groups := list(map(self._task.group, self.rows))):
+      out['by_group'] = by_group(groups, rewards)
     return out
 
   def compile_count(self) -> int:

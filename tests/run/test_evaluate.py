@@ -76,6 +76,25 @@ class TestInterval:
     assert evaluate.interval(np.zeros(1)) == (0.0, 0.0)
 
 
+class TestParts:
+
+  REWARDS = np.array([[1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]], np.float32)
+
+  def test_the_curve_of_pass_at_k(self):
+    curve = evaluate.pass_curve(self.REWARDS)
+    assert list(curve) == ['1', '2', '4']
+    assert curve['1'] == pytest.approx(self.REWARDS.mean())
+    assert curve['4'] == pytest.approx(0.75)
+    # Of two of four: 1/2, 1, 0 and 5/6.
+    assert curve['2'] == pytest.approx((1 / 2 + 1 + 0 + 5 / 6) / 4)
+    assert list(evaluate.pass_curve(self.REWARDS[:, :3])) == ['1', '2']
+
+  def test_by_group(self):
+    got = evaluate.by_group(['b', 'a', 'b', ''], self.REWARDS)
+    assert got == {'a': 1.0, 'a_low': 1.0, 'a_high': 1.0, 'a_problems': 1,
+                   'b': 0.125, 'b_low': 0.0, 'b_high': 0.25, 'b_problems': 2}
+
+
 @dataclasses.dataclass(frozen=True)
 class Loaded:
   """`huggingface.LoadedModel` with its parameters read."""
@@ -187,6 +206,22 @@ class TestEvaluator:
   def test_without_a_teachers_parameters_there_is_no_kl(self, models, evaluator):
     values, _ = evaluator(models[0].params, None, 0)
     assert 'reverse_kl' not in values
+
+  def test_parts_and_measures_of_a_task(self, models, evaluator, monkeypatch):
+    task = tasks.get('arithmetic')
+    values, _ = evaluator(models[0].params, None, 0)
+    assert not {'by_group', 'measures', 'pass_at'} & set(values)  # of 2 samples there is no curve
+    monkeypatch.setattr(task, 'group', lambda row: str(row['answer'] % 2), raising=False)
+    monkeypatch.setattr(task, 'measures', lambda row, text: {
+        'right': [task.grade(row, text)] * 2, 'empty': [float(not text)]}, raising=False)
+    more, _ = evaluator(models[0].params, None, 0)
+    parts, measures = more.pop('by_group'), more.pop('measures')
+    assert more == values
+    assert parts['0_problems'] + parts['1_problems'] == 16
+    assert sum(parts[g] * parts[f'{g}_problems'] for g in '01') == pytest.approx(
+        16 * values['sampled_accuracy'])
+    assert measures['right'] == pytest.approx(values['sampled_accuracy'])
+    assert measures['empty'] >= values['truncation_rate']  # what did not end says nothing
 
   def test_transcripts_are_of_different_problems(self, models, evaluator):
     _, shown = evaluator(models[0].params, None, 3)

@@ -2,9 +2,9 @@ r"""Judges mathematical answers, one a line, in a process of its own: sympy may 
 
 Run as a script by `_math.py`, and by the path of the file, so that nothing of this package (and so
 no JAX) is imported. Reads lines of JSON [wanted, found], LaTeX as it stands in a \boxed{}; writes
-'1' or '0' for each. A judgement that takes longer than `cpu_seconds` ends the process: the default
-of SIGPROF, which no code in C can hold up and no `except` can catch. It counts the time of this
-process alone, so that a busy machine gives no other verdicts.
+'true' or 'false' for each. A judgement that takes longer than `cpu_seconds` ends the process: the
+default of SIGPROF, which no code in C can hold up and no `except` can catch. It counts the time of
+this process alone, so that a busy machine gives no other verdicts.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(cpu_seconds: float) -> None:
     signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
     right = math_verify.verify(parse(wanted), parse(found), timeout_seconds=None)
     signal.setitimer(signal.ITIMER_PROF, 0)
-    print(int(right), file=answers, flush=True)
+    print(json.dumps(bool(right)), file=answers, flush=True)
 
 
 if __name__ == '__main__':

@@ -11,8 +11,9 @@ bfloat16. What is yours to say: the two checkpoints (directories, or names on th
 A file of prompts needs no other flag where only one of its columns can be the prompts, and at most
 one the answers (the log says which; else `prompt_column` and `answer_column` do): without answers
 nothing is graded. 320 school problems in `assets/` stand in for yours. `checkpoints.py:rank=0`
-trains the whole model, and `checkpoints.py:preset=eopd` takes another objective: any of
-`docs/presets.md`. `opd doctor` with the same flags says whether the two belong
+trains the whole model, `checkpoints.py:preset=eopd` takes another objective, any of
+`docs/presets.md`, and `checkpoints.py:task=deepmath` a published data set (`docs/tasks.md`).
+`opd doctor` with the same flags says whether the two belong
 together. In the work directory, `export/` is then a Hugging Face directory and `adapter/` a PEFT
 one. benchmarks/real_size.py runs this at the size of Qwen3-0.6B.
 """
@@ -28,8 +29,8 @@ ASSETS = pathlib.Path(__file__).resolve().parent / 'assets'
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  """Arguments: rank (of the adapters; 0 trains the whole model), preset (the objective)."""
-  arg = experiment.parse_arg(arg, rank=32, preset='opd_exact')
+  """Arguments: rank (of the adapters; 0 trains the whole model), preset (the objective), task."""
+  arg = experiment.parse_arg(arg, rank=32, preset='opd_exact', task='prompts')
   c = config_lib.default_config()
   c.name = 'checkpoints'
   c.student.lora.rank = arg.rank
@@ -41,7 +42,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   c.compute.chunk_tokens = 1024
   c.task = config_lib.task_config(
       'prompts', source=str(ASSETS / 'word_problems.jsonl'), grader='auto',
-      holdout_examples=-1)
+      holdout_examples=-1) if arg.task == 'prompts' else config_lib.task_config(arg.task)
   c.data.prompts_per_step = 64
   c.data.max_prompt_tokens, c.data.max_new_tokens = 512, 1024
   c.data.overlong = 'drop'

@@ -19,7 +19,7 @@ from typing import Any
 import conftest  # noqa: F401, the environment comes first
 import tiny
 
-from opd_jax import build, config, experiment, presets
+from opd_jax import build, config, experiment, presets, tasks
 from opd_jax.tools import export
 
 HEAD = '''# What is refused, and what is said
@@ -144,6 +144,31 @@ ROWS: list[tuple[str, bytes, str, dict[str, Any]]] = [
 ]
 
 
+# (what, task, rows of its local copy, options): published data sets.
+TASKS = [
+    ('a task that is not there', 'aime23', {}, {}),
+    ('a copy with other columns', 'aime24', {'question': '1?', 'answer': '1'}, {}),
+    ('an evaluation task that is none', 'deepmath', {}, dict(eval='tulu3')),
+    ('nothing to evaluate on', 'deepmath', {}, dict(eval='')),
+    ('an answer that is not there', 'math500', {'problem': '1?', 'answer': ''}, {}),
+    ('a solution without its answer', 'gsm8k', {'question': '1?', 'answer': 'It is 1.'}, {}),
+    ('a question without all choices', 'gpqa_diamond', {
+        'Question': '1?', 'Correct Answer': '1', **{f'Incorrect Answer {i}': '' for i in (1, 2, 3)}
+    }, {}),
+    ('an instruction without its setting', 'ifeval', {
+        'prompt': 'x', 'instruction_id_list': ['keywords:existence'], 'kwargs': [{}]}, {}),
+    ('an instruction that nobody knows', 'ifeval', {
+        'prompt': 'x', 'instruction_id_list': ['keywords:none'], 'kwargs': [{}]}, {}),
+]
+
+
+def _load_task(folder: pathlib.Path, i: int, name: str, row: dict[str, Any],
+               options: dict[str, Any]) -> None:
+  file = tiny.write_jsonl(folder / f'{name}_{i}.jsonl', [row])
+  task = tasks.get(name)
+  task.load('eval', tasks.options(task, {'source': str(file), **options}))
+
+
 def _open_model(folder: pathlib.Path, i: int, change: Callable[[pathlib.Path], Any]) -> None:
   path = tiny.write_model(folder / f'model_{i}')
   change(path)
@@ -167,6 +192,8 @@ def messages(folder: pathlib.Path) -> Iterator[tuple[str, str, str]]:
             for i, (what, change) in enumerate(MODELS)]
   cases += [('rows', what, lambda i=i, case=case: _open_rows(folder, i, *case))
             for i, (what, *case) in enumerate(ROWS)]
+  cases += [('tasks', what, lambda i=i, case=case: _load_task(folder, i, *case))
+            for i, (what, *case) in enumerate(TASKS)]
   cases += [('directories', 'an export of what is no run', lambda: export.export(
       folder, folder / 'new', 'full', -1, ''))]
   for group, what, call in cases:

@@ -140,6 +140,8 @@ class TestEvaluation:
     assert [r['answer'] for r in rows] == ['1,000', '1,001', '1,002']
     assert tasks.get('gsm8k').grade(rows[1], r'\boxed{1001}') == 1.0
     assert len(load('gsm8k', 'train', source=str(tmp_path))) == 5
+    few = dict(source=str(tmp_path), train_examples=2)
+    assert (len(load('gsm8k', 'train', **few)), len(load('gsm8k', 'eval', **few))) == (2, 3)
     assert len(load('gsm8k', 'eval', source=str(tmp_path / 'test.jsonl'))) == 3
 
   def test_every_row_is_evaluated_on(self, write):

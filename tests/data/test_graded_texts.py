@@ -69,6 +69,17 @@ class TestWhatIsGraded:
                                     self.CHAT)
     assert list(rewards) == [0, 0, 0, 0]
 
+  def test_what_is_measured_is_what_is_graded(self):
+    seen = []
+    task = types.SimpleNamespace(measures=lambda row, text: seen.append(text) or {
+        'words': [float(len(text)), 0.0], row['name']: [1.0]})
+    rollout = self.rollout('<think>8</think>7', 'two').replace(ended=np.array([True, False]))
+    _, texts = examples_lib.grade(prompts, [{'grader': 'none'}] * 2, rollout, self.CHAT)
+    got = examples_lib.measure(task, [{'name': 'a'}, {'name': 'b'}], rollout, texts, self.CHAT)
+    assert seen == ['7', '']  # without thinking, and nothing of what has not ended
+    assert got == {'words': 0.25, 'a': 1.0, 'b': 1.0}
+    assert examples_lib.measure(prompts, [{}] * 2, rollout, texts, self.CHAT) == {}
+
   def grader(self, **grades):
     """A task that gives these grades, by the text."""
     return types.SimpleNamespace(

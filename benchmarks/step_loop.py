@@ -29,7 +29,6 @@ from opd_jax import config as config_lib  # noqa: E402
 from opd_jax.errors import ConfigError, one_line  # noqa: E402
 from opd_jax.parallel import sharding  # noqa: E402
 from opd_jax.programs import Programs, compile_programs  # noqa: E402
-from opd_jax.run import flops  # noqa: E402
 
 PRESETS = {'exact': 'opd_exact', 'sampled': 'opd'}
 OWN = 'reverse_kl'  # the divergence of both
@@ -133,12 +132,10 @@ class Step:
     return {name: float(metrics[name]) for name in ('loss', 'logprob')}
 
   def counted_flops(self) -> float:
-    """Counts what the book of a run would count for a step (run/flops.py)."""
+    """Counts what the book of a run would count for a step (run/ledger.py)."""
     lengths = {'lengths': np.full(self.sizes.rows, self.sizes.new),
                'prompt_lengths': np.full(self.sizes.rows, self.sizes.prompt)}
-    return sum(flops.step_flops(
-        self.parts.streams, lengths, student=self.parts.student.model,
-        teacher=self.parts.teacher.model, reference=None, adapter_specs=None, updates=1).values())
+    return self.parts.counter(updates=1).step(self.parts.streams, lengths).total
 
 
 def timed(programs: Programs, clock: turns.Clock) -> Programs:

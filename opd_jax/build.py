@@ -31,6 +31,7 @@ from opd_jax.parallel import apart as apart_lib
 from opd_jax.parallel import sharding
 from opd_jax.parallel.apart import Apart
 from opd_jax.run import meshes, optim
+from opd_jax.run.ledger import Counter
 from opd_jax.settings import Run
 from opd_jax.types import Params, Wants
 
@@ -106,6 +107,12 @@ class Parts:
     if head.matrix is None:
       return model.config.vocab_size
     return head.matrix.shape[head.axes.index('embed')]
+
+  def counter(self, updates: int) -> Counter:
+    """Makes what counts the operations of steps that take so many updates."""
+    return Counter(self.student.model, self.teacher and self.teacher.model,
+                   self.reference and self.reference.model, self.adapter and self.adapter.specs,
+                   updates)
 
   def describe_apart(self, name: str) -> str:
     """Says, for the log of a run, where a teacher on devices of its own is, and what comes back."""

@@ -139,6 +139,11 @@ class Programs:
         del weights  # not to be kept while the rows are graded
       yield self.wait(rollout if place is home else apart_lib.move_rows(rollout, home))
 
+  @property
+  def answer_lengths(self) -> np.ndarray:
+    """Tokens of each prompt and the answer behind it, of all answers, int [rows]."""
+    return np.concatenate([np.zeros(0, int), *(a.lengths for a in self.answers.values())])
+
   def with_answers(self, workdir: pathlib.Path, graders: Graders, key: jax.Array) -> Programs:
     """Has the teacher write what streams with `fixed` text are to learn from again and again, or
     reads it from the work directory, if it is there.

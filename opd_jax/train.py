@@ -30,7 +30,6 @@ from opd_jax.files.digest import Digests
 from opd_jax.models import lora
 from opd_jax.parallel import hosts
 from opd_jax.programs import Graders, Programs, compile_programs
-from opd_jax.run import flops
 from opd_jax.run.book import Book, new_history
 from opd_jax.run.interrupts import Interrupts, PreemptedError
 from opd_jax.settings import Checkpoint, Run
@@ -76,8 +75,8 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
       # Only now: a start that was refused must not keep the directory from the corrected config.
       workdir_lib.claim(workdir, settings, inputs)
       programs = programs.with_answers(workdir, graders, load.fold_in(key, load.ANSWERS, 0))
-      for answers in programs.answers.values():
-        book.answers(answers.lengths, flops.forward_flops(parts.teacher.model, answers.lengths))
+      if len(written := programs.answer_lengths):
+        book.answers(written, parts.counter(updates=1).answers(written))
       if not book.begun:
         book.begin(parts.report, evaluate_teacher(programs, graders))
         evaluate_student(book, programs, student, graders, 0)
@@ -165,12 +164,8 @@ def restore(run: Run, programs: Programs, store: checkpoint.Checkpoints, workdir
   state, history = restored or (programs.init(parts.read_trained()), fresh)
   book = Book(
       run, workdir, history, restored=restored is not None,
-      operations=lambda step, lengths: flops.step_flops(
-          streams_lib.of_step(parts.streams, run.seed, step - 1), lengths,
-          student=parts.student.model, teacher=parts.teacher and parts.teacher.model,
-          reference=parts.reference and parts.reference.model,
-          adapter_specs=parts.adapter and parts.adapter.specs,
-          updates=run.optimizer.updates_per_batch),
+      operations=lambda step, lengths: parts.counter(run.optimizer.updates_per_batch).step(
+          streams_lib.of_step(parts.streams, run.seed, step - 1), lengths),
       counts=lambda step, lengths: programs.counts(
           streams_lib.of_step(parts.streams, run.seed, step - 1)[0], lengths, run.sample.slots))
   if parts.apart:

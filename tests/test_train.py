@@ -16,7 +16,7 @@ from opd_jax import build, config, load, train
 from opd_jax.data import examples as examples_lib
 from opd_jax.files import checkpoint
 from opd_jax.models import params
-from opd_jax.run import book, metrics, optim
+from opd_jax.run import book, ledger, metrics, optim
 from opd_jax.run.book import NonFiniteError
 from opd_jax.tasks import arithmetic
 
@@ -66,7 +66,7 @@ def test_metrics_of_every_step(kind):
   assert [r['step'] for r in rows] == list(range(1, c.steps + 1))
   for row in rows:
     assert set(row) == FIELDS[kind]
-    assert set(row['flops']) == {'student', 'sampling', 'teacher'}
+    assert set(row['flops']) == set(ledger.PARTS)
     decoded = {'decode_useful'} if kind != 'sft' else set()
     assert set(row['perf']) == {'steps_per_s', 'tokens_per_s', 'compiles'} | decoded
     numbers = [v for v in params.flatten(row).values() if not isinstance(v, str)]
@@ -104,8 +104,10 @@ def test_result(kind):
   last = tiny.rows(workdir, 'train')[-1]
   assert result['flops'] == last['flops'] == result['after']['flops']
   spent = {name for name, amount in result['flops'].items() if amount}
-  assert spent == {'student'} | ({'sampling'} if c.data.source != 'dataset' else set()) | (
-      {'teacher'} if kind.startswith('opd') else set())
+  assert spent == {'student_training'} | {
+      'sft': set(), 'sft_teacher': {'teacher_sampling'}, 'grpo': {'student_sampling'},
+      'opd_sampled': {'student_sampling', 'student_scoring', 'teacher_scoring'},
+      'opd_exact': {'student_sampling', 'teacher_scoring'}}[kind]
 
 
 def test_flops_are_counted_from_the_tokens_of_each_step():
@@ -115,9 +117,11 @@ def test_flops_are_counted_from_the_tokens_of_each_step():
   for before, row in zip([None, *tiny.rows(workdir, 'train')], tiny.rows(workdir, 'train'),
                          strict=False):
     spent = {k: v - (before['flops'][k] if before else 0) for k, v in row['flops'].items()}
-    assert spent['sampling'] > 0
-    assert spent['teacher'] == pytest.approx(spent['sampling'], rel=1e-9)
-    assert spent['student'] == pytest.approx(4 * spent['sampling'], rel=1e-9)
+    forward = spent['student_sampling']
+    assert forward > 0
+    assert spent == pytest.approx(dict(
+        student_training=3 * forward, student_scoring=forward, student_sampling=forward,
+        teacher_scoring=forward, teacher_sampling=0.0, reference_scoring=0.0), rel=1e-9)
 
 
 @pytest.mark.parametrize('kind', tiny.KINDS)
@@ -240,7 +244,7 @@ def test_several_updates_a_batch(tmp_path):
     assert abs(row['ratio_max'] - 1) > 1e-3
     assert row['gap_max'] < 1e-4
   first = rows[0]['flops']
-  assert first['student'] == pytest.approx((3 * 3 + 1) * first['sampling'], rel=1e-9)
+  assert first['student_training'] == pytest.approx(3 * 3 * first['student_sampling'], rel=1e-9)
 
 
 def test_learning_rate_schedule_covers_the_gradient_steps(tmp_path, monkeypatch):

@@ -80,7 +80,8 @@ def test_the_teacher_is_paid_once(straight):
   parts = build.open_parts(config.parse(make()))
   prompts = parts.examples['own'].prompts(np.arange(EXAMPLES)).valid.sum(1).repeat(SAMPLES)
   written = np.array([len(row['tokens']) for row in lines(straight)])
-  assert result['flops']['sampling'] == flops.forward_flops(parts.teacher.model, prompts + written)
+  assert result['flops']['teacher_sampling'] == flops.forward_flops(
+      parts.teacher.model, prompts + written)
   row, = tiny.rows(straight, 'answers')
   assert (row['examples'], row['tokens']) == (EXAMPLES * SAMPLES, (prompts + written).sum())
 

@@ -13,7 +13,6 @@ import tiny
 from opd_jax import build, config
 from opd_jax.data import streams
 from opd_jax.files import workdir as workdir_lib
-from opd_jax.run import flops
 
 
 @pytest.mark.parametrize('fields', [
@@ -93,9 +92,8 @@ def test_batches_are_the_students_or_not_as_seed_and_step_say():
   assert rows[0]['given_loss'] == pytest.approx(-0.1 * rows[0]['given_logprob'], rel=1e-5)
   assert 0 < rows[0]['given_loss'] < rows[0]['loss']
   parts = build.open_parts(config.parse(c))
-  spent = {stream.name: sum(flops.stream_flops(
-      stream, np.full(32, 8.0), student=parts.student.model, teacher=parts.teacher.model,
-      reference=None, adapter_specs=None, updates=1).values()) for stream in parts.streams}
+  spent = {stream.name: parts.counter(updates=1).stream(stream, np.full(32, 8.0)).total
+           for stream in parts.streams}
   assert 0 < spent[streams.GIVEN] < spent[streams.OWN]
 
 
@@ -140,9 +138,13 @@ def test_samples_of_a_mixture_with_the_teacher(tmp_path):
   plain = tiny.rows(tmp_path / 'plain', 'train')
   # The teacher writes too, which makes the tokens likelier by it, and decodes beside the student.
   assert rows[0]['reverse_kl'] < plain[0]['reverse_kl']
-  mixed, alone = (r[0]['flops']['sampling'] / r[0]['flops']['teacher'] for r in (rows, plain))
-  assert alone == pytest.approx(1.0)  # of the same shape, and it decodes what the other grades
-  assert 1.5 < mixed < 2.0  # two decode; the teacher's head is applied again for the exact term
+  mixed, alone = (r[0]['flops'] for r in (rows, plain))
+  # Of the same shape, and it decodes what the other grades.
+  assert alone['student_sampling'] == pytest.approx(alone['teacher_scoring'])
+  assert alone['teacher_sampling'] == 0.0
+  # Two decode; the teacher's head is applied again for the exact term.
+  assert mixed['teacher_sampling'] == pytest.approx(mixed['student_sampling'])
+  assert 1.0 < mixed['teacher_scoring'] / mixed['student_sampling'] < 1.4
 
 
 def test_advantages_are_recomputed_and_coefficients_annealed(tmp_path):
@@ -155,6 +157,9 @@ def test_advantages_are_recomputed_and_coefficients_annealed(tmp_path):
     runs[kept] = tiny.rows(tmp_path / kept, 'train')
   # Of the second of two updates, at gradient steps 1 and 3 of 4.
   assert [r['distill_coef'] for r in runs['kept']] == pytest.approx([0.8, 0.4])
-  student = [r[0]['flops']['student'] for r in runs.values()]
-  assert student[1] / student[0] == pytest.approx(8 / 7)  # two updates of 3, and one or two scores
+  scored, trained = ([r[0]['flops'][part] for r in runs.values()]
+                     for part in ('student_scoring', 'student_training'))
+  # Two updates of 3 forward passes, and one or two scores.
+  assert scored[1] / scored[0] == pytest.approx(2) and trained[0] == trained[1]
+  assert trained[0] / scored[0] == pytest.approx(6)
   assert runs['kept'][0]['loss'] != runs['recomputed'][0]['loss']

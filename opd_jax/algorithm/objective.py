@@ -222,15 +222,17 @@ class Objective(HasDivergence):
     return {*self.choice('row_gate').inputs, *self.choice('token_gate').inputs,
             *self.local.choice('gate').inputs}
 
-  @property
-  def extra_heads(self) -> dict[str, int]:
-    """How often each model's head is applied to its hidden states beyond once in each forward pass:
-    for the log-probs, in the loss, by a gate."""
+  def extra_heads(self, updates: int, student_passes: int) -> dict[str, int]:
+    """Says how often each model's head is applied to its hidden states beyond once in each forward
+    pass that scores: for the log-probs, and in each of so many updates by the loss and by a gate.
+    """
     asked, gate = wants(self), 'over_vocabulary' in self.gate_inputs
     uses = {'teacher': self.needs_hidden_in_loss + gate,
             'student': self.rescored_baseline + gate,
             'reference': int(asked['reference'].hidden)}
-    return {name: max(asked[name].logprobs + n - 1, 0) for name, n in uses.items()}
+    passes = {'teacher': 1, 'student': student_passes, 'reference': 1}
+    return {name: max(updates * n + (asked[name].logprobs - 1) * passes[name], 0)
+            for name, n in uses.items()}
 
   @property
   def gated(self) -> bool:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from opd_jax.parallel import hosts
-from opd_jax.run import metrics, texts
+from opd_jax.run import ledger, metrics, texts
+from opd_jax.run.ledger import Ledger
 from opd_jax.settings import Run
 
 
@@ -23,12 +24,11 @@ class NonFiniteError(FloatingPointError):
 def new_history(settings: dict[str, Any]) -> dict[str, Any]:
   """Makes the history of a run that has not begun: what a checkpoint holds beside the train state.
 
-  'step', 'flops' so far by who spent them, 'evals', and the config; later 'teacher', its
+  'step', 'flops' so far by part (`Ledger.parts`), 'evals', and the config; later 'teacher', its
   evaluation, 'answers', what it wrote before the first step, 'stopped_at', where a goal ended the
   run early, 'watch' (`texts.Watch`) and the 'alarms' that it gave.
   """
-  return {'step': 0, 'flops': {'student': 0.0, 'sampling': 0.0, 'teacher': 0.0}, 'evals': [],
-          'config': settings}
+  return {'step': 0, 'flops': Ledger().parts(), 'evals': [], 'config': settings}
 
 
 class Book:
@@ -39,7 +39,7 @@ class Book:
   """
 
   def __init__(self, run: Run, workdir: pathlib.Path, history: dict[str, Any], *, restored: bool,
-               operations: Callable[[int, dict[str, np.ndarray]], dict[str, float]],
+               operations: Callable[[int, dict[str, np.ndarray]], Ledger],
                counts: Callable[[int, np.ndarray], dict[str, float]]):
     """Opens the records.
 
@@ -48,12 +48,13 @@ class Book:
       workdir: where metrics go.
       history: of a new run, or of the checkpoint that was restored, whose later rows are dropped.
       restored: which of the two.
-      operations: (step, lengths) -> the operations of the step that led to `step`, by who spends
-        them; lengths are those metrics of the update that are arrays [B].
+      operations: (step, lengths) -> the operations of the step that led to `step`; lengths are
+        those metrics of the update that are arrays [B].
       counts: (step, lengths of its rows) -> what is counted for `perf`: compiled programs, bytes
         moved.
     """
     self._run, self.history = run, history
+    self._ledger = ledger.read(history['flops'], f'the checkpoint of step {history["step"]}')
     self._operations, self._counts = operations, counts
     self._writer = metrics.Writer(workdir, history['step'] if restored else None)
     self._display = metrics.Display(run.name, run.steps, run.log.plain_every_steps)
@@ -95,16 +96,17 @@ class Book:
       self.say(f"{self._run.name}: the teacher's sampled accuracy is "
                f"{teacher['sampled_accuracy']:.3f}, greedy {teacher['greedy_accuracy']:.3f}")
 
-  def answers(self, lengths: np.ndarray, flops: float) -> None:
+  def answers(self, lengths: np.ndarray, spent: Ledger) -> None:
     """Records, once, what the teacher wrote before the first step.
 
     Args:
       lengths: tokens of each prompt and the answer behind it.
-      flops: operations that were spent on them.
+      spent: the operations.
     """
     if 'answers' not in self.history:
       self.history['answers'] = {'examples': len(lengths), 'tokens': int(lengths.sum())}
-      self.history['flops']['sampling'] += flops
+      self._ledger += spent
+      self.history['flops'] = self._ledger.parts()
       self._writer.write('answers', 0, self.history['answers'])
       self.say(f'{self._run.name}: the teacher wrote {len(lengths)} answers before the first step')
 
@@ -126,8 +128,8 @@ class Book:
     values = hosts.fetch(values)
     written = values.pop('written', None)
     lengths = {name: values.pop(name) for name in [n for n in values if n.endswith('lengths')]}
-    for name, amount in self._operations(step, lengths).items():
-      self.history['flops'][name] += amount
+    self._ledger += self._operations(step, lengths)
+    self.history['flops'] = self._ledger.parts()
     row = {name: float(v) for name, v in values.items()}
     # Of no tokens there is no quantile.
     row = {n: v for n, v in row.items() if not (n.startswith('log_ratio') and math.isnan(v))}

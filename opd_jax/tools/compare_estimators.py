@@ -40,7 +40,7 @@ from opd_jax.files import disk
 from opd_jax.models import lora
 from opd_jax.parallel import hosts, sharding
 from opd_jax.programs import Graders, Programs, compile_programs, term_of
-from opd_jax.run import evaluate, flops
+from opd_jax.run import evaluate
 from opd_jax.settings import Data, Run
 from opd_jax.tools import compare_models, gradient_statistics
 from opd_jax.types import Params, Rollout
@@ -280,12 +280,8 @@ def step_flops(parts: Parts, probe: Probe, stream: Stream) -> float:
   sampling."""
   rollout = hosts.fetch(probe.rollouts[0])
   lengths = rollout.mask.sum(axis=1) + rollout.valid[:, :rollout.prompt_length].sum(axis=1)
-  spent = flops.stream_flops(
-      dataclasses.replace(stream, writer='dataset', teacher_mix=0.0), lengths,
-      student=parts.student.model, teacher=parts.teacher.model,
-      reference=parts.reference and parts.reference.model,
-      adapter_specs=parts.adapter and parts.adapter.specs, updates=1)
-  return sum(spent.values())
+  given = dataclasses.replace(stream, writer='dataset', teacher_mix=0.0)
+  return parts.counter(updates=1).stream(given, lengths).total
 
 
 def estimator_table(run: Run, probe: Probe, rows: list[dict[str, Any]]) -> Table:

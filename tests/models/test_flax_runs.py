@@ -26,7 +26,7 @@ def test_a_run_with_foreign_models_exports_what_loads_again(tmp_path):
                   teacher__factory='flax_modules:make_linen', teacher__path=str(teacher))
   result = train.train(c, tmp_path / 'run')
   assert result['after']['reverse_kl'] < result['before']['reverse_kl']
-  assert result['flops']['student'] > 0
+  assert result['flops']['student_training'] > 0
   for row in tiny.rows(tmp_path / 'run', 'train'):
     assert row['gap_max'] < 1e-4
     assert row['perf']['compiles'] == 3  # sample, score, update: once each

@@ -7,7 +7,8 @@ import pytest
 import tiny
 
 from opd_jax import config
-from opd_jax.run import book
+from opd_jax.errors import ConfigError
+from opd_jax.run import book, ledger
 
 
 def a_step(pattern):
@@ -24,8 +25,8 @@ def keep(tmp_path):
   run = config.parse(tiny.config('opd_sampled', data__samples_per_prompt=1))
 
   def take(steps, history, restored=False):
-    made = book.Book(run, tmp_path, history, restored=restored, operations=lambda *_: {},
-                     counts=lambda step, lengths: {})
+    made = book.Book(run, tmp_path, history, restored=restored,
+                     operations=lambda *_: ledger.Ledger(1.0), counts=lambda step, lengths: {})
     with made:
       for step, pattern in steps:
         made.train(step, a_step(pattern))
@@ -51,6 +52,18 @@ def test_an_alarm_is_said_and_kept(keep, capsys):
 def test_an_alarm_is_in_the_result(tmp_path):
   run = config.parse(tiny.config('opd_sampled'))
   history = {**book.new_history({}), 'evals': [{'step': 0}], 'alarms': [{'step': 3, 'alarm': 'x'}]}
-  with book.Book(run, tmp_path, history, restored=True, operations=lambda *_: {},
+  with book.Book(run, tmp_path, history, restored=True, operations=lambda *_: ledger.Ledger(1.0),
                  counts=lambda step, lengths: {}) as made:
     assert made.result()['alarms'] == history['alarms']
+
+
+def test_the_ledger_goes_on_after_a_resume(keep):
+  history = keep([(s, range(20)) for s in (1, 2)], book.new_history({}))
+  history = keep([(3, range(20))], json.loads(json.dumps(history)), restored=True)
+  assert history['flops'] == ledger.Ledger(student_training=3.0).parts()
+
+
+def test_a_checkpoint_with_other_parts_is_refused(keep):
+  history = {**book.new_history({}), 'step': 7, 'flops': {'student': 1.0}}
+  with pytest.raises(ConfigError, match=r"checkpoint of step 7: flops has the parts \['student'\]"):
+    keep([], history, restored=True)

@@ -1,4 +1,4 @@
-"""The operation counts against XLA's own, and the bookkeeping of a step."""
+"""The operation counts of a model against XLA's own."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from opd_jax import models
-from opd_jax.algorithm.objective import Objective
-from opd_jax.data.streams import OWN, Stream
-from opd_jax.models import lora, params
+from opd_jax.models import params
 from opd_jax.run import flops
 
 SIZES = dict(vocab_size=512, hidden_size=64, intermediate_size=192, num_attention_heads=6,
@@ -72,67 +70,3 @@ def test_of_the_experts_those_in_use_count():
           == params.count_params(dense.specs, matmul_only=True) + router)
   assert (params.count_params(mixture.specs)
           == params.count_params(dense.specs) + router + 2 * 2 * 3 * 16 * 12)
-
-
-def spend(lengths, student, teacher=None, reference=None, *, writer='student', adapter_specs=None,
-          updates=1, **fields):
-  """What a step costs on rows of these lengths, with an objective of these fields."""
-  stream = Stream(OWN, writer, 0.0, Objective(**fields), 'train', len(lengths), 1, (0.0, 1.0), 0)
-  return flops.stream_flops(stream, lengths, student=student, teacher=teacher, reference=reference,
-                            adapter_specs=adapter_specs, updates=updates)
-
-
-IMITATE = dict(distill_coef=0.0, likelihood_coef=1.0, importance='none')
-
-
-def test_every_forward_pass_is_booked_where_it_belongs():
-  small = models.build(qwen3_config(**SIZES))
-  large = models.build(qwen3_config(**{**SIZES, 'hidden_size': 128}))
-  lengths = np.array([10, 20, 7])
-  own, theirs = (flops.forward_flops(m, lengths) for m in (small, large))
-  assert own < theirs
-
-  assert spend(lengths, small, large, updates=2) == {
-      'student': 7 * own, 'sampling': own, 'teacher': theirs}
-  assert spend(lengths, small, large, updates=2, advantages='recomputed') == {
-      'student': 8 * own, 'sampling': own, 'teacher': theirs}
-  assert spend(lengths, small, large, student_logprobs='sampler') == {
-      'student': 3 * own, 'sampling': own, 'teacher': theirs}
-  assert spend(lengths, small, large, writer='teacher', **IMITATE) == {
-      'student': 3 * own, 'sampling': theirs, 'teacher': 0.0}
-  assert spend(lengths, small, writer='dataset', **IMITATE) == {
-      'student': 3 * own, 'sampling': 0.0, 'teacher': 0.0}
-  # A reference grades as a teacher does.
-  assert spend(lengths, small, large, large, reference_kl='k2(0.1)') == {
-      'student': 4 * own, 'sampling': own, 'teacher': 2 * theirs}
-
-
-def test_adapters_need_no_gradient_of_the_base():
-  model = models.build(qwen3_config(**SIZES))
-  specs = lora.adapter_specs(model.specs, lora.Settings(rank=3, alpha=1.0, targets='attention'))
-  lengths = np.array([10, 20, 7])
-  own, c = flops.forward_flops(model, lengths), model.config
-  wide = {'q': c.num_attention_heads, 'k': c.num_key_value_heads, 'v': c.num_key_value_heads,
-          'o': c.num_attention_heads}
-  extra = sum(2 * 37 * c.num_hidden_layers * 3 * (c.hidden_size + heads * c.head_dim)
-              for heads in wide.values())
-  spent = spend(lengths, model, model, updates=2, adapter_specs=specs)
-  # A forward pass, the gradient of the activations, and of the adapters' own weights; rescoring is
-  # one more forward pass.
-  assert spent['student'] == pytest.approx(2 * (2 * own + 3 * extra) + own + extra, rel=1e-12)
-  assert spent['sampling'] == pytest.approx(own + extra, rel=1e-12)
-
-
-def test_heads_that_are_applied_again_count():
-  model = models.build(qwen3_config())
-  lengths = np.array([5.0, 9.0])
-  head = 2.0 * model.config.vocab_size * model.config.hidden_size * lengths.sum()
-  assert flops.head_flops(model, lengths) == head
-  own = flops.forward_flops(model, lengths)
-  # A gradient step is three forward passes, scoring the student one.
-  for fields, passes, student, teacher in (
-      ({}, 4, 0, 0), (dict(baseline='exact'), 4, 1, 1),
-      (dict(route='direct', support='full', importance='none'), 3, 0, 0)):
-    spent = spend(lengths, model, model, **fields)
-    assert spent['student'] == pytest.approx(passes * own + student * head)
-    assert spent['teacher'] == pytest.approx(own + teacher * head)

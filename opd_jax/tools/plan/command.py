@@ -19,7 +19,8 @@ from rich.table import Table
 from opd_jax.errors import ConfigError
 from opd_jax.files import disk
 from opd_jax.programs import Programs
-from opd_jax.run import flops, metrics
+from opd_jax.run import metrics
+from opd_jax.run.ledger import Ledger
 from opd_jax.settings import Run
 from opd_jax.tools.plan import hardware, nearest, phases, shapes
 from opd_jax.tools.plan.hardware import GIB, Topology
@@ -51,7 +52,7 @@ class Plan:
     topology: where.
     mesh: sizes of its axes.
     phases: its programs.
-    model_flops: of a step, as the method needs them (`run/flops.py`), every answer at full length.
+    model_flops: of a step, as the method needs them (`run/ledger.py`), every answer at full length.
     tries: settings that were tried where it does not fit.
     price: of a chip an hour, in USD; 0 where none was said.
   """
@@ -60,7 +61,7 @@ class Plan:
   topology: Topology
   mesh: dict[str, int]
   phases: list[Phase]
-  model_flops: float
+  model_flops: Ledger
   tries: list[Try]
   price: float
 
@@ -83,8 +84,9 @@ class Plan:
     return {
         'topology': self.topology.name, 'chips': chips, 'mesh': self.mesh, 'fits': self.fits,
         'step_s': self.step_s, 'answer_tokens_per_s': rows * run.data.max_new_tokens / self.step_s,
-        'model_flops_per_step': self.model_flops,
-        'model_flops_utilization': self.model_flops / (self.step_s * chips * rate),
+        'model_flops_per_step': self.model_flops.total,
+        'model_flops_by_part': self.model_flops.parts(),
+        'model_flops_utilization': self.model_flops.total / (self.step_s * chips * rate),
         'steps': run.steps, 'chip_hours': hours,
         'cost_usd': hours * self.price if self.price else None}
 
@@ -119,18 +121,14 @@ def make(run: Run, topology: Topology, price: float = 0.0, tries: int = nearest.
               tried, price)
 
 
-def model_flops(run: Run, programs: Programs) -> float:
-  """Counts what the method needs in a step, every prompt and every answer at its full length."""
-  parts, total = programs.parts, 0.0
+def model_flops(run: Run, programs: Programs) -> Ledger:
+  """Counts what the method needs in a step, as the book of the run will (`run/ledger.py`), every
+  prompt and every answer at its full length."""
+  parts, total = programs.parts, Ledger()
   for stream in parts.streams:
     lengths = np.full(stream.rows, run.data.max_prompt_tokens + run.data.max_new_tokens)
-    spent = flops.stream_flops(
-        stream, lengths, student=parts.student.model,
-        teacher=parts.teacher and parts.teacher.model,
-        reference=parts.reference and parts.reference.model,
-        adapter_specs=parts.adapter and parts.adapter.specs,
-        updates=run.optimizer.updates_per_batch)
-    total += (stream.steps[1] - stream.steps[0]) * sum(spent.values())
+    spent = parts.counter(run.optimizer.updates_per_batch).stream(stream, lengths)
+    total += spent * (stream.steps[1] - stream.steps[0])
   return total
 
 

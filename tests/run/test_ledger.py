@@ -9,6 +9,7 @@ from conftest import qwen3_config
 import jax
 import numpy as np
 import pytest
+from scipy import optimize
 import tiny
 
 from opd_jax import models, programs
@@ -16,9 +17,9 @@ from opd_jax.algorithm.objective import Objective
 from opd_jax.data.streams import OWN, Stream
 from opd_jax.doctor import lowered
 from opd_jax.errors import ConfigError
-from opd_jax.models import lora
+from opd_jax.models import lora, params
 from opd_jax.run import flops, ledger
-from opd_jax.run.ledger import Counter, Ledger
+from opd_jax.run.ledger import Counter, Ledger, efficiency
 from opd_jax.tools.plan import products, shapes
 
 SIZES = dict(vocab_size=256, hidden_size=64, intermediate_size=192, num_attention_heads=6,
@@ -189,3 +190,99 @@ class TestPrograms:
       counted = call.compile().cost_analysis()['flops']
       assert 1.0 <= counted / expected[name] <= 1.07, name
     assert {'update', 'sample'} <= seen
+
+
+@pytest.fixture(scope='module')
+def qwen():
+  """The post's student and teacher, from their config.json."""
+  folder = tiny.ROOT / 'experiments' / 'pods' / 'models' / 'Qwen'
+  return tuple(models.build(json.loads((folder / name / 'config.json').read_text()))
+               for name in ('Qwen3-8B-Base', 'Qwen3-32B'))
+
+
+class TestPost:
+  """The table of the Thinking Machines post (October 2025), from the settings that it states:
+  Qwen3-8B-Base, a teacher counted as Qwen3-32B, 400 thousand prompts of text by the teacher, or two
+  million; 77 thousand prompts x 4 answers of OPD (150 steps of 512 prompts).
+
+  FLOPs         teacher   student
+  SFT-400K      8.5e20    3.8e20
+  SFT-2M        3.4e21    1.5e21
+  OPD           8.4e19    8.2e19
+
+  What the formulas explain: both numbers of OPD, to 2 %, with nothing free: 307,200 rows of 4096
+  tokens, the default of its recipe, at 2 N a token for the teacher's grading and 8 N for the
+  student's writing and learning, N all parameters. (Adapters, at 6 N, would take rows of 5400: the
+  student's count is that of a full update. log p_S is the sampler's, and not scored again.) With
+  attention, and without the embedding, rows of 4011 (teacher) and 4084 (student).
+
+  What they do not: SFT. At 6 N the student's 3.8e20 are rows of 19 thousand tokens, at 2 N the
+  teacher's 8.5e20 rows of 32 thousand; of equal rows the teacher's writing is 4/3 of the student's
+  training, and not 2.2 times. With attention the two lengths are 16.0 and 23.9 thousand: rows that
+  are written to their end and learned up to 16 thousand tokens would fit, but the post does not say
+  so. And SFT-2M is five times the prompts of SFT-400K, but 4.0 times its teacher and 3.95 times its
+  student: the totals are those of 1.6 million prompts. Five times SFT-400K would be 11.4 and 37
+  times OPD's compute, in place of 9.0 and 29.5.
+  """
+
+  SFT_400K = Ledger(student_training=3.8e20, teacher_sampling=8.5e20)
+  SFT_2M = Ledger(student_training=1.5e21, teacher_sampling=3.4e21)
+  # Of the student the sum is stated; a quarter of 8 N is writing.
+  OPD = Ledger(student_training=0.75 * 8.2e19, student_sampling=0.25 * 8.2e19,
+               teacher_scoring=8.4e19)
+  ROWS = 150 * 512 * 4
+
+  @staticmethod
+  def opd(student, teacher, tokens):
+    """What OPD costs a row of so many tokens."""
+    return spend(np.array([tokens]), student, teacher, student_logprobs='sampler')
+
+  @staticmethod
+  def sft(student, teacher, tokens):
+    """What SFT on the teacher's text costs a row."""
+    return spend(np.array([tokens]), student, teacher, writer='teacher', **IMITATE)
+
+  @staticmethod
+  def length(cost, stated):
+    """The length at which a row costs what is stated."""
+    return optimize.brentq(lambda n: cost(n) - stated, 1, 1e6)
+
+  def test_the_compute_efficiency_follows_from_the_totals(self):
+    found = efficiency(self.SFT_2M, self.OPD)
+    assert found.text_given == pytest.approx(9.0, abs=0.05)
+    assert found.charged == pytest.approx(29.5, abs=0.05)
+    # From five times the row of SFT-400K instead.
+    found = efficiency(self.SFT_400K * 5, self.OPD)
+    assert found.text_given == pytest.approx(11.4, abs=0.05)
+    assert found.charged == pytest.approx(37.0, abs=0.1)
+
+  def test_opd_is_rows_of_4096_tokens(self, qwen):
+    student, teacher = (params.count_params(m.specs) for m in qwen)
+    tokens = self.ROWS * 4096
+    assert 2 * teacher * tokens == pytest.approx(8.4e19, rel=0.02)
+    assert (2 + 6) * student * tokens == pytest.approx(8.2e19, rel=0.02)
+    # As the ledger counts: no embedding, but attention.
+    graded = self.length(lambda n: self.opd(*qwen, n).teacher_scoring, 8.4e19 / self.ROWS)
+    learned = self.length(lambda n: self.opd(*qwen, n).total - self.opd(*qwen, n).teacher_scoring,
+                          8.2e19 / self.ROWS)
+    assert (graded, learned) == pytest.approx((4011, 4084), abs=1)
+    one = self.opd(*qwen, 4050) * self.ROWS
+    assert one.teacher_scoring == pytest.approx(8.4e19, rel=0.02)
+    assert one.student_training + one.student_sampling == pytest.approx(8.2e19, rel=0.02)
+
+  def test_sft_is_no_row_of_one_length(self, qwen):
+    written, learned = (self.length(lambda n, p=part: getattr(self.sft(*qwen, n), p), stated / 4e5)
+                        for part, stated in (('teacher_sampling', 8.5e20),
+                                             ('student_training', 3.8e20)))
+    assert (written, learned) == pytest.approx((23_875, 15_959), abs=1)
+    ratios = [row.teacher_sampling / row.student_training
+              for row in (self.sft(*qwen, n) for n in (1, 4096, 16_384, 65_536))]
+    assert all(1.25 < ratio < 1.42 for ratio in ratios) and 8.5 / 3.8 > 2.2
+    student, teacher = (params.count_params(m.specs) for m in qwen)
+    tokens = 3.8e20 / (6 * student), 8.5e20 / (2 * teacher)
+    assert [n / 4e5 for n in tokens] == pytest.approx([19_331, 32_431], abs=1)
+
+  def test_two_million_prompts_are_booked_as_four_times_the_400_thousand(self):
+    assert self.SFT_2M.teacher_sampling / self.SFT_400K.teacher_sampling == pytest.approx(4.0)
+    assert self.SFT_2M.student_training / self.SFT_400K.student_training == pytest.approx(3.95,
+                                                                                          abs=0.01)

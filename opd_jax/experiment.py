@@ -131,6 +131,8 @@ class Report:
   methods: tuple[str, ...] = ()  # the rows of the table and the curves of the picture
   labels: tuple[str, ...] = ()  # their names, in the same order
   levels: tuple[float, ...] = (0.9, 0.95)  # shares of the teacher's accuracy to reach
+  baseline: str = ''  # the method whose steps and compute the others are compared with, '' for the
+  # one that made the teacher, if one of several did
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +192,11 @@ def parse_pipeline(c: ConfigDict) -> Pipeline:
   if not all(type(level) in (int, float) and 0 < level < math.inf for level in r.levels):
     raise ConfigError(f'report.levels={r.levels}; allowed: numbers above 0, shares of the '
                       "teacher's accuracy")
+  taught = any(runs[name].teacher.kind != 'none' for name in r.methods)
+  if r.baseline and (r.baseline not in r.methods or len(r.methods) < 2 or not taught):
+    raise ConfigError(f"report.baseline={r.baseline!r}; allowed: '', or one of several "
+                      f'report.methods, which are {r.methods}, of which one has a teacher whose '
+                      'accuracy is to be reached')
   return dataclasses.replace(out, runs=runs)
 
 

@@ -52,7 +52,7 @@ PHASES = {('train.py', 'take_step'): 'step', ('checkpoint.py', 'restore_latest')
 START, SHOWN = 'start', ('start', 'config', 'models', 'restore', 'checks', 'step', 'metrics',
                            'evaluation', 'checkpoint', 'export', 'report', 'exit')
 # Of one process, or written again at each start: the rest of a work directory is the run's.
-OTHERS = ('tensorboard', 'checkpoints', '.lock', 'doctor.json')
+OTHERS = ('tensorboard', 'checkpoints', '.lock', 'doctor.json', 'times.json')
 
 
 def kinds(folder: pathlib.Path) -> dict[str, tuple[Any, int]]:

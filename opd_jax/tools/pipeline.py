@@ -24,7 +24,7 @@ from opd_jax.parallel import hosts
 from opd_jax.rules.run import STAGE
 from opd_jax.run import metrics
 from opd_jax.settings import Student, Teacher
-from opd_jax.tools import compare_estimators, report
+from opd_jax.tools import compare_estimators, report, times
 
 
 def run(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def run(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
       before = ' (finished before)' if done[seed, name] else ''
       print(f'== {many}stage {i}/{len(p.order)}: {name}{before}', flush=True)
       train.train(stage_config(p, name, seed, workdir), stage_dir(workdir, name, seed))
-  return hosts.decide(lambda: report.write(p, report.read_results(p, workdir), workdir))
+  return hosts.decide(lambda: _report(p, workdir))
 
 
 def examine(c: ConfigDict, only: str | None, workdir: str | pathlib.Path) -> bool:
@@ -111,7 +111,13 @@ def write_report(c: ConfigDict, workdir: str | pathlib.Path) -> None:
     raise ConfigError('--config is of a single run; allowed: that of a pipeline, which is what has '
                       'a report')
   p, workdir = experiment.parse_pipeline(c), pathlib.Path(workdir).resolve()
-  report.write(p, report.read_results(p, workdir), workdir)
+  _report(p, workdir)
+
+
+def _report(p: Pipeline, workdir: pathlib.Path) -> dict[str, Any]:
+  summary = report.write(p, report.read_results(p, workdir), workdir)
+  times.write(p, summary, workdir)
+  return summary
 
 
 def check_data(p: Pipeline) -> None:

@@ -1,4 +1,4 @@
-"""The end of an experiment: a table on the terminal, report.md, report.json and curves.png."""
+"""The end of an experiment: tables on the terminal, report.md, report.json and curves.png."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from opd_jax.errors import ConfigError
 from opd_jax.experiment import Pipeline, makers, stage_config, stage_dir, stage_run
 from opd_jax.files import disk
 from opd_jax.files import workdir as workdir_lib
-from opd_jax.run import metrics
+from opd_jax.run import ledger, metrics
+from opd_jax.run.ledger import Ledger
 
 BASE, TEACHER = 'base', 'teacher'
 # One accuracy name a column; the interval stands beside each.
@@ -24,22 +25,18 @@ ACCURACIES = ('sampled_accuracy', 'greedy_accuracy')
 MEASURE = ACCURACIES[0]  # what the teacher's level is, and what the curves show
 
 
-def total(flops: dict[str, float]) -> float:
-  """Adds student training, sampling and teacher."""
-  return sum(flops.values())
-
-
-def reach(evals: list[dict[str, Any]], level: float) -> tuple[float, float] | None:
-  """Finds the (steps, FLOPs) at which the sampled accuracy first reaches `level`, interpolated
+def reach(evals: list[dict[str, Any]], level: float) -> tuple[float, Ledger] | None:
+  """Finds the (steps, operations) at which the sampled accuracy first reaches `level`, interpolated
   linearly from the evaluation before; None if it never does."""
   before = None
   for e in evals:
-    point = e['step'], total(e['flops']), e[MEASURE]
+    point = e['step'], Ledger(**e['flops']), e[MEASURE]
     if point[2] >= level:
       if before is None or point[2] == before[2]:
         return point[:2]
       share = (level - before[2]) / (point[2] - before[2])
-      return tuple(b + share * (p - b) for b, p in zip(before[:2], point[:2], strict=True))
+      return (before[0] + share * (point[0] - before[0]),
+              before[1] * (1 - share) + point[1] * share)
     before = point
   return None
 
@@ -79,46 +76,65 @@ def summarize(p: Pipeline, results: dict[int, dict[str, dict[str, Any]]]) -> dic
 
   none = [None] * len(seeds)
   start = (*taught, *p.report.methods)[0]
+  hits: dict[str, dict[str, list[tuple[float, Ledger] | None]]] = {}
   rows = {BASE: row('base', [results[s][start]['before'] for s in seeds], none, none)}
   for method, label in zip(p.report.methods, p.report.labels, strict=True):
     runs = [results[s][method] for s in seeds]
-    rows[method] = row(label, [r['after'] for r in runs], [total(r['flops']) for r in runs],
+    spent = [Ledger(**r['flops']) for r in runs]
+    rows[method] = row(label, [r['after'] for r in runs], [x.total for x in spent],
                        [r['steps'] for r in runs])
-    rows[method]['reach'] = {}
-    for level in p.report.levels if graded else ():
-      hits = [reach(r['evals'], level * goals[s]) for r, s in zip(runs, seeds, strict=True)]
-      rows[method]['reach'][str(level)] = {
-          'seeds_reached': sum(h is not None for h in hits),
-          'steps': spread([h and h[0] for h in hits]), 'flops': spread([h and h[1] for h in hits])}
+    rows[method]['flops_by_part'] = {
+        part: spread([x.parts()[part] for x in spent]) for part in ledger.PARTS}
+    hits[method] = {str(level): [reach(r['evals'], level * goals[s]) for r, s in zip(
+        runs, seeds, strict=True)] for level in (p.report.levels if graded else ())}
+    rows[method]['reach'] = {
+        level: {'seeds_reached': sum(h is not None for h in found),
+                'steps': spread([h and h[0] for h in found]),
+                'flops': spread([h and h[1].total for h in found])}
+        for level, found in hits[method].items()}
   if taught and p.report.teacher not in [f'stage:{m}' for m in p.report.methods]:
     rows[TEACHER] = row('teacher', [results[s][taught[0]]['teacher'] for s in seeds], none, none)
   return {'name': p.name, 'seeds': seeds, 'levels': list(p.report.levels), 'rows': rows,
-          'reference': reference(p) if graded else None,
-          'ratios': ratios(p, rows) if graded else {}}
+          'baseline': baseline(p) if graded else None,
+          'ratios': ratios(hits, baseline(p)) if graded else {}}
 
 
-def reference(p: Pipeline) -> str | None:
-  """Names the stage that made the teacher, if it is one of several methods: what the others are
-  compared with."""
-  made = p.report.teacher.removeprefix('stage:')
-  return made if made in p.report.methods and len(p.report.methods) > 1 else None
+def baseline(p: Pipeline) -> str | None:
+  """Names the method that the others are compared with: `report.baseline`, or the one that made the
+  teacher, if one of several did."""
+  named = p.report.baseline or p.report.teacher.removeprefix('stage:')
+  return named if named in p.report.methods and len(p.report.methods) > 1 else None
 
 
-def ratios(p: Pipeline, rows: dict[str, Any]) -> dict[str, Any]:
-  """Computes how many times more steps and FLOPs the reference method needed, seed by seed."""
-  ref = reference(p)
+def ratios(hits: dict[str, dict[str, list[tuple[float, Ledger] | None]]], base: str | None
+           ) -> dict[str, Any]:
+  """Computes how many times more the baseline needed than each other method, seed by seed, where
+  all seeds of both reached the level.
+
+  Args:
+    hits: {method: {level: what `reach` found of each seed}}.
+    base: the baseline; None for no ratios.
+
+  Returns:
+    {method: {level: {'steps', 'flops' (all that was spent), 'flops_text_given' (without what the
+    teacher spent on writing the baseline's text): `spread`}}}.
+  """
   out: dict[str, Any] = {}
-  for method in p.report.methods if ref else ():
-    for level in map(str, p.report.levels):
-      for unit in ('steps', 'flops'):
-        mine, theirs = (rows[m]['reach'][level][unit] for m in (method, ref))
-        if method != ref and mine and theirs:
-          out.setdefault(method, {}).setdefault(level, {})[unit] = spread(
-              [t / m if m else None for t, m in zip(theirs['values'], mine['values'], strict=True)])
+  for method in hits if base else ():
+    for level, mine in hits[method].items():
+      pairs = list(zip(hits[base][level], mine, strict=True))
+      if method == base or None in (x for pair in pairs for x in pair):
+        continue
+      found = [ledger.efficiency(b, m) for (_, b), (_, m) in pairs]
+      out.setdefault(method, {})[level] = {
+          'steps': spread([b / m if m else None for (b, _), (m, _) in pairs]),
+          'flops': spread([e and e.charged for e in found]),
+          'flops_text_given': spread([e and e.text_given for e in found])}
   return out
 
 
-def _number(value: dict[str, Any] | None, form: str, upper: float = math.inf) -> str:
+def number(value: dict[str, Any] | None, form: str, upper: float = math.inf) -> str:
+  """Writes a `spread`; its interval where it has one, '–' where there is none."""
   if value is None:
     return '–'
   text = form.format(value['mean'])
@@ -137,30 +153,46 @@ def tables(summary: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
   many = len(summary['seeds']) > 1
   what = (f'mean and 95 % t-interval over seeds {summary["seeds"]}' if many else
           f'seed {summary["seeds"][0]}, 95 % bootstrap interval over problems')
-  rows = [[r['label'], _number(r['sampled_accuracy'], '{:.3f}', 1.0),
-           _number(r['greedy_accuracy'], '{:.3f}', 1.0), _number(r['reverse_kl'], '{:.4f}'),
-           _number(r['steps'] and {'mean': r['steps']['mean']}, '{:.0f}'),
-           _number(giga(r['flops'] and {'mean': r['flops']['mean']}), '{:.0f}')]
+  rows = [[r['label'], number(r['sampled_accuracy'], '{:.3f}', 1.0),
+           number(r['greedy_accuracy'], '{:.3f}', 1.0), number(r['reverse_kl'], '{:.4f}'),
+           number(r['steps'] and {'mean': r['steps']['mean']}, '{:.0f}'),
+           number(giga(r['flops'] and {'mean': r['flops']['mean']}), '{:.0f}')]
           for r in summary['rows'].values()]
   out = [(f'{summary["name"]} ({what})',
           ['', 'sampled accuracy', 'greedy accuracy', 'reverse KL (nats/token)', 'steps', 'GFLOP'],
-          rows)]
-  if not summary['reference']:
-    return out
+          rows), _parts_table(summary)]
+  return out + _level_tables(summary, many) if summary['baseline'] else out
+
+
+def _parts_table(summary: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+  """Where the compute went, without the columns in which nobody spent anything."""
+  spent = {r['label']: r['flops_by_part'] for r in summary['rows'].values() if 'flops_by_part' in r}
+  parts = [n for n in ledger.PARTS if any(by[n]['mean'] for by in spent.values())]
+  return ('GFLOP by part, mean', ['', *(n.replace('_', ' ') for n in parts)],
+          [[label, *(f"{by[n]['mean'] / 1e9:.0f}" for n in parts)] for label, by in spent.items()])
+
+
+def _level_tables(summary: dict[str, Any], many: bool
+                  ) -> list[tuple[str, list[str], list[list[str]]]]:
+  out, base = [], summary['rows'][summary['baseline']]
+  # Only where the teacher wrote for the baseline does it matter who pays for that.
+  written = base['flops_by_part']['teacher_sampling']['mean'] > 0
   for level in map(str, summary['levels']):
     body = []
     for method, row in summary['rows'].items():
       if 'reach' not in row:
         continue
       hit, ratio = row['reach'][level], summary['ratios'].get(method, {}).get(level, {})
-      steps = _number(hit['steps'], '{:.0f}')
+      steps = number(hit['steps'], '{:.0f}')
       if hit['steps'] is None and many:
         steps = f"reached by {hit['seeds_reached']} of {len(summary['seeds'])} seeds"
-      body.append([row['label'], steps, _number(giga(hit['flops']), '{:.0f}'),
-                   _number(ratio.get('steps'), '{:.1f}x'), _number(ratio.get('flops'), '{:.1f}x')])
-    out.append((f"To {float(level):.0%} of the teacher's sampled accuracy; ratios to the run that "
-                'made the teacher',
-                ['', 'gradient steps', 'GFLOP', 'fewer steps', 'less compute'], body))
+      body.append([row['label'], steps, number(giga(hit['flops']), '{:.0f}'),
+                   *(number(ratio.get(unit), '{:.1f}x') for unit in (
+                       'steps', 'flops', *(['flops_text_given'] if written else [])))])
+    out.append((f"To {float(level):.0%} of the teacher's sampled accuracy; ratios to "
+                f"{base['label']}",
+                ['', 'gradient steps', 'GFLOP', 'fewer steps', 'less compute',
+                 *(['less compute, its text given'] if written else [])], body))
   return out
 
 
@@ -187,7 +219,7 @@ def draw(p: Pipeline, results: dict[int, dict[str, dict[str, Any]]]) -> bytes:
   for i, (method, label) in enumerate(zip(p.report.methods, p.report.labels, strict=True)):
     if not all(measure in results[s][method]['after'] for s in seeds):
       continue
-    curves = [[(e['step'], total(e['flops']) / 1e9, e[measure])
+    curves = [[(e['step'], Ledger(**e['flops']).total / 1e9, e[measure])
                for e in results[s][method]['evals']] for s in seeds]
     mean = np.mean([curve[:min(map(len, curves))] for curve in curves], axis=0)
     for axis, x in zip(axes, (0, 1), strict=True):
@@ -266,6 +298,7 @@ def check_numbers(result: dict[str, Any]) -> None:
   names = [f'{name}{end}' for name in (*ACCURACIES, 'reverse_kl') for end in ('', '_low', '_high')]
   if not result['evals']:
     raise ConfigError(f'{workdir_lib.RESULT}: evals=[]; allowed: at least one evaluation')
+  ledger.read(result['flops'], workdir_lib.RESULT)
   for i, e in enumerate(evals):
     # A teacher has no KL to itself; elsewhere, what one has all have.
     of_teacher = i == len(result['evals']) + 2
@@ -276,7 +309,8 @@ def check_numbers(result: dict[str, Any]) -> None:
                         f'{lacks[0]}; allowed: one that has, as the last one')
     read = [(name, e[name]) for name in names if name in e]
     lonely = [n for n in names if n in e and n.removesuffix('_low').removesuffix('_high') not in e]
-    read += [(f'flops.{name}', v) for name, v in e.get('flops', {}).items()]
+    if not of_teacher:
+      ledger.read(e['flops'], f"{workdir_lib.RESULT} at step {e['step']}")
     read += [(f'{n} without its mean', e[n]) for n in lonely]
     for name, value in read:
       share = name.startswith(ACCURACIES)

@@ -85,7 +85,7 @@ class TestStages:
     assert pipeline.run(make(), workdir) == summary
     after = tiny.stamps(workdir)
     changed = {p.name for p in after if after[p] != before.get(p)}
-    assert changed <= {'report.md', 'report.json', 'curves.png'}
+    assert changed <= {'report.md', 'report.json', 'curves.png', 'times.json'}
     assert capsys.readouterr().out.count('(finished before)') == 6
 
   def test_the_directory_may_be_named_in_another_way(self, finished, monkeypatch):

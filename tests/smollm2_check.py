@@ -24,7 +24,7 @@ QUESTIONS = ['What is the capital of France?', 'List three colours.', 'What is 1
              'Write one sentence about the sea.', 'Erkläre mir den Regenbogen.']
 TEXTS = ['What is 123 plus 4,567.89?', ' two  spaces', 'a\n\n b\t1,234.5e-9', 'ünï naïve 中文 🙂',
          "It's 50% of x_1=y", 'def f(x):\n    return x**2  # 2x', "I'll say we're 007", '٣ ½ ² 10']
-NEW = 24
+NEW = 16
 
 
 def load_script():

@@ -246,6 +246,17 @@ def numpy_rows(model: Model, params: Params, rollout: Rollout, temperature: floa
 
 
 @pytest.fixture
+def models_made(monkeypatch, tmp_path):
+  """What an experiment wants made by a command first: the directories, which no field looks into.
+  """
+  def make(folder, names, command):
+    for name in names:
+      (tmp_path / name).mkdir(exist_ok=True)
+    return tmp_path
+  monkeypatch.setattr('opd_jax.experiment.find_made', make)
+
+
+@pytest.fixture
 def x64():
   """float64 for one test: oracles compare there, where rounding is far below any real error."""
   with jax.enable_x64(True):

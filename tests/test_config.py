@@ -40,16 +40,8 @@ def named_arguments():
   return out
 
 
+@pytest.mark.usefixtures('models_made')
 class TestExperiments:
-
-  @pytest.fixture(autouse=True)
-  def models_are_made(self, monkeypatch, tmp_path):
-    """What a command has to make first: here only the directories, which no field looks into."""
-    def make(folder, names, command):
-      for name in names:
-        (tmp_path / name).mkdir(exist_ok=True)
-      return tmp_path
-    monkeypatch.setattr(experiment, 'find_made', make)
 
   def test_there_are_some(self):
     assert {'quickstart', 'dense_vs_rl'} <= {p.stem for p in EXPERIMENTS}

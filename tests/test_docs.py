@@ -104,7 +104,7 @@ def _check_config(value, fields):
 
 
 @pytest.mark.parametrize(('page', 'line'), list(_commands()))
-def test_every_command_can_be_given(page, line):
+def test_every_command_can_be_given(page, line, models_made):
   _, command, *words = line.split()
   known, flags = console.COMMANDS[command], {}
   while words:

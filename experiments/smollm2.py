@@ -10,6 +10,11 @@ short instructions in the chat template (`experiments/assets/instructions.jsonl`
     python experiments/assets/smollm2.py --out runs/smollm2_models
     opd train --config experiments/smollm2.py
     opd train --config experiments/smollm2.py:seeds=3     (seeds 0, 1, 2)
+
+Hardware: two CPU cores and 8 GiB. Time: the 40 steps of `opd` take 12 minutes on an idle machine,
+and its three evaluations some more; one that is shared took five times as long. Expected, of `opd`:
+the reverse KL on held-out prompts falls from 1.097 to 0.577 nats a token in 20 steps (29 November
+2026, bb714e4, seed 0). `sft` has not been measured. See docs/results.md.
 """
 
 import pathlib

@@ -1,5 +1,5 @@
-"""A real language model that anyone can have: SmolLM2-135M-Instruct gets back what it lost with six
-of its 30 layers.
+"""A real language model that anyone can have: SmolLM2-135M-Instruct without six of its 30
+layers learns from the whole of it.
 
 The student is the model without layers 12 to 17, which writes word salad; the teacher is the whole
 model. Stage `opd`: the student writes, the teacher grades every token by the exact full-vocabulary
@@ -13,8 +13,8 @@ short instructions in the chat template (`experiments/assets/instructions.jsonl`
 
 Hardware: two CPU cores and 8 GiB. Time: the 40 steps of `opd` take 12 minutes on an idle machine,
 and its three evaluations some more; one that is shared took five times as long. Expected, of `opd`:
-the reverse KL on held-out prompts falls from 1.097 to 0.577 nats a token in 20 steps, to 0.547 in 40
-(29 November 2026, bb714e4, seed 0). `sft` has not been measured. See docs/results.md.
+the reverse KL on held-out prompts falls from 1.097 to 0.577 nats a token in 20 steps, to 0.547 in
+40 (29 November 2026, bb714e4, seed 0). `sft` has not been measured. See docs/results.md.
 """
 
 import pathlib

@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   """Arguments: models (the folder that experiments/assets/smollm2.py made), seeds (how many)."""
   arg = experiment.parse_arg(arg, models=str(MODELS), seeds=1)
   models = experiment.find_made(arg.models, (TEACHER, STUDENT),
-                                'python experiments/assets/smollm2.py')
+                                f'python experiments/assets/smollm2.py --out {arg.models}')
   c = experiment.default_pipeline()
   c.name = 'smollm2'
   c.seeds = tuple(range(arg.seeds))

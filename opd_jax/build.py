@@ -216,8 +216,9 @@ def check_models(run: Run, streams: tuple[Stream, ...], mesh: jax.sharding.Mesh,
     sharding.param_shardings(specs, mesh)  # raises where the mesh does not fit
   _check_layers(run, mesh, loaded)
   longest = min(m.model.config.max_position_embeddings for m in loaded)
-  if run.data.max_prompt_tokens + run.data.max_new_tokens > longest:
-    refuse(run, 'data.max_prompt_tokens data.max_new_tokens', '',
+  room = max(run.data.max_new_tokens, run.eval_tokens)
+  if run.data.max_prompt_tokens + room > longest:
+    refuse(run, 'data.max_prompt_tokens data.max_new_tokens eval.max_new_tokens', '',
            f'together at most {longest}, the max_position_embeddings of student, teacher and '
            'reference')
   in_use = loaded[0].model.vocab_in_use

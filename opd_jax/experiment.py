@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
+from opd_jax import claims
 from opd_jax import config as config_lib
+from opd_jax.claims import Claim
 from opd_jax.errors import ConfigError
 from opd_jax.files.workdir import EXPORT
 from opd_jax.rules.run import STAGE
@@ -69,7 +71,7 @@ def find_made(folder: str, names: Sequence[str], command: str) -> pathlib.Path:
   path = pathlib.Path(folder)
   if absent := [name for name in names if not (path / name / 'config.json').is_file()]:
     raise ConfigError(f'models={folder!r} has no model {absent}; allowed: a folder that this made: '
-                      f'{command} --out {folder}')
+                      f'{command}')
   return path
 
 
@@ -151,6 +153,9 @@ class Report:
   levels: tuple[float, ...] = (0.9, 0.95)  # shares of the teacher's accuracy to reach
   baseline: str = ''  # the method whose steps and compute the others are compared with, '' for the
   # one that made the teacher, if one of several did
+  claims: Mapping[str, Claim] = dataclasses.field(default_factory=dict)  # by short names
+  # Methods that are shown together, by the title of a table and a picture; without, all are.
+  sections: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,9 +194,14 @@ def parse_pipeline(c: ConfigDict) -> Pipeline:
                       'changed, for every stage')
   template = default_pipeline()
   template.stages = c.stages
+  for group in ('claims', 'sections'):  # whose fields are names, and checked by themselves
+    if isinstance(c.get('report'), ConfigDict) and isinstance(c.report.get(group), ConfigDict):
+      template.report[group] = c.report[group]
   config_lib.check_fields(c, template, '')
   values = {name: c[name] for name in c}
-  out = Pipeline(**{**values, 'report': Report(**c.report.to_dict())})
+  claimed = {name: claims.parse(name, claim, c.report.methods)
+             for name, claim in c.report.to_dict()['claims'].items()}
+  out = Pipeline(**{**values, 'report': Report(**{**c.report.to_dict(), 'claims': claimed})})
   if sorted(map(str, out.order)) != sorted(c.stages):
     raise ConfigError(f'order={out.order}; allowed: each of {sorted(c.stages)} once')
   if len(set(out.seeds)) != len(out.seeds) or not out.seeds or not all(
@@ -210,6 +220,9 @@ def parse_pipeline(c: ConfigDict) -> Pipeline:
   if not all(type(level) in (int, float) and 0 < level < math.inf for level in r.levels):
     raise ConfigError(f'report.levels={r.levels}; allowed: numbers above 0, shares of the '
                       "teacher's accuracy")
+  if strangers := sorted({m for some in r.sections.values() for m in some} - set(r.methods)):
+    raise ConfigError(f'report.sections has {strangers}; allowed: of the report.methods, '
+                      f'{r.methods}')
   taught = any(runs[name].teacher.kind != 'none' for name in r.methods)
   if r.baseline and (r.baseline not in r.methods or len(r.methods) < 2 or not taught):
     raise ConfigError(f"report.baseline={r.baseline!r}; allowed: '', or one of several "

@@ -215,6 +215,7 @@ class Eval:
   every_steps: int = 0  # 0: only before the first and after the last step
   problems: int = 256  # the first so many of the split, 0 for all
   samples_per_problem: int = 2
+  max_new_tokens: int = 0  # room for an answer, 0 for data.max_new_tokens
   # Whatever the training samples are cut to: runs stay comparable.
   top_p: float = 1.0
   top_k: int = 0
@@ -314,6 +315,11 @@ class Run:
   def has_adapter(self) -> bool:
     """Whether adapters are trained instead of the whole model."""
     return bool(self.student.lora.rank or self.student.lora.path)
+
+  @property
+  def eval_tokens(self) -> int:
+    """Room for an answer in evaluations."""
+    return self.eval.max_new_tokens or self.data.max_new_tokens
 
   def is_evaluated(self, step: int) -> bool:
     """Tells whether the student that `step` updates have made is evaluated."""

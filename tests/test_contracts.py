@@ -32,8 +32,8 @@ each_file = pytest.mark.parametrize('file', FILES, ids=lambda f: str(f.relative_
 # from its own folder too: a new file has the rank of its folder.
 LAYERS = (
     'types errors', 'models', 'algorithm', 'parallel settings', 'data', 'files', 'tasks teachers',
-    'run', 'rules', 'config', 'experiment presets', 'load', 'build', 'programs', 'doctor', 'train',
-    'tools', '__main__')
+    'run', 'rules', 'config claims', 'experiment presets', 'load', 'build', 'programs', 'doctor',
+    'train', 'tools', '__main__')
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer.split()}
 PURE = ('types', 'models', 'algorithm')
 PURE_MAY_IMPORT = {'__future__', 'ast', 'collections', 'dataclasses', 'functools', 'inspect',

@@ -235,10 +235,11 @@ def _evaluation(run: Run, programs: Programs, there: Resident, call: Callable[..
       theirs = there.graders['teacher']
       if evaluator.see is not None:
         place = parts.mesh_of('teacher')
-        out[f'{name}see'] = sees = call(evaluator.see.program, theirs, _rollout(run, rows, place),
-                                        mesh=place)
+        out[f'{name}see'] = sees = call(evaluator.see.program, theirs,
+                                        _rollout(run, rows, place, run.eval_tokens), mesh=place)
         theirs = Seen(_by_rows(sees.trace().out_info.hidden, rows, mesh), _seen_head(parts))
-      out[f'{name}compare'] = call(evaluator.compare, params, theirs, _rollout(run, rows, mesh))
+      out[f'{name}compare'] = call(evaluator.compare, params, theirs,
+                                  _rollout(run, rows, mesh, run.eval_tokens))
   return out
 
 
@@ -263,8 +264,9 @@ def _prompts(run: Run, rows: int, mesh: jax.sharding.Mesh, part: bool = False) -
   return Prompts(_array(shape, 'int32', mesh), _array(shape, 'bool', mesh), places)
 
 
-def _rollout(run: Run, rows: int, mesh: jax.sharding.Mesh) -> Rollout:
-  length = run.data.max_prompt_tokens + run.data.max_new_tokens
+def _rollout(run: Run, rows: int, mesh: jax.sharding.Mesh, room: int = 0) -> Rollout:
+  """Rows of a batch; `room` for answers that is another than of training."""
+  length = run.data.max_prompt_tokens + (room or run.data.max_new_tokens)
   per_token = _array((rows, length - 1), 'float32', mesh)
   return Rollout(
       tokens=_array((rows, length), 'int32', mesh), valid=_array((rows, length), 'bool', mesh),

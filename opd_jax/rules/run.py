@@ -91,8 +91,8 @@ FIELDS = (
            'checkpoint.every_steps checkpoint.keep_latest log.every_steps log.plain_every_steps '
            'doctor.rollouts doctor.max_new_tokens diagnose.prompts', 1),
     *least('data.limit data.warm_steps compute.microbatch_rows optimizer.warmup_steps '
-           'eval.every_steps eval.problems eval.overlap_top_k log.transcripts sample.top_k '
-           'eval.top_k', 0),
+           'eval.every_steps eval.problems eval.max_new_tokens eval.overlap_top_k log.transcripts '
+           'sample.top_k eval.top_k', 0),
     Rule('checkpoint.keep_best', lambda r: r.checkpoint.keep_best < -1, '',
          'at least 0, or -1 for 1 where the task grades'),
     *least('diagnose.batches', 8), *least('diagnose.top_k', 2),

@@ -46,7 +46,7 @@ def make_evaluator(run: Run, student: LoadedModel, teacher: Model | None, *, tas
   """Makes the evaluation of models shaped like `student` on held-out examples; `see` is that of a
   teacher on devices of its own, and `key` of all draws."""
   draw = functools.partial(make_sampler, run, student.model, stop_tokens,
-                           prompts_lib.pad_id(student.tokenizer))
+                           prompts_lib.pad_id(student.tokenizer), max_new_tokens=run.eval_tokens)
   rows, shards = sharding.by_rows(mesh), sharding.row_shards(mesh)
   samples = run.eval.samples_per_problem
   compare = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import pathlib
@@ -11,7 +12,9 @@ from ml_collections import ConfigDict
 import numpy as np
 import scipy.stats
 
+from opd_jax import claims
 from opd_jax import config as config_lib
+from opd_jax.claims import Claim
 from opd_jax.errors import ConfigError
 from opd_jax.experiment import Pipeline, makers, stage_config, stage_dir, stage_run
 from opd_jax.files import disk
@@ -94,9 +97,32 @@ def summarize(p: Pipeline, results: dict[int, dict[str, dict[str, Any]]]) -> dic
         for level, found in hits[method].items()}
   if taught and p.report.teacher not in [f'stage:{m}' for m in p.report.methods]:
     rows[TEACHER] = row('teacher', [results[s][taught[0]]['teacher'] for s in seeds], none, none)
-  return {'name': p.name, 'seeds': seeds, 'levels': list(p.report.levels), 'rows': rows,
-          'baseline': baseline(p) if graded else None,
+  judged = {name: judge(claim, results, goals) for name, claim in p.report.claims.items()}
+  return {'name': p.name, 'seeds': seeds, 'claims': judged, 'sections': dict(p.report.sections),
+          'levels': list(p.report.levels),
+          'rows': rows, 'baseline': baseline(p) if graded else None,
           'ratios': ratios(hits, baseline(p)) if graded else {}}
+
+
+def judge(claim: Claim, results: dict[int, dict[str, dict[str, Any]]], goals: dict[int, float]
+          ) -> dict[str, Any]:
+  """Tries a claim on the results of all seeds, {seed: {stage: result}}; `goals` are the sampled
+  accuracies that a stage without a teacher is to reach, where there are any."""
+  def measured(seed):
+    runs = results[seed]
+
+    def metric(stage, who, name):
+      return (runs[stage][who] or {}).get(name)
+
+    def reached(what, stage, share):
+      goal = (runs[stage]['teacher'] or {}).get(MEASURE, goals.get(seed))
+      hit = goal and reach(runs[stage]['evals'], share * goal)
+      return hit and (hit[0] if what == 'steps' else hit[1].total)
+
+    return claims.value(claim, metric, reached)
+
+  found = spread([measured(seed) for seed in results])
+  return {**dataclasses.asdict(claim), 'found': found, 'verdict': claims.verdict(claim, found)}
 
 
 def baseline(p: Pipeline) -> str | None:
@@ -143,6 +169,14 @@ def number(value: dict[str, Any] | None, form: str, upper: float = math.inf) -> 
   return text
 
 
+def signed(value: dict[str, Any] | None) -> str:
+  """Writes a `spread` that may be negative."""
+  if value is None:
+    return '–'
+  interval = f" [{value['low']:.3g}, {value['high']:.3g}]" if 'low' in value else ''
+  return f"{value['mean']:.3g}{interval}"
+
+
 def giga(flops: dict[str, Any] | None) -> dict[str, Any] | None:
   """Converts a `spread` of FLOPs to GFLOP."""
   return flops and {name: np.asarray(value) / 1e9 for name, value in flops.items()}
@@ -153,14 +187,22 @@ def tables(summary: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
   many = len(summary['seeds']) > 1
   what = (f'mean and 95 % t-interval over seeds {summary["seeds"]}' if many else
           f'seed {summary["seeds"][0]}, 95 % bootstrap interval over problems')
-  rows = [[r['label'], number(r['sampled_accuracy'], '{:.3f}', 1.0),
+  lines = {m: [r['label'], number(r['sampled_accuracy'], '{:.3f}', 1.0),
            number(r['greedy_accuracy'], '{:.3f}', 1.0), number(r['reverse_kl'], '{:.4f}'),
            number(r['steps'] and {'mean': r['steps']['mean']}, '{:.0f}'),
            number(giga(r['flops'] and {'mean': r['flops']['mean']}), '{:.0f}')]
-          for r in summary['rows'].values()]
-  out = [(f'{summary["name"]} ({what})',
+           for m, r in summary['rows'].items()}
+  out = [(f'{title} ({what})',
           ['', 'sampled accuracy', 'greedy accuracy', 'reverse KL (nats/token)', 'steps', 'GFLOP'],
-          rows), _parts_table(summary)]
+          [lines[m] for m in methods])
+         for title, methods in (summary['sections'] or {summary['name']: tuple(lines)}).items()]
+  out.append(_parts_table(summary))
+  if summary['claims']:
+    out.append(('Claims; an effect is at least as large as is claimed, and its interval leaves out '
+                'that there is none, or it holds in part or not',
+                ['claim', 'its source', 'measured', 'here', 'claimed', ''],
+                [[c['says'], c['post'], c['measure'], signed(c['found']), f"{c['at_least']:g}",
+                  c['verdict']] for c in summary['claims'].values()]))
   return out + _level_tables(summary, many) if summary['baseline'] else out
 
 
@@ -205,18 +247,35 @@ def markdown(title: str, columns: list[str], rows: list[list[str]]) -> str:
 
 def draw(p: Pipeline, results: dict[int, dict[str, dict[str, Any]]]) -> bytes:
   """Draws sampled accuracy (where no stage has one, the reverse KL) against gradient steps and
-  against FLOPs, one line a seed, and the mean; stages without either are left out."""
+  against FLOPs, one line a seed, and the mean; stages without either are left out. A section of the
+  report is a row of two."""
   import matplotlib
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
-  figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-  seeds = list(results)
-  finals = [results[s][m]['after'] for s in seeds for m in p.report.methods]
+  sections = dict(p.report.sections) or {p.name: p.report.methods}
+  many = 's' if len(results) > 1 else ''
+  figure, rows = plt.subplots(len(sections), 2, figsize=(11, 4.2 * len(sections)), sharey='row',
+                              squeeze=False)
+  for axes, (title, methods) in zip(rows, sections.items(), strict=True):
+    _draw_section(p, results, axes, methods)
+    axes[0].set_title(f'{title}, seed{many} {", ".join(map(str, results))}', fontsize=11,
+                      loc='left')
+  figure.tight_layout()
+  png = io.BytesIO()
+  figure.savefig(png, dpi=120 if len(sections) == 1 else 80)
+  plt.close(figure)
+  return png.getvalue()
+
+
+def _draw_section(p, results, axes, methods):
+  """Draws some methods against steps on the left, against FLOPs on the right."""
+  seeds, labels = list(results), dict(zip(p.report.methods, p.report.labels, strict=True))
+  finals = [results[s][m]['after'] for s in seeds for m in methods]
   graded = any(MEASURE in e for e in finals)
   measure = MEASURE if graded else 'reverse_kl'
-  goals = [r['teacher'][MEASURE] for s in seeds for m in p.report.methods
+  goals = [r['teacher'][MEASURE] for s in seeds for m in methods
            if MEASURE in ((r := results[s][m]).get('teacher') or ())]
-  for i, (method, label) in enumerate(zip(p.report.methods, p.report.labels, strict=True)):
+  for i, method in enumerate(methods):
     if not all(measure in results[s][method]['after'] for s in seeds):
       continue
     curves = [[(e['step'], Ledger(**e['flops']).total / 1e9, e[measure])
@@ -225,7 +284,7 @@ def draw(p: Pipeline, results: dict[int, dict[str, dict[str, Any]]]) -> bytes:
     for axis, x in zip(axes, (0, 1), strict=True):
       for curve in curves if len(seeds) > 1 else ():
         axis.plot(*np.array(curve)[:, (x, 2)].T, color=f'C{i}', alpha=0.25, linewidth=0.8)
-      axis.plot(mean[:, x], mean[:, 2], color=f'C{i}', label=label, linewidth=1.8)
+      axis.plot(mean[:, x], mean[:, 2], color=f'C{i}', label=labels[method], linewidth=1.8)
   for axis, name in zip(axes, ('gradient steps', 'GFLOP (training, sampling and teacher)'),
                         strict=True):
     if goals:
@@ -238,13 +297,6 @@ def draw(p: Pipeline, results: dict[int, dict[str, dict[str, Any]]]) -> bytes:
   axes[0].set_ylim(0, 1 if graded else None)
   if axes[1].lines:
     axes[1].legend(loc='lower right' if graded else 'best', fontsize=9)
-  figure.suptitle(f'{p.name}, seed{"s" if len(seeds) > 1 else ""} '
-                  + ', '.join(map(str, seeds)), fontsize=11)
-  figure.tight_layout()
-  png = io.BytesIO()
-  figure.savefig(png, dpi=120)
-  plt.close(figure)
-  return png.getvalue()
 
 
 def read_results(p: Pipeline, workdir: pathlib.Path) -> dict[int, dict[str, dict[str, Any]]]:

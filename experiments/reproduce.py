@@ -1,0 +1,41 @@
+"""Reproduces the claims of the Thinking Machines post, and those beside it, that a tiny model can
+speak to: every ablation of this folder that starts from the shipped models, in one report.
+
+The report has a table of claims: what the source measured, what is measured here, and whether the
+claim holds (the effect is as large as is claimed, and its 95 % interval over seeds leaves out that
+there is none), holds in part (one of the two), or does not. Whatever was interrupted goes on by the
+same command, and each ablation runs alone by its own file. dense_vs_rl.py is not in it: it makes
+its models itself.
+
+    opd train --config experiments/reproduce.py:tiny
+"""
+
+import importlib.util
+import pathlib
+
+from ml_collections import ConfigDict
+
+from opd_jax import ablation, experiment
+
+ABLATIONS = ('sft_vs_opd', 'lora_gap', 'single_prompt', 'self_sft', 'discount',
+             'samples_per_prompt', 'context_length', 'batch_and_support', 'divergences', 'top_k',
+             'teacher_identity', 'on_policy_fraction', 'prefix_source')
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  """Argument: size (tiny), seeds (how many, from 0), only (names of ablations, with + between)."""
+  arg = experiment.parse_arg(arg, size='tiny', seeds=3, only='+'.join(ABLATIONS))
+  experiment.pick({'tiny': 0}, size=arg.size)
+  names = arg.only.split('+')
+  for name in names:
+    experiment.pick(dict.fromkeys(ABLATIONS), only=name)
+  return ablation.join(f'reproduce_{arg.size}', {
+      name: _load(name).get_config(f'{arg.size},seeds={arg.seeds}') for name in names})
+
+
+def _load(name: str):
+  """The experiment of a file beside this one."""
+  spec = importlib.util.spec_from_file_location(name, pathlib.Path(__file__).parent / f'{name}.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module

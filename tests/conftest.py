@@ -251,7 +251,7 @@ def models_made(monkeypatch, tmp_path):
   """
   def make(folder, names, command):
     for name in names:
-      (tmp_path / name).mkdir(exist_ok=True)
+      (tmp_path / name).mkdir(parents=True, exist_ok=True)
     return tmp_path
   monkeypatch.setattr('opd_jax.experiment.find_made', make)
 

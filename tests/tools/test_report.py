@@ -1,11 +1,13 @@
 """The numbers of a pipeline's report, from results that are written down here."""
 
+import dataclasses
 import json
 
 import pytest
 from spreads import assert_spread
 
 from opd_jax import experiment
+from opd_jax.claims import Claim
 from opd_jax.run.ledger import Ledger
 from opd_jax.tools import report
 
@@ -166,3 +168,53 @@ class TestSummarize:
     assert got['rows']['b']['reverse_kl']['mean'] == 0.5
     assert not got['rows']['b']['reach'] and not got['ratios']
     assert (tmp_path / 'curves.png').stat().st_size > 10_000
+
+
+class TestClaims:
+
+  def pipeline(self, measure, **fields):
+    claim = Claim(says='more', post='a lot', measure=measure, **fields)
+    return experiment.Pipeline(report=experiment.Report(
+        methods=('a', 'b'), labels=('A', 'B'), claims={'gain': claim},
+        sections={'one': ('a', 'b'), 'two': ('b',)}))
+
+  def results(self):
+    return {s: {'a': result(0.0, 0.8 + s / 100, teacher=1.0), 'b': result(0.2, 0.4, teacher=0.5)}
+            for s in (0, 1, 2)}
+
+  def test_a_difference_over_seeds(self):
+    summary = report.summarize(self.pipeline('a.sampled_accuracy - b.sampled_accuracy',
+                                             at_least=0.3), self.results())
+    claim = summary['claims']['gain']
+    assert_spread(claim['found'], [0.4, 0.41, 0.42])
+    assert claim['verdict'] == 'holds'
+    _, columns, rows = next(t for t in report.tables(summary) if t[0].startswith('Claims'))
+    assert len(columns) == len(rows[0]) and rows[0][0] == 'more' and rows[0][-1] == 'holds'
+    assert rows[0][3].startswith('0.41 [0.')
+
+  def test_before_and_the_share_of_its_own_teacher(self):
+    for measure, expected in (('b.sampled_accuracy - b.before.sampled_accuracy', 0.2),
+                              ('steps(b, 0.6)', 5.0), ('steps(a, 0.6)', 7.5),
+                              ('b.teacher.sampled_accuracy', 0.5)):
+      summary = report.summarize(self.pipeline(measure), {0: self.results()[0]})
+      assert summary['claims']['gain']['found']['mean'] == pytest.approx(expected), measure
+
+  def test_no_number(self):
+    summary = report.summarize(self.pipeline('steps(b, 0.9)'), self.results())
+    assert summary['claims']['gain']['found'] is None
+    assert summary['claims']['gain']['verdict'] == 'no number'
+
+  def test_a_table_a_section(self):
+    out = report.tables(report.summarize(self.pipeline('a.reverse_kl'), self.results()))
+    assert [[row[0] for row in rows] for title, _, rows in out[:2]] == [['A', 'B'], ['B']]
+    assert [title.split()[0] for title, _, _ in out[:2]] == ['one', 'two']
+
+  def test_a_row_of_pictures_a_section(self):
+    heights = []
+    for sections in ({}, {'one': ('a', 'b'), 'two': ('b',)}):
+      p = self.pipeline('a.reverse_kl')
+      p = dataclasses.replace(p, report=dataclasses.replace(p.report, sections=sections))
+      png = report.draw(p, self.results())
+      width, height = (int.from_bytes(png[i:i + 4], 'big') for i in (16, 20))
+      heights.append(height / width)
+    assert heights[1] == pytest.approx(2 * heights[0], rel=0.01)

@@ -9,8 +9,9 @@ The other teacher was pretrained from other random weights, on right solutions o
 
 from ml_collections import ConfigDict
 
-from opd_jax import ablation, experiment
-from opd_jax.claims import Claim
+from opd_jax import experiment
+from opd_jax.experiment import ablation
+from opd_jax.experiment.claims import Claim
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -9,8 +9,8 @@ The student writes so many tokens a step and no more; evaluations have the whole
 
 from ml_collections import ConfigDict
 
-from opd_jax import ablation
-from opd_jax.claims import Claim
+from opd_jax.experiment import ablation
+from opd_jax.experiment.claims import Claim
 
 ROOMS = {'tiny': (9, 18, 36), 'small': (24, 48, 96), 'smollm2': (12, 24, 48)}
 PUBLISHED = (512, 1024, 4096)

@@ -9,8 +9,8 @@ follow, which is nearer to the gradient of the sequence's divergence. The post s
 
 from ml_collections import ConfigDict
 
-from opd_jax import ablation
-from opd_jax.claims import Claim
+from opd_jax.experiment import ablation
+from opd_jax.experiment.claims import Claim
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

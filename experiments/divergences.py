@@ -6,8 +6,8 @@
 
 from ml_collections import ConfigDict
 
-from opd_jax import ablation
-from opd_jax.claims import Claim
+from opd_jax.experiment import ablation
+from opd_jax.experiment.claims import Claim
 
 DIVERGENCES = {'reverse_kl': 'reverse_kl', 'forward_kl': 'forward_kl',
                'jensen_shannon': 'jensen_shannon(0.5)', 'skew_kl': 'skew_kl(0.1)',

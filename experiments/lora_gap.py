@@ -8,8 +8,8 @@ The post: rank 32 is 13 % behind full fine-tuning after SFT on much data, 6 % af
 
 from ml_collections import ConfigDict
 
-from opd_jax import ablation
-from opd_jax.claims import Claim
+from opd_jax.experiment import ablation
+from opd_jax.experiment.claims import Claim
 
 RANKS = {'tiny': (1, 4, 16), 'small': (2, 8, 32), 'smollm2': (4, 16, 64)}
 PUBLISHED = (8, 32, 128)

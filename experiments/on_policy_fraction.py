@@ -6,8 +6,8 @@ the teacher's text, by the same exact divergence.
 
 from ml_collections import ConfigDict
 
-from opd_jax import ablation
-from opd_jax.claims import Claim
+from opd_jax.experiment import ablation
+from opd_jax.experiment.claims import Claim
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

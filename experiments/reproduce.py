@@ -1,5 +1,6 @@
 """Reproduces the claims of the Thinking Machines post, and those beside it, that a tiny model can
-speak to: every ablation of this folder that starts from the shipped models, in one report.
+speak to: the ablations of this folder, in one report. All but personalize.py start from the
+shipped models.
 
 The report has a table of claims: what the source measured, what is measured here, and whether the
 claim holds (the effect is as large as is claimed, and its 95 % interval over seeds leaves out that
@@ -15,11 +16,12 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from opd_jax import ablation, experiment
+from opd_jax import experiment
+from opd_jax.experiment import ablation
 
 ABLATIONS = ('sft_vs_opd', 'lora_gap', 'single_prompt', 'self_sft', 'discount',
              'samples_per_prompt', 'context_length', 'batch_and_support', 'divergences', 'top_k',
-             'teacher_identity', 'on_policy_fraction', 'prefix_source')
+             'teacher_identity', 'on_policy_fraction', 'prefix_source', 'personalize')
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

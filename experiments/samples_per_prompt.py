@@ -6,8 +6,8 @@ Lab's recipes take four samples of each prompt).
 
 from ml_collections import ConfigDict
 
-from opd_jax import ablation
-from opd_jax.claims import Claim
+from opd_jax.experiment import ablation
+from opd_jax.experiment.claims import Claim
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -10,8 +10,8 @@ stops that and does not repair it. OPD with a fixed copy as the teacher stays.
 
 from ml_collections import ConfigDict
 
-from opd_jax import ablation
-from opd_jax.claims import Claim
+from opd_jax.experiment import ablation
+from opd_jax.experiment.claims import Claim
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

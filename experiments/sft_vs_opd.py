@@ -10,8 +10,8 @@ number of prompts, and OPD gets to the same place with 9 to 30 times less comput
 
 from ml_collections import ConfigDict
 
-from opd_jax import ablation
-from opd_jax.claims import Claim
+from opd_jax.experiment import ablation
+from opd_jax.experiment.claims import Claim
 
 # Times the rate of the size, (SFT, OPD): each the best of four, 5e-4 to 4e-3, on seed 100.
 RATES = {'tiny': {16: (0.25, 0.25), 64: (0.25, 0.5), 256: (1.0, 1.0), 1024: (2.0, 2.0)}}

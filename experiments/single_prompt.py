@@ -8,8 +8,8 @@ collapse into one answer, because the whole distribution is what is learned.
 
 from ml_collections import ConfigDict
 
-from opd_jax import ablation
-from opd_jax.claims import Claim
+from opd_jax.experiment import ablation
+from opd_jax.experiment.claims import Claim
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

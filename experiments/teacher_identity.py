@@ -7,8 +7,9 @@ helps as far as its way to think is the student's own, and has something new).
 
 from ml_collections import ConfigDict
 
-from opd_jax import ablation, experiment
-from opd_jax.claims import Claim
+from opd_jax import experiment
+from opd_jax.experiment import ablation
+from opd_jax.experiment.claims import Claim
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -26,13 +26,12 @@ from opd_jax.algorithm import score, update
 from opd_jax.algorithm import slots as slots_lib
 from opd_jax.algorithm.objective import wants
 from opd_jax.build import Parts
-from opd_jax.data import answers as answers_lib
 from opd_jax.data import examples as examples_lib
 from opd_jax.data.examples import Examples
 from opd_jax.data.streams import GIVEN, Stream
+from opd_jax.files import answers as answers_lib
 from opd_jax.files import checkpoint
 from opd_jax.files.huggingface import LoadedModel
-from opd_jax.files.workdir import ANSWERS
 from opd_jax.models import layout, lora
 from opd_jax.models.placement import LaidOut
 from opd_jax.parallel import apart as apart_lib
@@ -139,34 +138,15 @@ class Programs:
         del weights  # not to be kept while the rows are graded
       yield self.wait(rollout if place is home else apart_lib.move_rows(rollout, home))
 
-  @property
-  def answer_lengths(self) -> np.ndarray:
-    """Tokens of each prompt and the answer behind it, of all answers, int [rows]."""
-    return np.concatenate([np.zeros(0, int), *(a.lengths for a in self.answers.values())])
-
   def with_answers(self, workdir: pathlib.Path, graders: Graders, key: jax.Array) -> Programs:
-    """Has the teacher write what streams with `fixed` text are to learn from again and again, or
-    reads it from the work directory, if it is there.
+    """Has what streams with `fixed` text learn from in the work directory (files/answers.py), where
+    the teacher writes it if it is not there."""
+    def write(stream, indices, block):
+      return next(self.write(stream, {}, graders, indices, jax.random.fold_in(key, block)))
 
-    Args:
-      workdir: of the run.
-      graders: the teacher, who writes.
-      key: of the draws.
-
-    Raises:
-      ConfigError: a file there is damaged.
-    """
-    answers = {}
-    for stream in (s for s in self.parts.streams if s.fixed):
-      file, examples = workdir / ANSWERS.format(stream.name), self.parts.examples[stream.name]
-      if (found := answers_lib.read(file, examples, stream.samples)) is None:
-        rollouts = (next(self.write(
-            stream, {}, graders, indices.repeat(stream.samples), jax.random.fold_in(key, i)))
-            for i, indices in enumerate(answers_lib.blocks(len(examples), stream.prompts)))
-        answers_lib.write(file, examples, stream.samples, rollouts)
-        found = answers_lib.read(file, examples, stream.samples)
-      answers[stream.name] = found
-    return dataclasses.replace(self, answers=answers)
+    return dataclasses.replace(self, answers={
+        s.name: answers_lib.prepare(workdir, s, self.parts.examples[s.name], write)
+        for s in self.parts.streams if s.fixed})
 
   def grade(self, stream: Stream, student: Params, graders: Graders, indices: np.ndarray,
             rollouts: Iterable[Rollout]) -> Batch:

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
+import numpy as np
 
 from opd_jax import build, load
 from opd_jax import config as config_lib
@@ -67,16 +68,13 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
     graders = programs.connect(base)
     state, book = restore(run, programs, store, workdir, new_history(settings))
     step, key = book.history['step'], jax.random.key(run.seed)
-
     with Interrupts() as interrupted, book, store, jax.set_mesh(parts.mesh):
       student = lora.join(base, state.params)
       findings += doctor.examine_rollouts(run, parts, student, teacher_params(graders))
       doctor.settle(run, findings, workdir, book.say)
       # Only now: a start that was refused must not keep the directory from the corrected config.
       workdir_lib.claim(workdir, settings, inputs)
-      programs = programs.with_answers(workdir, graders, load.fold_in(key, load.ANSWERS, 0))
-      if len(written := programs.answer_lengths):
-        book.answers(written, parts.counter(updates=1).answers(written))
+      programs = prepare_answers(programs, graders, book, workdir, key)
       if not book.begun:
         book.begin(parts.report, evaluate_teacher(programs, graders))
         evaluate_student(book, programs, student, graders, 0)
@@ -99,6 +97,16 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
       if interrupted.now():  # during the last evaluation: do not go on to another stage
         raise PreemptedError(f'{run.name}: interrupted after its last step, and finished')
   return result
+
+
+def prepare_answers(programs: Programs, graders: Graders, book: Book, workdir: pathlib.Path,
+                    key: jax.Array) -> Programs:
+  """Has the teacher write, before the first step, what rows are taken from for the whole run."""
+  programs = programs.with_answers(workdir, graders, load.fold_in(key, load.ANSWERS, 0))
+  if programs.answers:
+    lengths = np.concatenate([answers.lengths for answers in programs.answers.values()])
+    book.answers(lengths, programs.parts.counter(updates=1).answers(lengths))
+  return programs
 
 
 def take_step(run: Run, programs: Programs, state: TrainState, base: lora.Frozen | None,

@@ -32,7 +32,7 @@ each_file = pytest.mark.parametrize('file', FILES, ids=lambda f: str(f.relative_
 # from its own folder too: a new file has the rank of its folder.
 LAYERS = (
     'types errors', 'models', 'algorithm', 'parallel settings', 'data', 'files', 'tasks teachers',
-    'run', 'rules', 'config claims', 'experiment presets', 'load', 'build', 'programs', 'doctor',
+    'run', 'rules', 'config', 'presets', 'experiment', 'load', 'build', 'programs', 'doctor',
     'train', 'tools', '__main__')
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer.split()}
 PURE = ('types', 'models', 'algorithm')
@@ -43,10 +43,10 @@ FLAX = ('flax.struct', 'flax.traverse_util')  # the rest is for Flax modules
 COMPILES = ('programs.py', 'run/evaluator.py', 'doctor/rollouts.py', 'tools/compare_estimators.py',
             'tools/compare_models.py')
 # Who writes configs or reads them, and who takes one to hand it on to those.
-CONFIGS = ('config.py', 'experiment.py', 'presets.py')
+CONFIGS = ('config.py', 'experiment/__init__.py', 'experiment/ablation.py', 'presets.py')
 TAKES_CONFIG = ('train.py', 'doctor/examine.py')  # `train` and `command`; and all of tools/
 # What a step does, from the loop to the gradient; a choice or a gate is looked up, one at a time.
-PATH, PATH_LINES = ('types', 'algorithm', 'programs', 'train'), 3100
+PATH, PATH_LINES = ('types', 'algorithm', 'programs', 'train'), 3130
 
 
 @functools.cache
@@ -129,8 +129,9 @@ OF_A_PROCESS = {'device_get', 'process_allgather', 'process_index', 'process_cou
                 'sync_global_devices', 'broadcast_one_to_all'}
 # What these make NumPy arrays of is on the host: what `hosts.fetch` has read, lists, files, what is
 # to be put on devices, a Flax module's parameters before they are.
-NO_DEVICES = ('data/examples.py', 'files/factory.py', 'files/safetensors.py', 'parallel/hosts.py',
-              'parallel/sharding.py', 'models/flax_module.py', 'run/flops.py', 'run/texts.py',
+NO_DEVICES = ('data/examples.py', 'files/answers.py', 'files/factory.py', 'files/safetensors.py',
+              'parallel/hosts.py', 'parallel/sharding.py', 'models/flax_module.py', 'run/flops.py',
+              'run/texts.py',
               'tools/report.py', 'tools/gradient_statistics.py', 'doctor/rollouts.py',
               'parallel/apart.py', 'tools/plan/hardware.py', 'tools/plan/phases.py')
 

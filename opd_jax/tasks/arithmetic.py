@@ -64,8 +64,8 @@ class Options:
                        'per cent of the distinct problems, or training problems run out')
 
 
-def _problem(rng: random.Random, operations: int, operand_max: int) -> str:
-  """A random chain whose partial results all lie in 0..99."""
+def make_problem(rng: random.Random, operations: int, operand_max: int) -> str:
+  """Makes a random chain whose partial results all lie in 0..99."""
   value = rng.randint(0, 99)
   text = str(value)
   for _ in range(operations):
@@ -115,14 +115,14 @@ def load(split: str, options: Options) -> datasets.Dataset:
   held_out: dict[str, None] = {}  # a dict, for its order
   rng = random.Random('0/eval')  # whatever data_seed is: nobody trains on anybody's held-out set
   while len(held_out) < o.eval_examples:
-    held_out[_problem(rng, o.eval_operations, o.operand_max)] = None
+    held_out[make_problem(rng, o.eval_operations, o.operand_max)] = None
   if split == 'eval':
     problems = list(held_out)
   elif split in ('train', 'corpus'):
     rng = random.Random(f'{o.data_seed}/{split}')
     problems = []
     while len(problems) < (o.train_examples if split == 'train' else o.corpus_examples):
-      problem = _problem(rng, rng.choice(o.operations), o.operand_max)
+      problem = make_problem(rng, rng.choice(o.operations), o.operand_max)
       if problem not in held_out:
         problems.append(problem)
   else:

@@ -12,11 +12,10 @@ from ml_collections import ConfigDict
 import numpy as np
 import scipy.stats
 
-from opd_jax import claims
 from opd_jax import config as config_lib
-from opd_jax.claims import Claim
 from opd_jax.errors import ConfigError
-from opd_jax.experiment import Pipeline, makers, stage_config, stage_dir, stage_run
+from opd_jax.experiment import Pipeline, claims, makers, stage_config, stage_dir, stage_run
+from opd_jax.experiment.claims import Claim
 from opd_jax.files import disk
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.run import ledger, metrics
@@ -112,7 +111,8 @@ def judge(claim: Claim, results: dict[int, dict[str, dict[str, Any]]], goals: di
     runs = results[seed]
 
     def metric(stage, who, name):
-      return (runs[stage][who] or {}).get(name)
+      values, (group, _, part) = runs[stage][who] or {}, name.partition('.')
+      return values.get(group, {}).get(part) if part else values.get(name)
 
     def reached(what, stage, share):
       goal = (runs[stage]['teacher'] or {}).get(MEASURE, goals.get(seed))

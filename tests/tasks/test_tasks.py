@@ -29,7 +29,7 @@ def chain_parts(completion):
 
 
 problems = st.builds(
-    lambda seed, operations, operand_max: arithmetic._problem(
+    lambda seed, operations, operand_max: arithmetic.make_problem(
         random.Random(seed), operations, operand_max),
     st.integers(), st.integers(1, 6), st.integers(1, 99))
 
@@ -37,7 +37,7 @@ problems = st.builds(
 @UNTIMED
 @given(st.integers(), st.integers(1, 6), st.integers(1, 99))
 def test_partial_results_stay_in_range(seed, operations, operand_max):
-  problem = arithmetic._problem(random.Random(seed), operations, operand_max)
+  problem = arithmetic.make_problem(random.Random(seed), operations, operand_max)
   assert all(0 <= v <= 99 for v in evaluated(problem))
   operands = [int(x) for x in re.findall(r'[+-](\d+)', problem)]
   assert len(operands) == operations and all(1 <= x <= operand_max for x in operands)
@@ -78,7 +78,7 @@ def test_a_sloppy_chain_carries_its_errors_on(problem, seed, error):
 def test_the_rate_of_wrong_steps():
   rng, wrong, count = random.Random(0), 0, 0
   for _ in range(2000):
-    problem = arithmetic._problem(rng, 4, 9)
+    problem = arithmetic.make_problem(rng, 4, 9)
     steps, _ = chain_parts(arithmetic.write_chain(problem, rng, 0.3))
     # Clipping to 0..99 makes a right step look wrong and the other way round only at the ends.
     inner = [s for s in steps if 10 <= s[0] + s[1] <= 89]

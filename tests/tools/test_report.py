@@ -7,7 +7,7 @@ import pytest
 from spreads import assert_spread
 
 from opd_jax import experiment
-from opd_jax.claims import Claim
+from opd_jax.experiment.claims import Claim
 from opd_jax.run.ledger import Ledger
 from opd_jax.tools import report
 

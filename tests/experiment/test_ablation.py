@@ -6,9 +6,10 @@ import importlib.util
 import pytest
 import tiny
 
-from opd_jax import ablation, config, experiment
-from opd_jax.claims import Claim
+from opd_jax import config, experiment
 from opd_jax.errors import ConfigError
+from opd_jax.experiment import ablation
+from opd_jax.experiment.claims import Claim
 
 
 def load(name):
@@ -19,7 +20,7 @@ def load(name):
 
 
 ABLATIONS = load('reproduce').ABLATIONS
-ONLY_TINY = ('batch_and_support', 'teacher_identity')
+ONLY_TINY = ('batch_and_support', 'teacher_identity', 'personalize')
 
 
 @pytest.mark.usefixtures('models_made')

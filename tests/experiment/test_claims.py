@@ -2,9 +2,9 @@
 
 import pytest
 
-from opd_jax import claims
-from opd_jax.claims import Claim
 from opd_jax.errors import ConfigError
+from opd_jax.experiment import claims
+from opd_jax.experiment.claims import Claim
 
 STAGES = ('opd', 'sft')
 NUMBERS = {('opd', 'after', 'sampled_accuracy'): 0.75, ('sft', 'after', 'sampled_accuracy'): 0.5,
@@ -35,7 +35,7 @@ def test_value(text, expected):
     'opd', 'opd.loss', 'rl.sampled_accuracy', 'opd.later.sampled_accuracy', 'steps(rl, 0.9)',
     'steps(opd, 1)', 'steps(opd)', 'max(opd, 0.9)', '__import__("os")', 'opd.sampled_accuracy ** 2',
     'opd.sampled_accuracy if True else 0', 'True', '', 'opd.sampled_accuracy -',
-    'opd.reverse_kl.real', "'opd'"])
+    'opd.reverse_kl.real', 'opd.by_group', 'opd.by_group.a.b', '(opd).before', "'opd'"])
 def test_other_measures_are_refused(text):
   values = dict(says='', post='', measure=text, neutral=0.0, at_least=0.0)
   with pytest.raises(ConfigError, match=r'report\.claims\.gain\.measure=.*allowed: arithmetic'):
@@ -68,3 +68,9 @@ def test_verdict(found, expected):
 def test_renamed():
   text = claims.rename('steps(opd, 0.9) - opd.before.reverse_kl * sft.reverse_kl', {'opd': 'a_opd'})
   assert text == 'steps(a_opd, 0.9) - a_opd.before.reverse_kl * sft.reverse_kl'
+
+
+def test_a_part_of_the_task():
+  numbers = {('opd', 'after', 'by_group.fact'): 0.5, ('opd', 'before', 'by_group.fact'): 0.25}
+  claim = Claim(measure='opd.by_group.fact - opd.before.by_group.fact')
+  assert claims.value(claim, lambda *key: numbers[key], None) == 0.25

@@ -3,7 +3,8 @@
 A claim measures arithmetic over what stages end with, a text such as
 'opd.sampled_accuracy - sft.sampled_accuracy' or 'steps(rl, 0.9) / steps(opd, 0.9)':
 
-  STAGE.METRIC          of METRICS, of the student after the last step
+  STAGE.METRIC          of METRICS, or by_group.NAME, the sampled accuracy of a part of the task; of
+                        the student after the last step
   STAGE.before.METRIC   of the student before the first step
   STAGE.teacher.METRIC  of its teacher
   steps(STAGE, SHARE)   gradient steps until the sampled accuracy first reached that share of the
@@ -25,6 +26,7 @@ from opd_jax.errors import ConfigError
 METRICS = ('sampled_accuracy', 'greedy_accuracy', 'reverse_kl')
 REACH = ('steps', 'flops')
 AFTER = 'after'
+GROUP = 'by_group'
 WHO = (AFTER, 'before', 'teacher')
 HOLDS, PART, NOT, OPEN = 'holds', 'in part', 'does not hold', 'no number'
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
@@ -78,7 +80,7 @@ def parse(name: str, values: Mapping[str, Any], stages: Collection[str]) -> Clai
     raise ConfigError(f'{where}.measure={claim.measure!r}: {e}; allowed: arithmetic over '
                       f'STAGE.METRIC, STAGE.before.METRIC, STAGE.teacher.METRIC, '
                       f'steps(STAGE, SHARE) and flops(STAGE, SHARE), of the stages '
-                      f'{sorted(stages)} and the metrics {list(METRICS)}') from e
+                      f'{sorted(stages)} and the metrics {list(METRICS)} and {GROUP}.NAME') from e
   return claim
 
 
@@ -94,7 +96,7 @@ def value(claim: Claim, metric: Callable[[str, str, str], float | None],
 
   Args:
     claim: whose.
-    metric: (stage, of WHO, metric) -> the number.
+    metric: (stage, of WHO, metric or 'by_group.NAME') -> the number.
     reach: ('steps' or 'flops', stage, share of the teacher's accuracy) -> what it took.
   """
   return _evaluate(claim.measure, metric, reach)
@@ -116,11 +118,12 @@ def _evaluate(text, metric, reach):
         if a is None or b is None or isinstance(op, ast.Div) and not b:
           return None
         return _OPERATORS[type(op)](a, b)
-      case ast.Attribute(value=ast.Name(id=stage), attr=name) if name in METRICS:
-        return metric(stage, AFTER, name)
-      case ast.Attribute(value=ast.Attribute(value=ast.Name(id=stage), attr=who), attr=name) if (
-          name in METRICS and who in WHO):
-        return metric(stage, who, name)
+      case ast.Attribute():
+        stage, *path = ast.unparse(node).split('.')
+        who = path.pop(0) if path[0] in WHO else AFTER
+        if stage.isidentifier() and (len(path) == 2 and path[0] == GROUP or (
+            len(path) == 1 and path[0] in METRICS)):
+          return metric(stage, who, '.'.join(path))
       case ast.Call(func=ast.Name(id=what), args=[ast.Name(id=stage), ast.Constant(
           value=float() as share)], keywords=[]) if what in REACH:
         metric(stage, AFTER, METRICS[0])  # there has to be such a stage

@@ -15,13 +15,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from opd_jax import claims as claims_lib
 from opd_jax import config as config_lib
 from opd_jax import experiment, presets
-from opd_jax.claims import Claim
+from opd_jax.experiment import claims as claims_lib
+from opd_jax.experiment.claims import Claim
 from opd_jax.rules.run import STAGE
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 ASSETS = ROOT / 'experiments' / 'assets'
 SMALL, SMOLLM2 = ROOT / 'runs' / 'dense_vs_rl_small' / 'seed_0', ROOT / 'runs' / 'smollm2_models'
 HUB = {  # student and teacher
@@ -152,12 +152,12 @@ def with_rate(c: ConfigDict, times: float) -> ConfigDict:
 
 
 def sampled(c: ConfigDict) -> ConfigDict:
-  """The paper's own loss: the policy gradient of sampled tokens."""
+  """Takes the paper's own loss: the policy gradient of sampled tokens."""
   return changed(c, objective=copy.deepcopy(config_lib.default_config().objective))
 
 
 def sft(c: ConfigDict, answers: str = 'fixed') -> ConfigDict:
-  """Off-policy distillation: the teacher writes once ('fixed') or in every step ('fresh'), the
+  """Distils off-policy: the teacher writes once ('fixed') or in every step ('fresh'), the
   student imitates."""
   return changed(c, data__source='teacher', data__teacher_answers=answers,
                  objective__route='policy_gradient', objective__support='sampled',
@@ -165,7 +165,7 @@ def sft(c: ConfigDict, answers: str = 'fixed') -> ConfigDict:
 
 
 def lora(c: ConfigDict, rank: int, times: float) -> ConfigDict:
-  """Adapters of a rank instead of the whole model, at `times` the learning rate."""
+  """Trains adapters of a rank instead of the whole model, at `times` the learning rate."""
   return with_rate(changed(c, student__lora__rank=rank, student__lora__alpha=float(rank)), times)
 
 

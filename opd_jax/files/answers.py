@@ -7,7 +7,7 @@ too (prompt_column='prompt', completion_column='completion').
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 import json
 import pathlib
 
@@ -15,10 +15,34 @@ import numpy as np
 
 from opd_jax.data import examples as examples_lib
 from opd_jax.data.examples import Examples
+from opd_jax.data.streams import Stream
 from opd_jax.errors import ConfigError
 from opd_jax.files import disk
+from opd_jax.files.workdir import ANSWERS
 from opd_jax.parallel import hosts
 from opd_jax.types import Rollout
+
+
+def prepare(workdir: pathlib.Path, stream: Stream, examples: Examples,
+            rollout: Callable[[Stream, np.ndarray, int], Rollout]) -> Examples:
+  """Reads the answers for a stream from the work directory, having them written if there are none.
+
+  Args:
+    workdir: of the run.
+    stream: that learns from them.
+    examples: its own, to which it takes `stream.samples` answers each.
+    rollout: (stream, indices of examples, number of the block) -> rows that its writer writes.
+
+  Raises:
+    ConfigError: the file is damaged, or of other examples.
+  """
+  file = workdir / ANSWERS.format(stream.name)
+  if (found := read(file, examples, stream.samples)) is not None:
+    return found
+  write(file, examples, stream.samples, (
+      rollout(stream, indices.repeat(stream.samples), i)
+      for i, indices in enumerate(blocks(len(examples), stream.prompts))))
+  return read(file, examples, stream.samples)
 
 
 def blocks(examples: int, prompts: int) -> Iterable[np.ndarray]:

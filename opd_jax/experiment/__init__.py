@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from opd_jax import claims
 from opd_jax import config as config_lib
-from opd_jax.claims import Claim
 from opd_jax.errors import ConfigError
+from opd_jax.experiment import claims
+from opd_jax.experiment.claims import Claim
 from opd_jax.files.workdir import EXPORT
 from opd_jax.rules.run import STAGE
 from opd_jax.settings import Run

@@ -39,7 +39,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 def opd() -> ConfigDict:
   """On-policy: the student writes."""
   c = config_lib.default_config()
-  c.steps = 80
+  c.steps = 60
   c.student.path = str(ASSETS / 'base')
   c.teacher.kind, c.teacher.path = 'checkpoint', str(ASSETS / 'teacher')
   c.compute.layer_unroll = 2
@@ -50,7 +50,7 @@ def opd() -> ConfigDict:
   c.optimizer.schedule, c.optimizer.warmup_steps = 'linear', 10
   c.eval.every_steps = 20
   c.eval.problems, c.eval.samples_per_problem = 256, 2
-  c.checkpoint.every_steps = 40
+  c.checkpoint.every_steps = 60
   return c
 
 

@@ -106,7 +106,8 @@ def compile_all(calls: dict[str, lowered.Call], options: dict[str, Any] | None,
                 say: Callable[[str], None]) -> Iterator[tuple[str, Callable[[], Any]]]:
   """Compiles programs, several at a time: XLA is busy on one core for most of the time that it
   takes for one. They are traced one after another, in this thread, whose settings of jax others do
-  not see. Processes that are one run compile in one order, in which they may wait for each other.
+  not see. Several processes that are one run may wait for each other while they compile, and a GPU
+  is measured by its compiler: there, one at a time.
 
   Args:
     calls: the programs, by name.
@@ -116,7 +117,8 @@ def compile_all(calls: dict[str, lowered.Call], options: dict[str, Any] | None,
   Yields:
     (name, waits for the compiled program or raises what the compiler did).
   """
-  workers = 1 if hosts.count() > 1 else min(len(os.sched_getaffinity(0)), MOST_AT_ONCE)
+  alone = hosts.count() == 1 and jax.default_backend() == 'cpu'
+  workers = min(os.cpu_count() or 1, MOST_AT_ONCE) if alone else 1
   with futures.ThreadPoolExecutor(workers) as pool:
     try:
       compiled = {name: pool.submit(call.begin(options)) for name, call in calls.items()}

@@ -29,6 +29,7 @@ from opd_jax.files import checkpoint, disk, huggingface, peft
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.files.digest import Digests
 from opd_jax.models import lora
+from opd_jax.models import params as params_lib
 from opd_jax.parallel import hosts
 from opd_jax.programs import Graders, Programs, compile_programs
 from opd_jax.run.book import Book, new_history
@@ -203,6 +204,7 @@ def finish(run: Run, programs: Programs, state: TrainState, base: lora.Frozen | 
   tokenizer = build.final_tokenizer(run.prompt.template, parts.student, parts.teacher)
   export, adapter = workdir / workdir_lib.EXPORT, workdir / workdir_lib.ADAPTER
   result, student = book.result(), lora.join(base, state.params)
+  result['parameters'] = params_lib.count_params(parts.student.model.specs, matmul_only=True)
   if parts.adapter is not None and run.checkpoint.export == 'full':  # merged, and so not the same
     result['export_kl'] = rollouts.measure_export(
         run, parts.student, parts.stop_tokens, parts.examples[OWN], parts.mesh, student)

@@ -156,6 +156,10 @@ class Report:
   claims: Mapping[str, Claim] = dataclasses.field(default_factory=dict)  # by short names
   # Methods that are shown together, by the title of a table and a picture; without, all are.
   sections: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+  # Methods whose evaluations a scaling law is fitted to (scaling.py), by a title; of them, those
+  # that it has to predict.
+  scaling: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+  held_out: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +198,7 @@ def parse_pipeline(c: ConfigDict) -> Pipeline:
                       'changed, for every stage')
   template = default_pipeline()
   template.stages = c.stages
-  for group in ('claims', 'sections'):  # whose fields are names, and checked by themselves
+  for group in ('claims', 'sections', 'scaling'):  # whose fields are names; checked below
     if isinstance(c.get('report'), ConfigDict) and isinstance(c.report.get(group), ConfigDict):
       template.report[group] = c.report[group]
   config_lib.check_fields(c, template, '')
@@ -220,9 +224,12 @@ def parse_pipeline(c: ConfigDict) -> Pipeline:
   if not all(type(level) in (int, float) and 0 < level < math.inf for level in r.levels):
     raise ConfigError(f'report.levels={r.levels}; allowed: numbers above 0, shares of the '
                       "teacher's accuracy")
-  if strangers := sorted({m for some in r.sections.values() for m in some} - set(r.methods)):
-    raise ConfigError(f'report.sections has {strangers}; allowed: of the report.methods, '
-                      f'{r.methods}')
+  scaled = {m for some in r.scaling.values() for m in some}
+  for field, named, known in (
+      ('sections', {m for some in r.sections.values() for m in some}, r.methods),
+      ('scaling', scaled, r.methods), ('held_out', set(r.held_out), sorted(scaled))):
+    if strangers := sorted(named - set(known)):
+      raise ConfigError(f'report.{field} has {strangers}; allowed: of {known}')
   taught = any(runs[name].teacher.kind != 'none' for name in r.methods)
   if r.baseline and (r.baseline not in r.methods or len(r.methods) < 2 or not taught):
     raise ConfigError(f"report.baseline={r.baseline!r}; allowed: '', or one of several "

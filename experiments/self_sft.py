@@ -19,18 +19,17 @@ def get_config(arg: str | None = None) -> ConfigDict:
   arg = ablation.parse_arg(arg)
   c = ablation.opd(arg)
   c = ablation.changed(c, student__path=c.teacher.path, teacher__kind='initial_student',
-                       teacher__path='', optimizer__warmup_steps=0, doctor__support='on',
-                       student__revision=c.teacher.revision)
+                       teacher__path='', optimizer__warmup_steps=0,
+                       student__revision=c.teacher.revision, data__limit=_answers(arg.size))
   if c.prompt.template == 'teacher':
     c.prompt.template, c.sample.stop = 'student', 'student'
   constant = ablation.changed(c, optimizer__schedule='constant',
                               optimizer__final_learning_rate=0.0)
-  own = ablation.changed(ablation.sft(constant), data__limit=_answers(arg.size))
+  own = ablation.sft(constant)
   arms = {
       'sft': ('SFT on own samples', own),
       'sft_quarter': ('SFT, a quarter of the rate', ablation.with_rate(own, 0.25)),
-      'sft_linear': ('SFT, a rate that falls', ablation.changed(
-          ablation.sft(c), data__limit=_answers(arg.size))),
+      'sft_linear': ('SFT, a rate that falls', ablation.sft(c)),
       'opd': ('OPD, itself the teacher', constant),
       'opd_sampled': ('OPD of sampled tokens, itself the teacher', ablation.sampled(constant))}
   metric = 'reverse_kl' if arg.size == 'smollm2' else 'sampled_accuracy'
@@ -47,7 +46,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
       'linear': Claim('and with a rate that falls', 'it stops, and does not recover',
                       worse('sft_linear'), 0.0, 0.01),
       'opd_stays': Claim('OPD with itself as teacher does not', 'stays at the teacher',
-                         f'0.002 - ({worse("opd_sampled")})', 0.0, 0.0)})
+                         f'0.02 - ({worse("opd_sampled")})', 0.0, 0.0)})
 
 
 def _answers(size: str) -> int:

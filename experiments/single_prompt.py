@@ -19,26 +19,32 @@ def get_config(arg: str | None = None) -> ConfigDict:
   rows = 16 if arg.size == 'smollm2' else 256
   c = ablation.changed(c, steps=20, data__prompts_per_step=rows, data__samples_per_prompt=1,
                        optimizer__warmup_steps=0, eval__every_steps=5)
-  c = ablation.with_rate(c, 0.25)  # one prompt is soon learned by heart
   arms = {}
-  for name, label, limit in (('1', 'one prompt', 1), ('16', '16 prompts', 16),
-                             ('all', 'all prompts', 0)):
-    few = ablation.changed(c, data__limit=limit)
-    arms[f'opd_{name}'] = f'OPD, {label}', few
-  arms['sft_1'] = 'SFT, one prompt', ablation.sft(
-      ablation.changed(c, data__limit=1), answers='fresh')
+  # One prompt is soon learned by heart: the fewer there are, the lower the rate.
+  for name, label, limit, times in (('1', 'one prompt', 1, 0.25), ('16', '16 prompts', 16, 0.5),
+                                    ('all', 'all prompts', 0, 1.0)):
+    arms[f'opd_{name}'] = f'OPD, {label}', ablation.with_rate(
+        ablation.changed(c, data__limit=limit), times)
+  arms['sft_1'] = 'SFT, one prompt', ablation.sft(arms['opd_1'][1], answers='fresh')
   graded = arg.size != 'smollm2'
-  metric = 'sampled_accuracy' if graded else 'reverse_kl'
   return ablation.pipeline('single_prompt', arg, arms, {
+      'as_the_teacher': Claim(
+          'One prompt brings the student to 90 % of its teacher', "about the teacher's AIME 24",
+          'opd_1.sampled_accuracy - 0.9 * opd_1.teacher.sampled_accuracy', 0.0, 0.0),
       'one_is_enough': Claim(
-          'One prompt teaches what all prompts do', 'about the teacher\'s accuracy (AIME 24)',
-          f'(opd_1.{metric} - opd_1.before.{metric})'
-          f' / (opd_all.{metric} - opd_all.before.{metric})', 0.0, 0.9),
+          'One prompt teaches 90 % of what all prompts do', '-',
+          'opd_1.sampled_accuracy - opd_1.before.sampled_accuracy'
+          ' - 0.9 * (opd_all.sampled_accuracy - opd_all.before.sampled_accuracy)', 0.0, 0.0),
       'no_collapse': Claim(
           'One prompt does not make greedy answers worse', 'no collapse',
-          'opd_1.greedy_accuracy - opd_1.before.greedy_accuracy' if graded else
-          'opd_1.before.reverse_kl - opd_1.reverse_kl', 0.0, 0.0),
+          'opd_1.greedy_accuracy - opd_1.before.greedy_accuracy', -0.02, -0.02),
       'sft_forgets': Claim(
-          'SFT on the teacher\'s answers to it is worse than OPD', '-',
-          'opd_1.sampled_accuracy - sft_1.sampled_accuracy' if graded else
-          'sft_1.reverse_kl - opd_1.reverse_kl', 0.0, 0.02)})
+          "SFT on the teacher's answers to it is worse than OPD", '-',
+          'opd_1.sampled_accuracy - sft_1.sampled_accuracy', 0.0, 0.02)} if graded else {
+      'one_is_enough': Claim(
+          'One prompt brings the reverse KL 90 % as far down as all prompts do', '-',
+          'opd_1.before.reverse_kl - opd_1.reverse_kl'
+          ' - 0.9 * (opd_all.before.reverse_kl - opd_all.reverse_kl)', 0.0, 0.0),
+      'sft_forgets': Claim(
+          "SFT on the teacher's answers to it is worse than OPD, by the reverse KL", '-',
+          'sft_1.reverse_kl - opd_1.reverse_kl', 0.0, 0.0)})

@@ -142,7 +142,8 @@ class Programs:
     """Has what streams with `fixed` text learn from in the work directory (files/answers.py), where
     the teacher writes it if it is not there."""
     def write(stream, indices, block):
-      return next(self.write(stream, {}, graders, indices, jax.random.fold_in(key, block)))
+      place = jax.random.fold_in(key, self.parts.streams.index(stream))
+      return next(self.write(stream, {}, graders, indices, jax.random.fold_in(place, block)))
 
     return dataclasses.replace(self, answers={
         s.name: answers_lib.prepare(workdir, s, self.parts.examples[s.name], write)

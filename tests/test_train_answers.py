@@ -102,14 +102,33 @@ def test_a_restart_learns_from_the_same_answers(tmp_path, straight, left):
     lambda text: text[:-20], lambda text: text + text[:text.index('\n') + 1],
     lambda text: text.replace('"tokens": [', '"tokens": ["x", ', 1),
     lambda text: '\n'.join(reversed(text.splitlines())),
-    lambda text: text.replace('"ended"', '"over"', 1)],
-    ids=['cut', 'longer', 'no token', 'order', 'field'])
+    lambda text: text.replace('"ended"', '"over"', 1),
+    lambda text: text.replace('"tokens": [', '"tokens": [-5, ', 1),
+    lambda text: text.replace('"tokens": [', '"tokens": [64, ', 1),
+    lambda text: text.replace('=", "completion"', '+0=", "completion"')],
+    ids=['cut', 'longer', 'no token', 'order', 'field', 'negative', 'unknown', 'prompts'])
 def test_a_damaged_file_is_refused(tmp_path, straight, damage):
   (tmp_path / FILE).write_text(damage((straight / FILE).read_text()))
   run = config.parse(make())
   made = programs.compile_programs(run, build.open_parts(run))
   with pytest.raises(errors.ConfigError, match=rf'{FILE} is damaged .*allowed: what'):
     made.with_answers(tmp_path, {}, jax.random.key(0))
+
+
+def test_streams_have_answers_of_their_own(tmp_path):
+  c = tiny.with_models('opd_exact', data__teacher_answers='fixed', data__limit=EXAMPLES,
+                       data__prompts_per_step=4, data__on_policy_fraction=0.5, steps=3,
+                       data__off_policy_source='teacher', given__source='teacher',
+                       given__prompts_per_step=4, given__likelihood_coef=0.1,
+                       sample__temperature=3.0)
+  c.task.options.train_examples = EXAMPLES
+  reuse.train(c, tmp_path)
+  written = {}
+  for name in ('off_policy', 'given'):
+    rows = (tmp_path / workdir_lib.ANSWERS.format(name)).read_text().splitlines()
+    written[name] = {json.loads(row)['prompt']: json.loads(row)['completion'] for row in rows}
+  assert written['off_policy'].keys() == written['given'].keys()
+  assert written['off_policy'] != written['given']
 
 
 def test_fixed_answers_without_a_teacher_that_writes_are_refused():

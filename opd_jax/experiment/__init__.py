@@ -224,6 +224,10 @@ def parse_pipeline(c: ConfigDict) -> Pipeline:
   if not all(type(level) in (int, float) and 0 < level < math.inf for level in r.levels):
     raise ConfigError(f'report.levels={r.levels}; allowed: numbers above 0, shares of the '
                       "teacher's accuracy")
+  for field in ('sections', 'scaling'):
+    for title, some in getattr(r, field).items():
+      if not isinstance(some, tuple) or not some:
+        raise ConfigError(f'report.{field}.{title}={some!r}; allowed: some of {r.methods}')
   scaled = {m for some in r.scaling.values() for m in some}
   for field, named, known in (
       ('sections', {m for some in r.sections.values() for m in some}, r.methods),

@@ -27,6 +27,7 @@ METRICS = ('sampled_accuracy', 'greedy_accuracy', 'reverse_kl')
 REACH = ('steps', 'flops')
 AFTER = 'after'
 GROUP = 'by_group'
+LONGEST = 2000  # characters of a measure
 WHO = (AFTER, 'before', 'teacher')
 HOLDS, PART, NOT, OPEN = 'holds', 'in part', 'does not hold', 'no number'
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
@@ -65,6 +66,8 @@ def parse(name: str, values: Mapping[str, Any], stages: Collection[str]) -> Clai
   """
   fields = {f.name: type(f.default) for f in dataclasses.fields(Claim)}
   where = f'report.claims.{name}'
+  if not isinstance(values, Mapping):
+    raise ConfigError(f'{where}={values!r}; allowed: a group with the fields {list(fields)}')
   if set(values) != set(fields):
     raise ConfigError(f'{where} has the fields {sorted(values)}; allowed: {list(fields)}')
   for field, kind in fields.items():
@@ -74,20 +77,26 @@ def parse(name: str, values: Mapping[str, Any], stages: Collection[str]) -> Clai
   if claim.at_least < claim.neutral:
     raise ConfigError(f'{where}.at_least={claim.at_least}; allowed: at least neutral='
                       f'{claim.neutral}')
+  seen: list[str] = []
+
+  def metric(stage, who, what):
+    if stage not in stages:
+      raise ValueError(f'no stage {stage!r}')
+    seen.append(stage)
+    return 1.0
+
   try:
-    _evaluate(claim.measure, lambda stage, who, what: _known(stage, stages), lambda *_: 1.0)
-  except (SyntaxError, ValueError) as e:
+    if len(claim.measure) > LONGEST:
+      raise ValueError(f'{len(claim.measure)} characters')
+    _evaluate(claim.measure, metric, lambda *_: 1.0)
+    if not seen:
+      raise ValueError('it names no stage')
+  except (MemoryError, RecursionError, SyntaxError, ValueError) as e:
     raise ConfigError(f'{where}.measure={claim.measure!r}: {e}; allowed: arithmetic over '
                       f'STAGE.METRIC, STAGE.before.METRIC, STAGE.teacher.METRIC, '
                       f'steps(STAGE, SHARE) and flops(STAGE, SHARE), of the stages '
                       f'{sorted(stages)} and the metrics {list(METRICS)} and {GROUP}.NAME') from e
   return claim
-
-
-def _known(stage, stages):
-  if stage not in stages:
-    raise ValueError(f'no stage {stage!r}')
-  return 1.0
 
 
 def value(claim: Claim, metric: Callable[[str, str, str], float | None],
@@ -125,7 +134,7 @@ def _evaluate(text, metric, reach):
             len(path) == 1 and path[0] in METRICS)):
           return metric(stage, who, '.'.join(path))
       case ast.Call(func=ast.Name(id=what), args=[ast.Name(id=stage), ast.Constant(
-          value=float() as share)], keywords=[]) if what in REACH:
+          value=float() as share)], keywords=[]) if what in REACH and 0 < share <= 1:
         metric(stage, AFTER, METRICS[0])  # there has to be such a stage
         return reach(what, stage, share)
     raise ValueError(f'{ast.unparse(node)!r} is nothing that is measured')
@@ -146,8 +155,8 @@ def verdict(claim: Claim, found: Mapping[str, Any] | None) -> str:
   """Judges a claim.
 
   It holds where the mean over seeds is at least what is claimed and its 95 % interval lies above
-  the neutral value; in part where only one of the two is so. With one seed there is no interval,
-  and the mean alone is looked at: any effect on the right side is a part.
+  the neutral value; in part where only one of the two is so. One seed has no interval, so that a
+  claim holds in part at most.
 
   Args:
     claim: with what it claims.
@@ -156,8 +165,5 @@ def verdict(claim: Claim, found: Mapping[str, Any] | None) -> str:
   if found is None:
     return OPEN
   large = found['mean'] >= claim.at_least
-  sure = found.get('low', found['mean']) > claim.neutral
-  if 'low' not in found:
-    sure = large or sure
-    return HOLDS if large else PART if sure else NOT
+  sure = found.get('low', claim.neutral) > claim.neutral
   return HOLDS if large and sure else PART if large or sure else NOT

@@ -92,6 +92,10 @@ def read(file: pathlib.Path, examples: Examples, samples: int) -> Examples | Non
     places = [row['example'] for row in found]
     if places != np.arange(len(examples)).repeat(samples).tolist():
       raise ValueError('the examples are not in order')
+    if [row['prompt'] for row in found] != [examples.asked[i] for i in places]:
+      raise ValueError('other prompts')
+    if not all(0 <= token < len(examples.tokenizer) for row in found for token in row['tokens']):
+      raise ValueError('tokens that the tokenizer does not have')
     return examples.answered(samples, [np.array(row['tokens'], np.int32) for row in found],
                              [bool(row['ended']) for row in found])
   except (KeyError, TypeError, ValueError) as e:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 
 import pytest
 import tiny
@@ -61,6 +62,21 @@ def test_models_that_are_not_there(tmp_path, size, command):
     load('discount').get_config(f'{size},models={tmp_path}')
 
 
+@pytest.mark.parametrize(('arg', 'match'), [
+    ('tiny,models=runs', "models='runs' with size='tiny'; allowed"), ('tiny,seeds=-1', 'seeds=-1'),
+    ('tiny,seeds=0', 'seeds=0; allowed: at least 1')])
+def test_arguments_without_effect(arg, match):
+  with pytest.raises(ConfigError, match=match):
+    load('discount').get_config(arg)
+
+
+def test_the_other_teacher_has_nothing_of_the_student():
+  shape = ablation.other_teacher(ablation.opd(ablation.parse_arg('tiny'))).student.fresh
+  with open(ablation.ASSETS / 'base' / 'config.json') as f:
+    # Weights of one shape and seed are the same numbers.
+    assert shape.hidden_size != json.load(f)['hidden_size']
+
+
 class TestChanges:
 
   def base(self):
@@ -112,6 +128,14 @@ class TestJoin:
     assert {name: claim.measure for name, claim in p.report.claims.items()} == {
         'a_gain': 'a_opd.sampled_accuracy - a_sft.sampled_accuracy',
         'b_gain': 'a_opd.sampled_accuracy - b_sft.sampled_accuracy'}
+
+  @pytest.mark.parametrize('value', ['a_opd', 5, ()])
+  def test_a_section_of_no_stages_is_refused(self, value):
+    c = ablation.join('all', self.parts())
+    with c.ignore_type():
+      c.report.sections.a = value
+    with pytest.raises(ConfigError, match=r"report\.sections\.a=.*allowed: some of \('a_opd'"):
+      experiment.parse_pipeline(c)
 
   def test_a_section_of_others_is_refused(self):
     c = ablation.join('all', self.parts())

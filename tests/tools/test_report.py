@@ -9,7 +9,7 @@ from spreads import assert_spread
 from opd_jax import experiment
 from opd_jax.experiment.claims import Claim
 from opd_jax.run.ledger import Ledger
-from opd_jax.tools import report
+from opd_jax.tools import curves, report
 
 
 def evaluation(step, accuracy, flops=None, wrote='student'):
@@ -214,7 +214,7 @@ class TestClaims:
     for sections in ({}, {'one': ('a', 'b'), 'two': ('b',)}):
       p = self.pipeline('a.reverse_kl')
       p = dataclasses.replace(p, report=dataclasses.replace(p.report, sections=sections))
-      png = report.draw(p, self.results())
+      png = curves.draw(p, self.results())
       width, height = (int.from_bytes(png[i:i + 4], 'big') for i in (16, 20))
       heights.append(height / width)
     assert heights[1] == pytest.approx(2 * heights[0], rel=0.01)

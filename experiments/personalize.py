@@ -34,6 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
       'sft': ("documents only + SFT on the teacher's answers",
               ablation.sft(opd('documents'), 'fresh')),
       'opd_mixed': ('mixed + OPD', opd('mixed')),
+      'sft_mixed': ("mixed + SFT on the teacher's answers", ablation.sft(opd('mixed'), 'fresh')),
       'alternate': ('documents only + OPD, with documents beside', alternate('documents'))}
   skill, fact = 'by_group.instruction', 'by_group.fact'
   return ablation.pipeline('personalize', arg, arms, {
@@ -43,19 +44,25 @@ def get_config(arg: str | None = None) -> ConfigDict:
                       f'mixed.{skill} - documents.{skill}', 0.0, 0.2),
       'mixing_not_all': Claim('and not all', '79 % against 85 %',
                               f'before.{skill} - mixed.{skill}', 0.0, 0.02),
-      'recovers': Claim('OPD brings them back', '83 % of 85 %',
+      'recovers_mixed': Claim('OPD brings them back after mixed training', '83 % of 85 %',
+                              f'opd_mixed.{skill} - mixed.{skill}'
+                              f' - 0.95 * (before.{skill} - mixed.{skill})', 0.0, 0.0),
+      'keeps_mixed': Claim('and keeps the knowledge', '36 to 41 %',
+                           f'opd_mixed.{fact} - mixed.{fact}', -0.05, -0.05),
+      'opd_over_sft_mixed': Claim(
+          "It brings more back than SFT on the teacher's answers", '-',
+          f'opd_mixed.{skill} - sft_mixed.{skill}', 0.0, 0.02),
+      'recovers': Claim('OPD brings them back after documents only', '-',
                         f'opd.{skill} - documents.{skill}'
                        f' - 0.95 * (before.{skill} - documents.{skill})', 0.0, 0.0),
-      'keeps': Claim('and keeps the knowledge', '36 to 41 %',
+      'keeps': Claim('and keeps the knowledge', '-',
                      f'opd.{fact} - documents.{fact}', -0.05, -0.05),
-      'keeps_mixed': Claim('and keeps it after mixed training', '36 to 41 %',
-                           f'opd_mixed.{fact} - mixed.{fact}', -0.05, -0.05),
       'keeps_beside': Claim('which OPD with documents beside does', 'alternating phases',
                             f'alternate.{fact} - documents.{fact}', -0.05, -0.05),
       'recovers_beside': Claim('and brings the skills back too', 'alternating phases',
                                f'alternate.{skill} - documents.{skill}'
                                f' - 0.95 * (before.{skill} - documents.{skill})', 0.0, 0.0),
-      'opd_over_sft': Claim("OPD brings more back than SFT on the teacher's answers", '-',
+      'opd_over_sft': Claim('After documents only, OPD brings more back than SFT', '-',
                             f'opd.{skill} - sft.{skill}', 0.0, 0.02)})
 
 

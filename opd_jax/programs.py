@@ -138,7 +138,8 @@ class Programs:
         del weights  # not to be kept while the rows are graded
       yield self.wait(rollout if place is home else apart_lib.move_rows(rollout, home))
 
-  def with_answers(self, workdir: pathlib.Path, graders: Graders, key: jax.Array) -> Programs:
+  def with_answers(self, workdir: pathlib.Path, graders: Graders, key: jax.Array,
+                   say: Callable[[str], None]) -> Programs:
     """Has what streams with `fixed` text learn from in the work directory (files/answers.py), where
     the teacher writes it if it is not there."""
     def write(stream, indices, block):
@@ -146,7 +147,7 @@ class Programs:
       return next(self.write(stream, {}, graders, indices, jax.random.fold_in(place, block)))
 
     return dataclasses.replace(self, answers={
-        s.name: answers_lib.prepare(workdir, s, self.parts.examples[s.name], write)
+        s.name: answers_lib.prepare(workdir, s, self.parts.examples[s.name], write, say)
         for s in self.parts.streams if s.fixed})
 
   def grade(self, stream: Stream, student: Params, graders: Graders, indices: np.ndarray,

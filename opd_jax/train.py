@@ -103,7 +103,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
 def prepare_answers(programs: Programs, graders: Graders, book: Book, workdir: pathlib.Path,
                     key: jax.Array) -> Programs:
   """Has the teacher write, before the first step, what rows are taken from for the whole run."""
-  programs = programs.with_answers(workdir, graders, load.fold_in(key, load.ANSWERS, 0))
+  programs = programs.with_answers(workdir, graders, load.fold_in(key, load.ANSWERS, 0), book.say)
   if programs.answers:
     lengths = np.concatenate([answers.lengths for answers in programs.answers.values()])
     book.answers(lengths, programs.parts.counter(updates=1).answers(lengths))

@@ -129,12 +129,12 @@ OF_A_PROCESS = {'device_get', 'process_allgather', 'process_index', 'process_cou
                 'sync_global_devices', 'broadcast_one_to_all'}
 # What these make NumPy arrays of is on the host: what `hosts.fetch` has read, lists, files, what is
 # to be put on devices, a Flax module's parameters before they are.
-NO_DEVICES = ('data/examples.py', 'experiment/scaling.py', 'files/answers.py',
-              'files/factory.py', 'files/safetensors.py',
-              'parallel/hosts.py', 'parallel/sharding.py', 'models/flax_module.py', 'run/flops.py',
-              'run/texts.py',
-              'tools/curves.py', 'tools/report.py', 'tools/gradient_statistics.py', 'doctor/rollouts.py',
-              'parallel/apart.py', 'tools/plan/hardware.py', 'tools/plan/phases.py')
+NO_DEVICES = (
+    'data/examples.py', 'experiment/scaling.py', 'files/answers.py', 'files/factory.py',
+    'files/safetensors.py', 'parallel/hosts.py', 'parallel/sharding.py', 'models/flax_module.py',
+    'run/flops.py', 'run/texts.py', 'tools/curves.py', 'tools/report.py',
+    'tools/gradient_statistics.py', 'doctor/rollouts.py', 'parallel/apart.py',
+    'tools/plan/hardware.py', 'tools/plan/phases.py')
 
 
 @each_file

@@ -62,7 +62,7 @@ def test_a_step_takes_the_answers_of_its_examples(straight):
   run = config.parse(make())
   made = programs.compile_programs(run, build.open_parts(run))
   stream, = made.parts.streams
-  made = made.with_answers(straight, {}, jax.random.key(0))  # no grader: there is a file
+  made = made.with_answers(straight, {}, jax.random.key(0), pytest.fail)  # there is a file
   indices = np.array([7, 0, 9]).repeat(SAMPLES)
   rollout, = made.write(stream, {}, {}, indices, jax.random.key(0))
   found = lines(straight)
@@ -112,7 +112,7 @@ def test_a_damaged_file_is_refused(tmp_path, straight, damage):
   run = config.parse(make())
   made = programs.compile_programs(run, build.open_parts(run))
   with pytest.raises(errors.ConfigError, match=rf'{FILE} is damaged .*allowed: what'):
-    made.with_answers(tmp_path, {}, jax.random.key(0))
+    made.with_answers(tmp_path, {}, jax.random.key(0), pytest.fail)
 
 
 def test_streams_have_answers_of_their_own(tmp_path):

@@ -163,3 +163,23 @@ def test_advantages_are_recomputed_and_coefficients_annealed(tmp_path):
   assert scored[1] / scored[0] == pytest.approx(2) and trained[0] == trained[1]
   assert trained[0] / scored[0] == pytest.approx(6)
   assert runs['kept'][0]['loss'] != runs['recomputed'][0]['loss']
+
+
+# --- evaluations with another room than training ---
+
+
+def test_evaluations_have_a_room_of_their_own(tmp_path):
+  c = tiny.with_models('opd_exact', data__max_new_tokens=2, eval__max_new_tokens=6, steps=2,
+                       doctor__truncation='off: cut on purpose')
+  result = reuse.train(c, tmp_path)
+  # An answer is '#', digits and what ends it: none fits two tokens, and nearly all fit six.
+  assert all(row['truncation_rate'] == 1.0 for row in tiny.rows(tmp_path, 'train'))
+  assert all(row['length'] == 2.0 for row in tiny.rows(tmp_path, 'train'))
+  assert result['after']['length'] > 2.5 and result['after']['truncation_rate'] < 0.5
+  assert result['after']['reverse_kl'] > 0
+
+
+def test_a_room_that_no_model_has_is_refused():
+  c = tiny.with_models('opd_exact', eval__max_new_tokens=60)
+  with pytest.raises(ValueError, match=r'eval\.max_new_tokens=60.*together at most 32'):
+    build.open_parts(config.parse(c))

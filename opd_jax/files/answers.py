@@ -24,7 +24,8 @@ from opd_jax.types import Rollout
 
 
 def prepare(workdir: pathlib.Path, stream: Stream, examples: Examples,
-            rollout: Callable[[Stream, np.ndarray, int], Rollout]) -> Examples:
+            rollout: Callable[[Stream, np.ndarray, int], Rollout], say: Callable[[str], None]
+            ) -> Examples:
   """Reads the answers for a stream from the work directory, having them written if there are none.
 
   Args:
@@ -32,6 +33,7 @@ def prepare(workdir: pathlib.Path, stream: Stream, examples: Examples,
     stream: that learns from them.
     examples: its own, to which it takes `stream.samples` answers each.
     rollout: (stream, indices of examples, number of the block) -> rows that its writer writes.
+    say: takes a line about how far it is.
 
   Raises:
     ConfigError: the file is damaged, or of other examples.
@@ -39,9 +41,15 @@ def prepare(workdir: pathlib.Path, stream: Stream, examples: Examples,
   file = workdir / ANSWERS.format(stream.name)
   if (found := read(file, examples, stream.samples)) is not None:
     return found
-  write(file, examples, stream.samples, (
-      rollout(stream, indices.repeat(stream.samples), i)
-      for i, indices in enumerate(blocks(len(examples), stream.prompts))))
+  count, todo = len(examples) * stream.samples, list(blocks(len(examples), stream.prompts))
+
+  def rollouts():
+    for i, indices in enumerate(todo):
+      if i % max(1, len(todo) // 10) == 0:
+        say(f'the teacher writes {count} answers: {i / len(todo):.0%}')
+      yield rollout(stream, indices.repeat(stream.samples), i)
+
+  write(file, examples, stream.samples, rollouts())
   return read(file, examples, stream.samples)
 
 

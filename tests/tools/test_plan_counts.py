@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from opd_jax import models
+from opd_jax import config, models
+from opd_jax.data import streams
 from opd_jax.errors import ConfigError
 from opd_jax.models import attention, kernels, params
 from opd_jax.run import flops
-from opd_jax.tools.plan import hardware, hlo, products
+from opd_jax.tools.plan import hardware, hlo, phases, products
 
 MODULE = '''HloModule jit_f, num_partitions=8
 
@@ -237,3 +239,12 @@ class TestHardware:
     monkeypatch.setattr(hardware.importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(ConfigError, match=r"--topology='v5p:2x2x1'.*pip install 'opd_jax\[plan\]'"):
       hardware.devices(hardware.parse('v5p:2x2x1'))
+
+
+def test_what_is_written_once_is_a_part_of_each_step():
+  c = tiny.config('sft_teacher', data__teacher_answers='fixed', data__limit=10, steps=6,
+                  data__prompts_per_step=4, teacher__path='stage:teacher')
+  run = config.parse(c)
+  made = types.SimpleNamespace(parts=types.SimpleNamespace(streams=streams.make(run)))
+  assert phases._times(run, made, 'sample') == 3 / 6
+  assert phases._times(run, made, 'update') == 1

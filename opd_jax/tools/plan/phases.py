@@ -4,6 +4,7 @@ against what the device can do."""
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import tempfile
 from typing import Any
@@ -146,6 +147,11 @@ def _times(run: Run, programs: Programs, name: str) -> float:
   stream = stream or programs.parts.streams[0]
   share = stream.steps[1] - stream.steps[0]
   updates = run.optimizer.updates_per_batch
+  # What is written once, before the first step, is a part of each; of how many examples is known
+  # without reading them only where they are limited.
+  written = name.removeprefix(f'{stream.name} ') in ('sample', 'lay out')
+  if stream.fixed and written and run.data.limit:
+    return math.ceil(run.data.limit / stream.prompts) / run.steps
   if name.endswith('update'):
     return share * updates
   recomputed = stream.objective.advantages == 'recomputed' and stream.name == OWN

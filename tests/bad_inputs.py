@@ -75,6 +75,9 @@ FIELDS = [
     ('a config.json for a fresh student that nothing implements', fields(
         'sft', student__fresh={**tiny.SHAPE, 'model_type': 'gpt7'})),
     ('an unknown preset', lambda: presets.apply(tiny.config('opd_sampled'), 'opt')),
+    ('models that a command has to make first', lambda: experiment.find_made(
+        'DIR', ('teacher', 'without_12_to_17'),
+        'python experiments/assets/smollm2.py --out DIR')),
     ('an unknown argument of an experiment', lambda: experiment.parse_arg('sed=3', seeds=3)),
     ('an argument of another type', lambda: experiment.parse_arg('seeds=x', seeds=3)),
     ('a check turned off without a reason', fields('sft', doctor__support='off')),

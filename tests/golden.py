@@ -20,7 +20,8 @@ cent at the last). grpo and kdrl divide by the sample's deviation since.
 All of it written again once a row's draws came from a key of its own: other samples. On four
 devices the numbers are those on one within 4e-4, but for cases that amplify rounding (bfloat16,
 mopd, stable_opd, two_updates and a draw on an edge of opd, at their last rows).
-Written again once attention's sums were in another order, on the same machine.
+Written again once attention's sums were in another order, and once the FLOPs of a row had other
+names, on the same machine.
 
 It takes some minutes, and so is no test of the suite.
 """

@@ -2,7 +2,8 @@
 (Thinking Machines Lab 2025, "On-Policy Distillation": small batches do where the teacher is within
 the student's support, else much larger ones are needed).
 
-The other teacher was pretrained from other random weights, on right solutions only.
+The other teacher has another width and other random weights, and was pretrained on right solutions
+only. Not measured yet.
 
     opd train --config experiments/batch_and_support.py:tiny,seeds=3
 """

@@ -4,6 +4,9 @@ length of the evaluation).
 
 The student writes so many tokens a step and no more; evaluations have the whole room.
 
+What came out with one seed is in docs/ablations.md;
+a stage of `tiny` takes about 25 s of a CPU core.
+
     opd train --config experiments/context_length.py:tiny,seeds=3
 """
 

@@ -4,6 +4,9 @@
 Each token is rewarded by its own log-ratio (discount 0), or by the discounted sum of those that
 follow, which is nearer to the gradient of the sequence's divergence. The post saw no gain.
 
+What came out with one seed is in docs/ablations.md;
+a stage of `tiny` takes about 25 s of a CPU core.
+
     opd train --config experiments/discount.py:tiny,seeds=3
 """
 

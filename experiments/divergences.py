@@ -1,6 +1,8 @@
 """Which divergence, on the student's own samples and over the whole vocabulary (GKD, arXiv
 2306.13649; f-divergences, arXiv 2604.00626).
 
+Not measured yet.
+
     opd train --config experiments/divergences.py:tiny,seeds=3
 """
 

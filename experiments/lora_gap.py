@@ -3,6 +3,9 @@
 
 The post: rank 32 is 13 % behind full fine-tuning after SFT on much data, 6 % after OPD.
 
+What came out with one seed is in docs/ablations.md;
+a stage of `tiny` takes about 25 s of a CPU core.
+
     opd train --config experiments/lora_gap.py:tiny,seeds=3
 """
 

@@ -1,6 +1,8 @@
 """How many of the batches the student has to write (GKD, arXiv 2306.13649, lambda): the rest are
 the teacher's text, by the same exact divergence.
 
+Not measured yet.
+
     opd train --config experiments/on_policy_fraction.py:tiny,seeds=3
 """
 

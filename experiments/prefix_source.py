@@ -1,6 +1,8 @@
 """Whose prefixes and which direction of the KL, two by two ("Decoupling", arXiv 2605.16826): text
 of the student or of the teacher, forward or reverse KL over the whole vocabulary.
 
+Not measured yet.
+
     opd train --config experiments/prefix_source.py:tiny,seeds=3
 """
 

@@ -1,6 +1,9 @@
 """Many prompts once, or few prompts often, at the same number of answers a step (Thinking Machines
 Lab's recipes take four samples of each prompt).
 
+What came out with one seed is in docs/ablations.md;
+a stage of `tiny` takes about 25 s of a CPU core.
+
     opd train --config experiments/samples_per_prompt.py:tiny,seeds=3
 """
 

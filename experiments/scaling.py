@@ -5,7 +5,7 @@ scaling study of on-policy distillation, for which surveys conjecture a law that
 Students of several widths begin from random weights. They learn by the forward KL, on the teacher's
 text until their own makes sense, and then on their own. Every evaluation is a cell (parameters,
 tokens, reverse KL); the law is fitted to all but those of one width, which it then has to predict
-(opd_jax/experiment/scaling.py).
+(opd_jax/experiment/scaling.py). Not measured yet.
 
     opd train --config experiments/scaling.py:tiny
 """

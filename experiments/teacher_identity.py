@@ -2,6 +2,8 @@
 right solutions only, or a student that it has taught ("Rethinking OPD", arXiv 2604.13016: a teacher
 helps as far as its way to think is the student's own, and has something new).
 
+Not measured yet.
+
     opd train --config experiments/teacher_identity.py:tiny,seeds=3
 """
 

@@ -2,6 +2,8 @@
 finds most likely, or the one that was sampled (the SDFT recipe of Thinking Machines: with 20 tokens
 almost nothing is lost).
 
+Not measured yet.
+
     opd train --config experiments/top_k.py:tiny,seeds=3
 """
 

@@ -8,8 +8,8 @@ there is none), holds in part (one of the two), or does not. Whatever was interr
 same command, and each ablation runs alone by its own file. dense_vs_rl.py is not in it: it makes
 its models itself.
 
-It has not been run to its end yet: of one seed, 40 of the 62 stages that it had then took 35 minutes
-of a CPU core beside other work; it has 70 now.
+It has not been run to its end yet: of one seed, 40 of the 62 stages that it had then took 35
+minutes of a CPU core beside other work; it has 70 now.
 
     opd train --config experiments/reproduce.py:tiny
 """

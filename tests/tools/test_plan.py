@@ -223,15 +223,20 @@ class TestPlan:
         teacher_sampling=0.75 * alone.teacher_scoring)
 
   def test_what_is_done_for_each_update(self):
-    own = types.SimpleNamespace(name=OWN, steps=(0.0, 0.25), objective=types.SimpleNamespace(
-        advantages='recomputed'))
-    other = types.SimpleNamespace(name='other', steps=(0.25, 1.0), objective=own.objective)
+    own = types.SimpleNamespace(name=OWN, steps=(0.0, 0.25), fixed=False, prompts=8,
+                                objective=types.SimpleNamespace(advantages='recomputed'))
+    other = types.SimpleNamespace(**vars(own) | {'name': 'other', 'steps': (0.25, 1.0)})
     programs = types.SimpleNamespace(parts=types.SimpleNamespace(streams=[own, other]))
-    run = types.SimpleNamespace(optimizer=types.SimpleNamespace(updates_per_batch=3))
+    run = types.SimpleNamespace(optimizer=types.SimpleNamespace(updates_per_batch=3), steps=10,
+                                data=types.SimpleNamespace(limit=20))
     for name, times in (('sample', 0.25), ('score teacher', 0.25), ('score student', 0.75),
                         ('update', 0.75), ('other sample', 0.75), ('other score student', 0.75),
                         ('other update', 2.25)):
       assert phases._times(run, programs, name) == times, name
+    own.fixed = True  # 20 examples in batches of 8, once in a run of 10 steps
+    assert phases._times(run, programs, 'sample') == 0.3
+    assert phases._times(run, programs, 'score teacher') == 0.25
+    assert phases._times(run, programs, 'other sample') == 0.75
 
   def test_every_byte_is_counted_once(self, folder, monkeypatch):
     run, one = _run(folder), hardware.parse(ONE)

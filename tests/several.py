@@ -20,6 +20,8 @@ from typing import Any
 
 import tiny
 
+from opd_jax.parallel import watch
+
 
 def free_port() -> int:
   """A port on which nobody listens now."""
@@ -56,6 +58,8 @@ class Process:
     status = self._launcher.answer(self._number, 'status')
     out, err = (self._launcher.folder / f'{self._number}.{name}' for name in ('out', 'err'))
     tiny.wait_until(lambda: until in err.read_text())
+    if status in (-signal.SIGABRT, -signal.SIGSEGV):  # the process beside it says why, but later
+      time.sleep(2 * watch.GRACE_S + watch.KILL_S)
     return subprocess.CompletedProcess([], status, out.read_text(), err.read_text())
 
 

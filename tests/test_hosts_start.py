@@ -339,6 +339,22 @@ def test_a_host_of_which_nothing_is_heard_is_dead(watchers):
   assert read_line(first.stderr) == b'error: one has not been heard of for 5 s\n'
 
 
+@pytest.mark.parametrize('early', [0, 1])
+def test_a_run_that_is_over_here_first_is_no_death(early, watchers):
+  one, other = watchers[early], watchers[1 - early]
+  one.stdin.write(b'{"bye": 0}\n')  # and is not at its end yet: the process beside it is slow
+  one.stdin.flush()
+  assert not select.select([one.stderr], [], [], 1.0)[0], one.stderr.readline()
+  other.stdin.write(b'{"bye": 0}\n')
+  other.stdin.close()
+  assert not select.select([one.stderr], [], [], 1.0)[0], one.stderr.readline()
+  one.stdin.close()
+  for watcher in watchers:
+    assert read_line(watcher.stderr) == read_line(watcher.stdout) == b''
+    assert watcher.wait(tiny.PATIENCE_S) == 0
+    watcher.stdin = None
+
+
 def test_of_several_that_end_the_one_from_which_it_came_is_named(watchers):
   first, second = watchers
   # A collective fails because the other has gone; that is heard of first.

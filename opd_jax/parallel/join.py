@@ -177,6 +177,8 @@ def join(start: Start) -> None:
   names, peers = (_receive if start.process == 0 else _connect)(start, deadline)
   hosts.watch_over(start.process, names, {i: s.detach() for i, s in peers.items()}, silent_s)
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  # A vote, or a read of spread arrays, must not meet an update's collectives in gloo.
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
   jax.config.update('jax_enable_preemption_service', False)  # run/interrupts.py has its own
   jax.distributed.initialize(
       start.address, start.processes, start.process, local_device_ids=start.local_devices,

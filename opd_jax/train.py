@@ -75,7 +75,7 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
       doctor.settle(run, findings, workdir, book.say)
       # Only now: a start that was refused must not keep the directory from the corrected config.
       workdir_lib.claim(workdir, settings, inputs)
-      programs = prepare_answers(programs, graders, book, workdir, key)
+      programs = prepare_answers(programs, graders, book, workdir, key, interrupted)
       if not book.begun:
         book.begin(parts.report, evaluate_teacher(programs, graders))
         evaluate_student(book, programs, student, graders, 0)
@@ -101,10 +101,11 @@ def train(c: ConfigDict, workdir: str | pathlib.Path) -> dict[str, Any]:
 
 
 def prepare_answers(programs: Programs, graders: Graders, book: Book, workdir: pathlib.Path,
-                    key: jax.Array) -> Programs:
+                    key: jax.Array, interrupted: Interrupts) -> Programs:
   """Has the teacher write, before the first step, what rows are taken from for the whole run."""
-  programs = programs.with_answers(workdir, graders, load.fold_in(key, load.ANSWERS, 0), book.say)
-  if programs.answers:
+  key = load.fold_in(key, load.ANSWERS, 0)
+  programs = programs.with_answers(workdir, graders, key, book.say, interrupted.end)
+  if programs.answers:  # counted by what is there, whichever start wrote it
     lengths = np.concatenate([answers.lengths for answers in programs.answers.values()])
     book.answers(lengths, programs.parts.counter(updates=1).answers(lengths))
   return programs

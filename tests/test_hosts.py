@@ -69,10 +69,14 @@ def distillation():
 def command(launcher):
   """The arguments of a run of few programs, for what is about processes and files."""
   c = tiny.with_models('sft', steps=STEPS, checkpoint__every_steps=3, checkpoint__keep_latest=3)
+  without_checks(c)
+  return write_command(launcher, 'run', c)
+
+
+def without_checks(c):
   for name in rollouts.__dict__:
     if name.startswith('check_'):
       c.doctor[name.removeprefix('check_')] = 'off: its program is compiled in other tests'
-  return write_command(launcher, 'run', c)
 
 
 @pytest.fixture(scope='module')
@@ -160,6 +164,41 @@ class TestStopped:
     assert (workdir / 'damaged' / said[0]).is_dir()
     assert 'resumed from the checkpoint of step 6' in done[0].stdout
     assert_same_run(workdir, whole)
+
+
+class TestStoppedBeforeTheFirstStep:
+
+  def test_what_the_teacher_has_written_is_kept(self, launcher):
+    c = tiny.with_models('sft_teacher', data__teacher_answers='fixed', data__limit=30,
+                         data__prompts_per_step=8, steps=1, checkpoint__every_steps=1)
+    without_checks(c)
+    command, file = write_command(launcher, 'answers', c), workdir_lib.ANSWERS.format('own')
+    done = launcher.run(2, *command, launcher.folder / 'answered')
+    assert [p.returncode for p in done] == [0, 0], [p.stderr for p in done]
+    whole = (launcher.folder / 'answered' / file).read_bytes()
+
+    workdir = launcher.folder / 'unanswered'
+    partial = workdir / f'{file}.partial'
+    processes, marker = start_held(launcher, command, workdir, 'answers:1')
+    processes[1].kill(signal.SIGTERM)
+    marker.unlink()
+    done = [p.finish() for p in processes]
+    assert [p.returncode for p in done] == [143, 143], [p.stderr for p in done]
+    said = {int(re.search(r'had written (\d+) of 30 answers', p.stderr)[1]) for p in done}
+    assert said < {8, 16} and len(said) == 1, said
+    assert len(partial.read_bytes().splitlines()) == said.pop()
+
+    processes, marker = start_held(launcher, command, workdir, 'answers:1')
+    begun = len(partial.read_bytes().splitlines())
+    processes[0].kill()
+    [p.finish() for p in processes]
+    assert len(partial.read_bytes().splitlines()) == begun and whole.startswith(
+        partial.read_bytes())
+    marker.unlink()
+    done = launcher.run(2, *command, workdir)
+    assert [p.returncode for p in done] == [0, 0], [p.stderr for p in done]
+    assert (workdir / file).read_bytes() == whole and not partial.exists()
+    assert tiny.rows(workdir, timing=False) == tiny.rows(launcher.folder / 'answered', timing=False)
 
 
 class TestDied:

@@ -1,7 +1,9 @@
 """What the teacher writes once, before the first step, and the rows of a run are taken from."""
 
 import json
+import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -9,12 +11,15 @@ import pytest
 import reuse
 import tiny
 
-from opd_jax import build, config, errors, programs
+from opd_jax import build, config, errors, load, programs, train
+from opd_jax.files import answers, disk
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.run import flops
 
 FILE = workdir_lib.ANSWERS.format('own')
+PARTIAL = f'{FILE}.partial'
 EXAMPLES, SAMPLES = 10, 2
+BLOCKS = (8, 16, 20)  # answers when one, two and all three are written
 
 
 def make(**fields):
@@ -62,7 +67,8 @@ def test_a_step_takes_the_answers_of_its_examples(straight):
   run = config.parse(make())
   made = programs.compile_programs(run, build.open_parts(run))
   stream, = made.parts.streams
-  made = made.with_answers(straight, {}, jax.random.key(0), pytest.fail)  # there is a file
+  # There is a file.
+  made = made.with_answers(straight, {}, jax.random.key(0), pytest.fail, pytest.fail)
   indices = np.array([7, 0, 9]).repeat(SAMPLES)
   rollout, = made.write(stream, {}, {}, indices, jax.random.key(0))
   found = lines(straight)
@@ -98,6 +104,102 @@ def test_a_restart_learns_from_the_same_answers(tmp_path, straight, left):
   assert tiny.rows(tmp_path, 'answers') == tiny.rows(straight, 'answers')
 
 
+class TestEndedWhileItWrites:
+
+  @pytest.fixture
+  def written(self, monkeypatch):
+    """Where in the file blocks were written, since the last look."""
+    places, write = [], answers.write
+
+    def noted(partial, examples, samples, first, rollout):
+      write(partial, examples, samples, first, rollout)
+      places.append(first)
+
+    monkeypatch.setattr(answers, 'write', noted)
+    return places
+
+  @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+  def test_a_signal_keeps_what_is_written_and_the_rest_is_written_next_time(
+      self, number, tmp_path, straight, monkeypatch, written):
+    old, write = signal.signal(number, signal.default_int_handler), answers.write
+
+    def interrupting(partial, examples, samples, first, rollout):
+      if first == BLOCKS[0]:
+        os.kill(os.getpid(), number)
+      write(partial, examples, samples, first, rollout)
+
+    with monkeypatch.context() as m:
+      m.setattr(answers, 'write', interrupting)
+      with pytest.raises(train.PreemptedError, match='had written 16 of 20 answers to .*, which'):
+        reuse.train(make(), tmp_path)
+    signal.signal(number, old)
+    whole = (straight / FILE).read_bytes().splitlines(keepends=True)
+    assert (tmp_path / PARTIAL).read_bytes() == b''.join(whole[:BLOCKS[1]])
+    assert not (tmp_path / FILE).exists() and not tiny.rows(tmp_path, 'answers')
+    assert written == [0, BLOCKS[0]]
+    reuse.train(make(), tmp_path)
+    assert written == [0, *BLOCKS[:2]]
+    assert (tmp_path / FILE).read_bytes() == b''.join(whole)
+    assert not (tmp_path / PARTIAL).exists()
+    # The teacher's writing is counted once, in the same row and the same operations.
+    tiny.assert_same_bits(tiny.read_checkpoint(tmp_path, 6), tiny.read_checkpoint(straight, 6))
+    assert tiny.rows(tmp_path, timing=False) == tiny.rows(straight, timing=False)
+    results = [json.loads((w / 'result.json').read_text()) for w in (tmp_path, straight)]
+    assert results[0]['flops'] == results[1]['flops']
+
+  @pytest.mark.parametrize(('kept', 'blocks'), [
+      (0, 0), (0.3, 0), (7.5, 0), (8, 1), (15, 1), (15.99, 1), (16, 2), (18, 2), (19.9, 2),
+      (20, 3)])
+  def test_a_killed_one_goes_on_behind_the_last_whole_block(
+      self, kept, blocks, tmp_path, straight, written):
+    # What a process leaves that ends at any moment: some lines, and a part of the next.
+    whole = (straight / FILE).read_bytes().splitlines(keepends=True)
+    left = b''.join(whole[:int(kept)])
+    if kept % 1:
+      left += whole[int(kept)][:int(kept % 1 * len(whole[int(kept)]))]
+    (tmp_path / PARTIAL).write_bytes(left)
+    run, seen = config.parse(make()), []
+    with reuse.programs_of_earlier_runs():
+      made = programs.compile_programs(run, build.open_parts(run))
+      key = load.fold_in(jax.random.key(run.seed), load.ANSWERS, 0)
+      with jax.set_mesh(made.parts.mesh):
+        made = made.with_answers(tmp_path, made.connect(None), key, lambda line: None,
+                                 seen.append)
+    assert written == [0, *BLOCKS[:2]][blocks:]
+    assert [f'had written {n} of {BLOCKS[-1]} ' in line for n, line in zip(
+        BLOCKS[blocks:], seen, strict=True)] == [True] * len(seen)
+    assert (tmp_path / FILE).read_bytes() == b''.join(whole)
+    assert not (tmp_path / PARTIAL).exists()
+    assert len(made.answers['own']) == BLOCKS[-1]
+
+  @pytest.mark.parametrize('damage', [
+      lambda text: '\n'.join(reversed(text.splitlines())) + '\n',
+      lambda text: text.replace('"ended"', '"over"', 1),
+      lambda text: text + text[:text.index('\n') + 1],
+      lambda text: text.replace('=", "completion"', '+0=", "completion"')],
+      ids=['order', 'field', 'longer', 'prompts'])
+  def test_a_damaged_part_is_refused(self, tmp_path, straight, damage):
+    (tmp_path / PARTIAL).write_text(damage((straight / FILE).read_text()))
+    run = config.parse(make())
+    made = programs.compile_programs(run, build.open_parts(run))
+    with pytest.raises(errors.ConfigError, match=rf'{PARTIAL} is damaged .*allowed: what'):
+      made.with_answers(tmp_path, {}, jax.random.key(0), pytest.fail, pytest.fail)
+
+  def test_a_file_that_is_removed_meanwhile_is_not_begun_in_the_middle(
+      self, tmp_path, monkeypatch, written):
+    append = disk.append_bytes
+
+    def removing(file, content):
+      if written:
+        file.unlink()
+      append(file, content)
+
+    monkeypatch.setattr(disk, 'append_bytes', removing)
+    with pytest.raises(disk.StorageError, match=rf'{PARTIAL} cannot be written: No such file'):
+      reuse.train(make(), tmp_path)
+    assert not (tmp_path / PARTIAL).exists()
+
+
 @pytest.mark.parametrize('damage', [
     lambda text: text[:-20], lambda text: text + text[:text.index('\n') + 1],
     lambda text: text.replace('"tokens": [', '"tokens": ["x", ', 1),
@@ -112,7 +214,7 @@ def test_a_damaged_file_is_refused(tmp_path, straight, damage):
   run = config.parse(make())
   made = programs.compile_programs(run, build.open_parts(run))
   with pytest.raises(errors.ConfigError, match=rf'{FILE} is damaged .*allowed: what'):
-    made.with_answers(tmp_path, {}, jax.random.key(0), pytest.fail)
+    made.with_answers(tmp_path, {}, jax.random.key(0), pytest.fail, pytest.fail)
 
 
 def test_streams_have_answers_of_their_own(tmp_path):

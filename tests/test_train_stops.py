@@ -43,6 +43,7 @@ class TestInterrupted:
         return self.reads > calls
 
       now = __call__
+      end = None  # before the first step nothing is written
 
     monkeypatch.setattr(train, 'Interrupts', Flag)
     c = tiny.with_models('sft', steps=12, checkpoint__every_steps=100, eval__every_steps=4)

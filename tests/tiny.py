@@ -13,6 +13,7 @@ from collections.abc import Callable
 import contextlib
 import functools
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -327,8 +328,9 @@ def _held_command() -> None:
 
 def hold_at(where: str, marker: pathlib.Path) -> None:
   """Lets this process, on reaching a place, create `marker` and wait until it is gone. The place is
-  'row:N' (the metrics of step N have just been written) or 'commit:N' (the checkpoint of step N is
-  complete but for its final name)."""
+  'row:N' (the metrics of step N have just been written), 'commit:N' (the checkpoint of step N is
+  complete but for its final name) or 'answers:N' (the teacher has written the N-th block that this
+  process has it write)."""
   what, step = where.split(':')
 
   def hold():
@@ -346,6 +348,16 @@ def hold_at(where: str, marker: pathlib.Path) -> None:
         hold()
 
     metrics.Writer.write = held_write
+  elif what == 'answers':
+    from opd_jax.files import answers
+    write_answers, numbers = answers.write, itertools.count(1)
+
+    def held_answers(*args):
+      write_answers(*args)
+      if next(numbers) == int(step):
+        hold()
+
+    answers.write = held_answers
   else:
     rename = os.rename
 

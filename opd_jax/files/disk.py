@@ -65,8 +65,49 @@ def write_bytes(file: pathlib.Path, content: bytes) -> None:
   with naming(file):
     partial.write_bytes(content)
     sync(partial)  # a name can reach the disk before the content does
-    partial.rename(file)
-    sync(file.parent)
+    rename(partial, file)
+
+
+def append_bytes(file: pathlib.Path, content: bytes) -> None:
+  """Writes behind what a file holds, and then it stays; a part of it may be there if the process
+  ends. Of several processes, only the first one does.
+
+  Raises:
+    StorageError: the file system refuses, or the file is gone.
+  """
+  if not hosts.is_primary():
+    return
+  with naming(file), file.open('r+b') as f:  # which makes no file anew, as 'ab' would
+    f.seek(0, os.SEEK_END)
+    f.write(content)
+    f.flush()
+    os.fsync(f.fileno())
+
+
+def truncate(file: pathlib.Path, size_bytes: int) -> None:
+  """Cuts off the end of a file. Of several processes, only the first one does.
+
+  Raises:
+    StorageError: the file system refuses.
+  """
+  if not hosts.is_primary():
+    return
+  with naming(file):
+    os.truncate(file, size_bytes)
+    sync(file)
+
+
+def rename(file: pathlib.Path, to: pathlib.Path) -> None:
+  """Gives a file whose content is on disk its name. Of several processes, only the first one does.
+
+  Raises:
+    StorageError: the file system refuses.
+  """
+  if not hosts.is_primary():
+    return
+  with naming(to):
+    file.rename(to)
+    sync(to.parent)
 
 
 def write_text(file: pathlib.Path, text: str) -> None:

@@ -227,6 +227,7 @@ def _strangers(workdir: pathlib.Path, settings: dict[str, Any]) -> list[str]:
     out += [name for name, found in (
         (RESULT, (workdir / RESULT).exists()),
         (CHECKPOINTS, any(p.name.isdigit() for p in (workdir / CHECKPOINTS).glob('*')))) if found]
+    out += sorted(p.name for p in workdir.glob(f'{ANSWERS.format("*")}*'))
   return out
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 
 class PreemptedError(Exception):
-  """SIGTERM, SIGINT or SIGHUP arrived; a checkpoint of the step it interrupted is on disk."""
+  """SIGTERM, SIGINT or SIGHUP arrived; what was done until then is on disk: a checkpoint of the
+  step it interrupted, or before the first step what the teacher has written."""
 
   def __init__(self, what: str):
     super().__init__(f'{what}; the same command goes on from there')
@@ -64,9 +65,19 @@ class Interrupts:
     return seen if self._votes is None else self._votes(seen)
 
   def now(self) -> bool:
-    """Tells whether a signal has come to any process until now; waits for all."""
+    """Tells whether a signal has come to any process until now, the same to all of them; waits for
+    all."""
     from opd_jax.parallel import hosts
     return hosts.any_of(bool(self._seen))
+
+  def end(self, what: str) -> None:
+    """Ends the run if a signal has come to any process until now; waits for all.
+
+    Raises:
+      PreemptedError: says `what`.
+    """
+    if self.now():
+      raise PreemptedError(what)
 
   def __exit__(self, *exc: Any) -> None:
     for number, old in self._old.items():

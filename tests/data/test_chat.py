@@ -145,6 +145,8 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
       self.looks += 1
       return self.looks > 3
 
+    end = None  # before the first step nothing is written
+
   with monkeypatch.context() as m:
     m.setattr(train, 'Interrupts', Flag)
     with pytest.raises(train.PreemptedError):

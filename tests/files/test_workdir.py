@@ -176,7 +176,8 @@ class TestOddFiles:
 
 class TestLeftovers:
 
-  @pytest.mark.parametrize('name', ['export', 'adapter', 'checkpoints/3', 'result.json'])
+  @pytest.mark.parametrize('name', ['export', 'adapter', 'checkpoints/3', 'result.json',
+                                    'answers_own.jsonl', 'answers_given.jsonl.partial'])
   def test_of_another_run_are_not_taken_for_this_ones(self, name, tmp_path):
     c = tiny.config('sft')
     (tmp_path / name).mkdir(parents=True)

@@ -12,9 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 import scipy.optimize
+import scipy.stats
+
+from opd_jax.errors import ConfigError
+from opd_jax.experiment import Pipeline
 
 LEAST_CELLS = 8  # of five constants
 
@@ -86,3 +91,36 @@ def fit(cells: Sequence[Cell]) -> Law:
 def error(law: Law, cells: Sequence[Cell]) -> float:
   """Computes the median of |log L_predicted - log L| over cells: 0.1 is about 10 per cent."""
   return float(np.median([abs(np.log(law(c.parameters, c.tokens) / c.loss)) for c in cells]))
+
+
+def laws(p: Pipeline, results: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
+  """Fits a scaling law to each group of `report.scaling`: {title: constants, how many cells, and
+  the median relative errors of those that were fitted and of those held out}. A cell is an
+  evaluation of a method, its loss the geometric mean over seeds; its tokens are those that the
+  operations of training stand for.
+
+  Raises:
+    ConfigError: too few evaluations, or without a reverse KL above 0.
+  """
+  out = {}
+  for title, methods in p.report.scaling.items():
+    cells: dict[bool, list[Cell]] = {False: [], True: []}
+    for method in methods:
+      runs = [results[s][method] for s in results]
+      for found in zip(*([e for e in r['evals'] if e['step']] for r in runs), strict=True):
+        n = float(runs[0]['parameters'])
+        tokens = np.mean([e['flops']['student_training'] for e in found]) / (6 * n)
+        loss = [e.get('reverse_kl', 0.0) for e in found]
+        if min(loss) <= 0:
+          raise ConfigError(f'report.scaling: {method} has a reverse KL of {min(loss)} at step '
+                            f"{found[0]['step']}; allowed: above 0, with a teacher")
+        cells[method in p.report.held_out].append(
+            Cell(n, float(tokens), float(scipy.stats.gmean(loss))))
+    try:
+      law = fit(cells[False])
+    except ValueError as e:
+      raise ConfigError(f'report.scaling, {title}: {e}') from e
+    out[title] = {**dataclasses.asdict(law), 'cells': len(cells[False]),
+                  'error': error(law, cells[False]), 'held_out': len(cells[True]),
+                  'held_out_error': error(law, cells[True]) if cells[True] else None}
+  return out

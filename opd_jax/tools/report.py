@@ -15,7 +15,6 @@ from opd_jax import config as config_lib
 from opd_jax.errors import ConfigError
 from opd_jax.experiment import Pipeline, claims, makers, scaling, stage_config, stage_dir, stage_run
 from opd_jax.experiment.claims import Claim
-from opd_jax.experiment.scaling import Cell
 from opd_jax.files import disk
 from opd_jax.files import workdir as workdir_lib
 from opd_jax.run import ledger, metrics
@@ -77,64 +76,60 @@ def summarize(p: Pipeline, results: dict[int, dict[str, dict[str, Any]]]) -> dic
     out['steps'], out['flops'] = spread(steps), spread(flops)
     return out
 
-  none = [None] * len(seeds)
-  start = (*taught, *p.report.methods)[0]
   hits: dict[str, dict[str, list[tuple[float, Ledger] | None]]] = {}
-  rows = {BASE: row('base', [results[s][start]['before'] for s in seeds], none, none)}
+  made: dict[str, dict[str, Any]] = {}
   for method, label in zip(p.report.methods, p.report.labels, strict=True):
     runs = [results[s][method] for s in seeds]
     spent = [Ledger(**r['flops']) for r in runs]
-    rows[method] = row(label, [r['after'] for r in runs], [x.total for x in spent],
+    made[method] = row(label, [r['after'] for r in runs], [x.total for x in spent],
                        [r['steps'] for r in runs])
-    rows[method]['flops_by_part'] = {
+    made[method]['flops_by_part'] = {
         part: spread([x.parts()[part] for x in spent]) for part in ledger.PARTS}
     hits[method] = {str(level): [reach(r['evals'], level * goals[s]) for r, s in zip(
         runs, seeds, strict=True)] for level in (p.report.levels if graded else ())}
-    rows[method]['reach'] = {
+    made[method]['reach'] = {
         level: {'seeds_reached': sum(h is not None for h in found),
                 'steps': spread([h and h[0] for h in found]),
                 'flops': spread([h and h[1].total for h in found])}
         for level, found in hits[method].items()}
-  if taught and p.report.teacher not in [f'stage:{m}' for m in p.report.methods]:
-    rows[TEACHER] = row('teacher', [results[s][taught[0]]['teacher'] for s in seeds], none, none)
+  sections, none = outline(p, results), [None] * len(seeds)
+  rows = {name: made[name] if evals is None else row(name.rpartition(' ')[-1], evals, none, none)
+          for section in sections.values() for name, evals in section.items()} | made
   judged = {name: judge(claim, results, goals) for name, claim in p.report.claims.items()}
-  return {'name': p.name, 'seeds': seeds, 'claims': judged, 'sections': dict(p.report.sections),
-          'laws': laws(p, results), 'levels': list(p.report.levels),
+  return {'name': p.name, 'seeds': seeds, 'claims': judged,
+          'sections': {title: list(names) for title, names in sections.items()},
+          'laws': scaling.laws(p, results), 'levels': list(p.report.levels),
           'rows': rows, 'baseline': baseline(p) if graded else None,
           'ratios': ratios(hits, baseline(p)) if graded else {}}
 
 
-def laws(p: Pipeline, results: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
-  """Fits a scaling law to each group of `report.scaling`: {title: constants, how many cells, and
-  the median relative errors of those that were fitted and of those held out}. A cell is an
-  evaluation of a method, its loss the geometric mean over seeds; its tokens are those that the
-  operations of training stand for.
-
-  Raises:
-    ConfigError: too few evaluations, or without a reverse KL above 0.
-  """
+def outline(p: Pipeline, results: dict[int, dict[str, dict[str, Any]]]
+            ) -> dict[str, dict[str, list[dict[str, Any]] | None]]:
+  """Lists the rows of each section, the base and the teacher around the methods where those share
+  it: {title: {name of the row: its evaluations by seed, or None for a method}}."""
   out = {}
-  for title, methods in p.report.scaling.items():
-    cells: dict[bool, list[Cell]] = {False: [], True: []}
-    for method in methods:
-      runs = [results[s][method] for s in results]
-      for found in zip(*([e for e in r['evals'] if e['step']] for r in runs), strict=True):
-        n = float(runs[0]['parameters'])
-        tokens = np.mean([e['flops']['student_training'] for e in found]) / (6 * n)
-        loss = [e.get('reverse_kl', 0.0) for e in found]
-        if min(loss) <= 0:
-          raise ConfigError(f'report.scaling: {method} has a reverse KL of {min(loss)} at step '
-                            f"{found[0]['step']}; allowed: above 0, with a teacher")
-        cells[method in p.report.held_out].append(
-            Cell(n, float(tokens), float(scipy.stats.gmean(loss))))
-    try:
-      law = scaling.fit(cells[False])
-    except ValueError as e:
-      raise ConfigError(f'report.scaling, {title}: {e}') from e
-    out[title] = {**dataclasses.asdict(law), 'cells': len(cells[False]),
-                  'error': scaling.error(law, cells[False]), 'held_out': len(cells[True]),
-                  'held_out_error': scaling.error(law, cells[True]) if cells[True] else None}
+  made_here = p.report.teacher in [f'stage:{m}' for m in p.report.methods]
+  for title, methods in (dict(p.report.sections) or {p.name: p.report.methods}).items():
+    mark, seen = f'{title}: ', list(methods)
+    if not p.report.sections:  # the whole of it is about one base and one teacher
+      mark = ''
+      seen = sorted(methods, key=lambda m: not all(r[m].get('teacher') for r in results.values()))
+    found = [shared([[runs[m][who] for m in (seen if mark else seen[:1])]
+                     for runs in results.values()]) for who in ('before', 'teacher')]
+    rows = {mark + BASE: found[0], **dict.fromkeys(methods),
+            mark + TEACHER: None if made_here else found[1]}
+    out[title] = {name: evals for name, evals in rows.items() if evals or name in methods}
   return out
+
+
+def shared(found: list[list[dict[str, Any] | None]]) -> list[dict[str, Any]] | None:
+  """Picks the evaluation of every seed, of a list each, that is the same in all methods which have
+  one; None where a seed has none, or several."""
+  out = [[e for e in evals if e] for evals in found]
+  if not all(out) or any(len({e[name] for e in evals if name in e}) > 1
+                         for evals in out for name in (*ACCURACIES, 'reverse_kl')):
+    return None
+  return [max(evals, key=len) for evals in out]  # without a teacher there is no reverse KL
 
 
 def judge(claim: Claim, results: dict[int, dict[str, dict[str, Any]]], goals: dict[int, float]
@@ -229,7 +224,7 @@ def tables(summary: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
   out = [(f'{title} ({what})',
           ['', 'sampled accuracy', 'greedy accuracy', 'reverse KL (nats/token)', 'steps', 'GFLOP'],
           [lines[m] for m in methods])
-         for title, methods in (summary['sections'] or {summary['name']: tuple(lines)}).items()]
+         for title, methods in summary['sections'].items()]
   out.append(_parts_table(summary))
   if summary['laws']:
     out.append(('L = E + A N^-a + B D^-b: reverse KL by parameters and tokens; median relative '

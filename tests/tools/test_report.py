@@ -155,6 +155,14 @@ class TestSummarize:
     assert list(got['rows']) == ['base', 'a', 'b']
     report.tables(got)
 
+  def test_without_sections_the_base_and_the_teacher_are_those_of_one_that_has_a_teacher(self):
+    runs = {'a': result(0.25, 0.5), 'b': result(0.125, 0.7, teacher=0.75),
+            'c': result(0.25, 0.6, teacher=1.0)}
+    rows = report.summarize(settings('a', 'b', 'c'), {0: runs})['rows']
+    assert list(rows) == ['base', 'a', 'b', 'c', 'teacher']
+    assert rows['base']['sampled_accuracy']['mean'] == 0.125
+    assert rows['teacher']['sampled_accuracy']['mean'] == 0.75
+
   @pytest.mark.parametrize('ungraded', [('a', 'b'), ('b',)])
   def test_a_task_that_does_not_grade(self, ungraded, tmp_path):
     c = settings('a', 'b', teacher='stage:a')
@@ -206,8 +214,47 @@ class TestClaims:
 
   def test_a_table_a_section(self):
     out = report.tables(report.summarize(self.pipeline('a.reverse_kl'), self.results()))
-    assert [[row[0] for row in rows] for title, _, rows in out[:2]] == [['A', 'B'], ['B']]
+    assert [[row[0] for row in rows] for title, _, rows in out[:2]] == [
+        ['A', 'B'], ['base', 'B', 'teacher']]  # two bases and teachers, and one
     assert [title.split()[0] for title, _, _ in out[:2]] == ['one', 'two']
+    assert [row[1].split()[0] for row in out[1][2]] == ['0.200', '0.400', '0.500']
+
+  def section(self, a, b, **report_fields):
+    """The rows of the section of two methods, whose results of two seeds these make."""
+    p = self.pipeline('a.sampled_accuracy')
+    p = dataclasses.replace(p, report=dataclasses.replace(p.report, **report_fields))
+    summary = report.summarize(p, {s: {'a': a(s), 'b': b(s)} for s in (0, 1)})
+    json.dumps(summary, allow_nan=False)
+    assert set(summary['rows']) >= {'a', 'b'}
+    return [(row[0], row[1].split()[0], row[3]) for row in report.tables(summary)[0][2]]
+
+  def test_a_base_and_a_teacher_that_methods_share(self):
+    def run(accuracy, kl=None, base=0.125, teacher=1.0):
+      out = result(base, accuracy, teacher=teacher)
+      for e in out['evals'] if kl else ():
+        e['reverse_kl'] = kl
+      return out
+
+    # The seeds may differ in them; a method without a teacher has no reverse KL.
+    rows = self.section(lambda s: run(0.5, teacher=None, base=0.1 + s / 10),
+                        lambda s: run(0.6, kl=0.25, base=0.1 + s / 10, teacher=0.8 + s / 10))
+    assert [row[0] for row in rows] == ['base', 'A', 'B', 'teacher']
+    assert [row[1] for row in rows] == ['0.150', '0.500', '0.600', '0.850']
+    assert rows[0][2].startswith('0.2500')
+
+    def names(*runs, **report_fields):
+      return [row[0] for row in self.section(*runs, **report_fields)]
+
+    # In one seed another base, another teacher; only in the reverse KL; none at all.
+    assert names(lambda s: run(0.5, base=0.1 + s / 10), lambda s: run(0.6, base=0.1)) == [
+        'A', 'B', 'teacher']
+    assert names(lambda s: run(0.5, teacher=0.9 + s / 10), lambda s: run(0.6, teacher=0.9)) == [
+        'base', 'A', 'B']
+    assert names(lambda s: run(0.5, kl=0.5), lambda s: run(0.6, kl=0.5 + s)) == [
+        'A', 'B', 'teacher']
+    assert names(*[lambda s: run(0.5, teacher=None)] * 2) == ['base', 'A', 'B']
+    # The row of the method that made the teacher is there already.
+    assert names(*[lambda s: run(0.5)] * 2, teacher='stage:a') == ['base', 'A', 'B']
 
   def test_a_row_of_pictures_a_section(self):
     heights = []

@@ -1,8 +1,8 @@
 """Tells whether two mathematical answers are equal, by `math-verify` in processes of its own.
 
 They are started when first needed and kept, because to import sympy takes longer than most answers.
-One that hangs is ended (`_math_worker.py`), or killed should it not end: its question is answered
-with no, and the next one starts another.
+One that hangs ends itself (`_judges/serve.py`), or is killed should it not end: its question is
+answered with no, and the next one starts another.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import subprocess
 import sys
 from typing import Any
 
-HERE = pathlib.Path(__file__).parent
+JUDGES = pathlib.Path(__file__).with_name('_judges')
 CPU_SECONDS = 3  # of a worker, for one answer; ordinary ones take 0.05
 WALL_SECONDS = 60  # for a worker that is stopped, or on a machine that swaps
 LONGEST = 500  # characters; what is longer is no answer of a data set
@@ -29,13 +29,12 @@ WORKERS = max(1, min(8, os.cpu_count() or 1))
 class Worker:
   """A process that judges one answer at a time."""
 
-  def __init__(self, script: pathlib.Path = HERE / '_math_worker.py',
+  def __init__(self, judge: pathlib.Path = JUDGES / 'mathematics.py',
                judges: str = 'mathematics (math-verify)'):
     """Starts it.
 
     Args:
-      script: what it runs: with the seconds of processor time for an answer as its argument it
-        writes 'ready', and then a line of JSON for each that it reads.
+      judge: the file that `_judges/serve.py` asks.
       judges: what, in errors.
 
     Raises:
@@ -44,8 +43,9 @@ class Worker:
     # By -P the folder of the file is not where modules are looked for. In a session of its own it
     # does not hear the Ctrl-C that is meant for the run.
     self._process = subprocess.Popen(
-        [sys.executable, '-P', str(script), str(CPU_SECONDS)], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8', start_new_session=True)
+        [sys.executable, '-P', str(JUDGES / 'serve.py'), str(CPU_SECONDS), str(judge)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8',
+        start_new_session=True)
     if self._process.stdout.readline() != 'ready\n':
       said = self._process.communicate()[1].strip().splitlines()
       raise RuntimeError(f'the process that grades {judges} did not start: '

@@ -89,6 +89,27 @@ class TestProcesses:
     assert worker.ask('x+1', '1+x') is True and worker.ask('x+1', HANGS) is None
     assert worker._process.returncode == -signal.SIGPROF
 
+  def test_what_a_judge_prepares_is_not_counted(self, tmp_path, monkeypatch):
+    (tmp_path / 'judge.py').write_text('''
+import time
+
+def spend(seconds):
+  end = time.process_time() + seconds
+  while time.process_time() < end:
+    pass
+
+def prepare(before, within):
+  spend(before)
+
+def judge(before, within):
+  spend(within)
+  return [before, within]
+''')
+    monkeypatch.setattr(_math, 'CPU_SECONDS', 0.3)
+    worker = _math.Worker(tmp_path / 'judge.py', 'seconds')
+    assert worker.ask(0.6, 0.05) == [0.6, 0.05]
+    assert worker.ask(0.0, 30.0) is None and worker._process.returncode == -signal.SIGPROF
+
   def test_what_a_library_prints_is_no_answer(self, tmp_path, monkeypatch):
     (tmp_path / 'math_verify.py').write_text(
         'def parse(text, parsing_timeout):\n  print("1", flush=True)\n  return text\n'

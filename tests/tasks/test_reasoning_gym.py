@@ -1,6 +1,8 @@
 """The task whose problems a library makes; most of it needs the library."""
 
+import base64
 import importlib.util
+import pickle
 
 import pytest
 
@@ -10,6 +12,26 @@ from opd_jax.tasks import _math
 
 def make(**values):
   return tasks.options(tasks.get('reasoning_gym'), values)
+
+
+def test_the_process_that_scores(tmp_path, monkeypatch):
+  # A library of three lines in its place: this runs where it is not installed.
+  (tmp_path / 'reasoning_gym.py').write_text('''
+class Set:
+  def score_answer(self, answer, entry):
+    print(answer, flush=True)
+    return {'right': 7.0, 'half': 0.5, 'wrong': -1.0}[answer] * entry['factor']
+
+def create_dataset(name, size, seed):
+  assert (name, size, seed) == ('sums', 1, 0)
+  return Set()
+''')
+  monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+  worker = _math.Worker(_math.JUDGES / 'reasoning_gym_scores.py', 'answers')
+  problem = base64.b64encode(pickle.dumps({'factor': 1})).decode()
+  scores = [worker.ask('sums', problem, a) for a in ('right', 'half', 'wrong', 'no key')]
+  worker.kill()
+  assert scores == [1.0, 0.5, 0.0, 0.0]
 
 
 def test_without_the_library(monkeypatch):

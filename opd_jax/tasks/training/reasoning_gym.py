@@ -104,7 +104,7 @@ def _row(name, entry, suffix):
 
 
 _pool = _math.Pool(lambda: _math.Worker(
-    pathlib.Path(__file__).with_name('_reasoning_gym_worker.py'), 'answers to reasoning-gym'))
+    _math.JUDGES / 'reasoning_gym_scores.py', 'answers to reasoning-gym'))
 
 
 def prompt(example: dict[str, Any]) -> str:

@@ -222,21 +222,17 @@ class TestPlan:
         alone, student_sampling=0.25 * alone.student_sampling,
         teacher_sampling=0.75 * alone.teacher_scoring)
 
-  def test_what_is_done_for_each_update(self):
+  def test_what_is_done_for_each_update(self, folder):
     own = types.SimpleNamespace(name=OWN, steps=(0.0, 0.25), fixed=False, prompts=8,
                                 objective=types.SimpleNamespace(advantages='recomputed'))
     other = types.SimpleNamespace(**vars(own) | {'name': 'other', 'steps': (0.25, 1.0)})
     programs = types.SimpleNamespace(parts=types.SimpleNamespace(streams=[own, other]))
-    run = types.SimpleNamespace(optimizer=types.SimpleNamespace(updates_per_batch=3), steps=10,
-                                data=types.SimpleNamespace(limit=20))
-    for name, times in (('sample', 0.25), ('score teacher', 0.25), ('score student', 0.75),
-                        ('update', 0.75), ('other sample', 0.75), ('other score student', 0.75),
-                        ('other update', 2.25)):
-      assert phases._times(run, programs, name) == times, name
+    run = _run(folder, steps=10, data__limit=20, optimizer__updates_per_batch=3)
+    expected = {'sample': 0.25, 'score teacher': 0.25, 'score student': 0.75, 'update': 0.75,
+                'other sample': 0.75, 'other score student': 0.75, 'other update': 2.25}
+    assert {name: phases._times(run, programs, name) for name in expected} == expected
     own.fixed = True  # 20 examples in batches of 8, once in a run of 10 steps
-    assert phases._times(run, programs, 'sample') == 0.3
-    assert phases._times(run, programs, 'score teacher') == 0.25
-    assert phases._times(run, programs, 'other sample') == 0.75
+    assert [phases._times(run, programs, x) for x in ('sample', 'score teacher')] == [0.3, 0.25]
 
   def test_every_byte_is_counted_once(self, folder, monkeypatch):
     run, one = _run(folder), hardware.parse(ONE)

@@ -40,27 +40,27 @@ def get_config(arg: str | None = None) -> ConfigDict:
   return ablation.pipeline('personalize', arg, arms, {
       'forgets': Claim('Documents cost the old skills', 'IFEval 85 to 45 %',
                        f'before.{skill} - documents.{skill}', 0.0, 0.4),
-      'mixing': Claim('Mixing saves a part of them', '79 % of 85 %',
+      'mixing': Claim('Mixing saves a part of the old skills', '79 % of 85 %',
                       f'mixed.{skill} - documents.{skill}', 0.0, 0.2),
-      'mixing_not_all': Claim('and not all', '79 % against 85 %',
+      'mixing_not_all': Claim('Mixing does not save all of the old skills', '79 % against 85 %',
                               f'before.{skill} - mixed.{skill}', 0.0, 0.02),
-      'recovers_mixed': Claim('OPD brings them back after mixed training', '83 % of 85 %',
+      'recovers_mixed': Claim('OPD brings the old skills back after mixed training', '83 % of 85 %',
                               f'opd_mixed.{skill} - mixed.{skill}'
                               f' - 0.95 * (before.{skill} - mixed.{skill})', 0.0, 0.0),
-      'keeps_mixed': Claim('and keeps the knowledge', '36 to 41 %',
+      'keeps_mixed': Claim('OPD after mixed training keeps the knowledge', '36 to 41 %',
                            f'opd_mixed.{fact} - mixed.{fact}', -0.05, -0.05),
       'opd_over_sft_mixed': Claim(
-          "It brings more back than SFT on the teacher's answers", '-',
+          'After mixed training, OPD brings more back than SFT', '-',
           f'opd_mixed.{skill} - sft_mixed.{skill}', 0.0, 0.02),
-      'recovers': Claim('OPD brings them back after documents only', '-',
+      'recovers': Claim('OPD brings the old skills back after documents only', '-',
                         f'opd.{skill} - documents.{skill}'
                        f' - 0.95 * (before.{skill} - documents.{skill})', 0.0, 0.0),
-      'keeps': Claim('and keeps the knowledge', '-',
+      'keeps': Claim('OPD after documents only keeps the knowledge', '-',
                      f'opd.{fact} - documents.{fact}', -0.05, -0.05),
-      'keeps_beside': Claim('which OPD with documents beside does', 'alternating phases',
+      'keeps_beside': Claim('OPD with documents beside keeps the knowledge', 'alternating phases',
                             f'alternate.{fact} - documents.{fact}', -0.05, -0.05),
-      'recovers_beside': Claim('and brings the skills back too', 'alternating phases',
-                               f'alternate.{skill} - documents.{skill}'
+      'recovers_beside': Claim('OPD with documents beside brings the old skills back',
+                               'alternating phases', f'alternate.{skill} - documents.{skill}'
                                f' - 0.95 * (before.{skill} - documents.{skill})', 0.0, 0.0),
       'opd_over_sft': Claim('After documents only, OPD brings more back than SFT', '-',
                             f'opd.{skill} - sft.{skill}', 0.0, 0.02)})

@@ -44,12 +44,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
   return ablation.pipeline('self_sft', arg, arms, {
       'drifts': Claim('SFT on own samples makes the model worse', 'at any rate that is of use',
                       worse('sft'), 0.0, 0.02),
-      'at_a_quarter': Claim('and at a quarter of the rate', 'the same', worse('sft_quarter'), 0.0,
-                            0.01),
-      'linear': Claim('and with a rate that falls', 'it stops, and does not recover',
+      'at_a_quarter': Claim('SFT on own samples does so at a quarter of the rate', 'the same',
+                            worse('sft_quarter'), 0.0, 0.01),
+      'linear': Claim('SFT on own samples does so at a rate that falls',
+                      'it stops, and does not recover',
                       worse('sft_linear'), 0.0, 0.01),
-      'opd_stays': Claim('OPD with itself as teacher does not', 'stays at the teacher',
-                         f'0.02 - ({worse("opd_sampled")})', 0.0, 0.0)})
+      'opd_stays': Claim('OPD with itself as teacher does not make it worse',
+                         'stays at the teacher', f'0.02 - ({worse("opd_sampled")})', 0.0, 0.0)})
 
 
 def _answers(size: str) -> int:

@@ -43,7 +43,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
           f'OPD gets further than SFT with {more} prompts', '70 % against 60 % (AIME 24)',
           f'opd_{more}.sampled_accuracy - sft_{more}.sampled_accuracy', 0.0, 0.1),
       'many_prompts': Claim(
-          f'and with {counts[-1]}', 'the same',
+          f'OPD gets further than SFT with {counts[-1]} prompts', 'the same',
           f'opd_{counts[-1]}.sampled_accuracy - sft_{counts[-1]}.sampled_accuracy', 0.0, 0.1),
       'log_linear': Claim(
           'SFT goes on as it began, log-linear in the number of prompts',

@@ -237,9 +237,9 @@ def tables(summary: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
   if summary['claims']:
     out.append(('Claims; an effect is at least as large as is claimed, and its interval leaves out '
                 'that there is none, or it holds in part or not',
-                ['claim', 'its source', 'measured', 'here', 'claimed', ''],
-                [[c['says'], c['post'], c['measure'], signed(c['found']), f"{c['at_least']:g}",
-                  c['verdict']] for c in summary['claims'].values()]))
+                ['claim', 'its source', 'here', 'claimed', ''],
+                [[c['says'], c['post'], signed(c['found']), f"{c['at_least']:g}", c['verdict']]
+                 for c in summary['claims'].values()]))
   return out + _level_tables(summary, many) if summary['baseline'] else out
 
 

@@ -7,7 +7,10 @@ teacher, on prompts of the old skills: do they come back, and does the knowledge
 instruction following falls from 85 to 45 % (79 % with 30 % of chat mixed in) and comes back to
 83 %, while the knowledge rises from 36 to 41 %.
 
-Everything is made from nothing, from the task `skills`.
+Everything is made from nothing, from the task `skills`. Expected (three seeds, docs/results.md,
+"The ablations at tiny size"): documents cost all of the skill, mixing saves half, OPD after it
+brings 0.9 of it back and loses a part of the facts; with documents beside it loses few. Time:
+about five minutes a seed on one CPU core.
 
     opd train --config experiments/personalize.py:tiny,seeds=3
 """

@@ -4,7 +4,7 @@ the student's support, else much larger ones are needed).
 
 The other teacher has another width and other random weights, and was pretrained on right
 solutions only. Expected at `tiny` (three seeds, docs/results.md, "The ablations at tiny size"): 8
-rows end 0.17 behind 128 with either teacher. Time at `tiny`: about half a minute an arm and seed
+rows end 0.19 behind 128 with either teacher. Time at `tiny`: about half a minute an arm and seed
 on one CPU core, and five minutes for the other teacher.
 
     opd train --config experiments/batch_and_support.py:tiny,seeds=3

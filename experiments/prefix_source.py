@@ -2,7 +2,7 @@
 of the student or of the teacher, forward or reverse KL over the whole vocabulary.
 
 Expected at `tiny` (three seeds, docs/results.md, "The ablations at tiny size"): the student's
-prefixes 0.15 ahead on few prompts, no difference between the directions. Time at `tiny`: about
+prefixes 0.13 ahead on few prompts, no difference between the directions. Time at `tiny`: about
 half a minute an arm and seed on one CPU core.
 
     opd train --config experiments/prefix_source.py:tiny,seeds=3

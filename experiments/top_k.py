@@ -3,7 +3,7 @@ finds most likely, or the one that was sampled (the SDFT recipe of Thinking Mach
 almost nothing is lost).
 
 Expected at `tiny` (three seeds, docs/results.md, "The ablations at tiny size"): top 2 and top 4
-of teacher or student as good as all, one sampled token 0.1 behind. Time at `tiny`: about half a
+of teacher or student as good as all, one sampled token 0.13 behind. Time at `tiny`: about half a
 minute an arm and seed on one CPU core.
 
     opd train --config experiments/top_k.py:tiny,seeds=3

@@ -198,7 +198,7 @@ class TestClaims:
     assert claim['verdict'] == 'holds'
     _, columns, rows = next(t for t in report.tables(summary) if t[0].startswith('Claims'))
     assert len(columns) == len(rows[0]) and rows[0][0] == 'more' and rows[0][-1] == 'holds'
-    assert rows[0][3].startswith('0.41 [0.')
+    assert rows[0][2].startswith('0.41 [0.')
 
   def test_before_and_the_share_of_its_own_teacher(self):
     for measure, expected in (('b.sampled_accuracy - b.before.sampled_accuracy', 0.2),

@@ -168,11 +168,13 @@ class Checkpoints:
   def _saving(self) -> Iterator[None]:
     try:
       yield
-    except Exception as e:  # tensorstore raises a ValueError for a full disk
+    except Exception as e:
       if self._is_removed():
         raise disk.StorageError(f'{self._path} was removed while the run was going on') from e
       said = [os.strerror(n) for n in REFUSALS if os.strerror(n) in str(e)]
-      if not said and not isinstance(e, OSError):
+      # A ValueError is tensorstore's word for a full disk, and orbax's for files that went missing
+      # before a checkpoint was whole.
+      if not said and not isinstance(e, (OSError, ValueError)):
         raise
       reason = said[0] if said else getattr(e, 'strerror', None) or _first_line(e)
       raise disk.StorageError(f'{self._path} cannot be written: {reason}; the checkpoints in it '

@@ -94,21 +94,23 @@ def _small(c, arg):
 
 
 def _smollm2(c, arg):
-  """SmolLM2-135M and what is left of it without six layers (experiments/assets/smollm2.py)."""
+  """SmolLM2-135M and what is left of it without six layers (experiments/assets/smollm2.py), on
+  instructions, evaluated on others with rules."""
   folder = arg.models or str(SMOLLM2)
   models = experiment.find_made(folder, ('teacher', 'without_12_to_17'),
                                 f'python experiments/assets/smollm2.py --out {folder}')
   c.student.path, c.teacher.path = str(models / 'without_12_to_17'), str(models / 'teacher')
   c.prompt.template = 'student'
-  c.task = config_lib.task_config('prompts', source=str(ASSETS / 'instructions.jsonl'),
-                                  prompt_column='instruction', holdout_examples=60)
-  c.data.max_prompt_tokens, c.data.max_new_tokens = 64, 48
+  c.task = config_lib.task_config(
+      'prompts', source=str(ASSETS / 'instructions.jsonl'), prompt_column='instruction',
+      eval='ifeval', eval_source=str(ASSETS / 'held_out' / 'rules.jsonl'))
+  c.data.max_prompt_tokens, c.data.max_new_tokens = 64, 64
   c.steps, c.data.prompts_per_step, c.compute.microbatch_rows = 40, 16, 16
   rate(c, 1e-4)
   c.eval.every_steps, c.eval.problems = 20, 0
-  c.eval.samples_per_problem = c.eval.pass_k = 1
-  c.checkpoint.every_steps = 20
-  c.doctor.truncation = 'off: answers are cut at 48 tokens on purpose'
+  c.eval.samples_per_problem, c.eval.pass_k = 2, 1
+  c.checkpoint.every_steps, c.log.plain_every_steps = 20, 2
+  c.doctor.truncation = 'off: answers are cut at 64 tokens on purpose'
 
 
 def _published(c, arg):

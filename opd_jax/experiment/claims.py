@@ -23,7 +23,7 @@ from typing import Any
 
 from opd_jax.errors import ConfigError
 
-METRICS = ('sampled_accuracy', 'greedy_accuracy', 'reverse_kl')
+METRICS = ('sampled_accuracy', 'greedy_accuracy', 'reverse_kl', 'teacher_logprob')
 REACH = ('steps', 'flops')
 AFTER = 'after'
 GROUP = 'by_group'

@@ -22,6 +22,7 @@ from opd_jax.run import texts as texts_lib
 from opd_jax.types import Head, Model, Params, Rollout
 
 OVERLAP = ('overlap_count', 'overlap_mass', 'mass_outside')
+BY_TEACHER = ('reverse_kl', 'teacher_logprob', *OVERLAP)  # what a teacher says of the samples
 
 
 def pass_at_k(rewards: np.ndarray, k: int) -> np.ndarray:
@@ -144,12 +145,13 @@ def compare(params: Params, teacher_params: Params | Seen | None, rollout: Rollo
 
 def row_sums(params: Params, teacher_params: Params | Seen, rollout: Rollout, *,
              microbatch_rows: int, overlap_top_k: int, **how: Any) -> dict[str, Array]:
-  """Sums over the mask by row, float32 [B]: reverse_kl, the exact one; overlap_count, overlap_mass
-  and mass_outside (`metrics.overlap`) unless overlap_top_k is 0; and tokens, of the mask.
+  """Sums over the mask by row, float32 [B]: reverse_kl, the exact one; teacher_logprob, log p_T of
+  the tokens; overlap_count, overlap_mass and mass_outside (`metrics.overlap`) unless overlap_top_k
+  is 0; and tokens, of the mask.
 
   `how` is that of `compare`, and `microbatch_rows` the rows of a forward pass, 0 for all.
   """
-  names = {'kl': 'reverse_kl'}
+  names = {'kl': 'reverse_kl', 'teacher_logprobs': 'teacher_logprob'}
   if overlap_top_k:
     names |= {f'{name}_{overlap_top_k}': name for name in OVERLAP}
 
@@ -217,9 +219,9 @@ class Evaluator:
     Metrics: sampled_accuracy (avg@k), pass@k, greedy_accuracy, each with `_low`, `_high`
     (none of them where the task does not grade these examples); pass_at, the curve of pass@k, where
     there are at least 4 samples; by_group and measures, where the task has them; with a teacher,
-    on the student's own samples, reverse_kl (exact, nats a token), overlap_count, overlap_mass and
-    mass_outside (`metrics.overlap`, token means); text/compression, text/distinct_4, text/shared_4
-    (run/texts); mean length; truncation rate.
+    on the student's own samples, reverse_kl (exact, nats a token), teacher_logprob (log p_T of the
+    tokens), overlap_count, overlap_mass and mass_outside (`metrics.overlap`), all token means;
+    text/compression, text/distinct_4, text/shared_4 (run/texts); mean length; truncation rate.
     """
     rollout = jax.block_until_ready(self.sample(params, self._put(self._count), self._key))
     graded = [row for row in self.rows for _ in range(self._count)]
@@ -231,7 +233,7 @@ class Evaluator:
       theirs = self.see(teacher_params, rollout) if self.see else teacher_params
       sums = hosts.fetch(self.compare(params, theirs, rollout))
       count = sums.pop('tokens').sum()
-      out |= {name: float(sums[name].sum() / count) for name in ('reverse_kl', *OVERLAP)
+      out |= {name: float(sums[name].sum() / count) for name in BY_TEACHER
               if name in sums}
     if measures := examples_lib.measure(self._task, graded, seen, texts, self._tokenizer):
       out['measures'] = measures

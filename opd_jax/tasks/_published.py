@@ -9,7 +9,6 @@ Rows come from the hub at the commit that the file has, or from a local copy wit
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent import futures
 import dataclasses
 import json
 import pathlib
@@ -18,10 +17,9 @@ from typing import Any, ClassVar
 import datasets
 
 from opd_jax import tasks
-from opd_jax.tasks import _columns, _filters, _instructions, _math, _tables, prompts
+from opd_jax.tasks import _columns, _filters, _tables, prompts
 
 BOXED = '\nPlease reason step by step, and put your final answer within \\boxed{}.'
-BENCHMARKS = 'benchmarks'  # the folder of the tasks to evaluate on
 BLOCK = 4096  # rows that are looked at together
 
 
@@ -93,7 +91,7 @@ class Options:
   holdout_seed: int = 0
 
   def __post_init__(self):
-    known = tasks.names(BENCHMARKS)
+    known = tasks.names(prompts.BENCHMARKS)
     if self.eval and self.eval not in known:
       raise ValueError(f"task.options.eval={self.eval!r}; allowed: '' or one of {known}")
     if self.holdout_examples < 0 or self.eval and self.holdout_examples or not (
@@ -147,7 +145,7 @@ def load(split: str, options: Options) -> datasets.Dataset:
   if held_out is not None and not o.eval and data.train_split is None:
     raise ValueError(f'task.options.holdout_examples={o.holdout_examples} with eval={o.eval!r}: '
                      f'every row of {o.source or data.hub!r} is for evaluation; allowed: at least '
-                     f'1, or eval as one of {tasks.names(BENCHMARKS)}')
+                     f'1, or eval as one of {tasks.names(prompts.BENCHMARKS)}')
   rows, told = _read(o, '', trained, training=True)
   if held_out is None:
     rows, held_out = prompts.hold_out(rows, o.holdout_examples, o.holdout_seed)
@@ -262,35 +260,9 @@ def _behind(table, part, mark, place, text):
   return answer.strip()
 
 
-def prompt(example: dict[str, Any]) -> str | list[dict[str, str]]:
-  """Returns the text, or the conversation."""
-  return example['prompt']
-
-
-def grade(example: dict[str, Any], text: str) -> float | None:
-  """Returns 1.0 for a right answer, or one that follows all instructions, else 0.0; None without an
-  answer to compare."""
-  if example['grader'] == 'instructions':
-    return float(all(_instructions.follow(example['instructions'], text)))
-  return prompts.grade(example, text)
-
-
-def grade_all(examples: list[dict[str, Any]], texts: list[str]) -> list[float | None]:
-  """Grades many at a time: threads wait for the processes that judge mathematics."""
-  with futures.ThreadPoolExecutor(_math.WORKERS) as pool:
-    return list(pool.map(grade, examples, texts))
-
-
-def group(example: dict[str, Any]) -> str:
-  """Returns the part of the data set that an example is of, '' where it has none."""
-  return example['group'] if 'group' in example else ''
-
-
-def measures(example: dict[str, Any], text: str) -> dict[str, list[float]]:
-  """Returns what else is said of an answer to instructions; nothing of others."""
-  if example['grader'] != 'instructions':
-    return {}
-  return _instructions.measures(example['instructions'], text)
+# Rows are those of `prompts`.
+prompt, group, measures, grade, grade_all = (
+    prompts.prompt, prompts.group, prompts.measures, prompts.grade, prompts.grade_all)
 
 
 def example_options(folder: pathlib.Path, options: type[Options]) -> dict[str, Any]:

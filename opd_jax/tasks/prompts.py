@@ -9,7 +9,9 @@ out. What became of how many is in the log. A row has a `prompt` (a text, or the
 conversation that ends with the user's turn), perhaps an `answer` (or a list of accepted ones) and a
 `completion`, and the name of the `grader`, so that `grade` needs nothing else. How files are read
 is in `_tables.py`, columns in `_columns.py`, filters in `_filters.py`; what graders find and how
-they compare in `_graders.py`.
+they compare in `_graders.py`. With `eval`, evaluation rows are those of a task in benchmarks/:
+
+    c.task = config_lib.task_config('prompts', source='instructions.jsonl', eval='ifeval')
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ from typing import Any
 import datasets
 import numpy as np
 
-from opd_jax.tasks import _columns, _filters, _graders, _math, _tables
+from opd_jax import tasks
+from opd_jax.tasks import _columns, _filters, _graders, _instructions, _math, _tables
 from opd_jax.tasks._columns import AUTO
 
 GRADERS = ('none', AUTO, *_graders.FIND)
 MOST_HELD_OUT = 64  # with holdout_examples=-1
+BENCHMARKS = 'benchmarks'  # the folder of the tasks to evaluate on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +56,10 @@ class Options:
     completion_column: what supervised learning learns, '' for none.
     filters: rows to keep, as 'COLUMN OPERATOR LITERAL', for all of which a row has to be right.
     holdout_examples: how many random training rows become the evaluation set, where nothing else is
-      (eval_split or eval_source); -1 for a fifth of them, at most 64.
+      (eval_split, eval_source or eval); -1 for a fifth of them, at most 64.
     holdout_seed: which ones. The run's own seed only shuffles.
+    eval: name of a task of benchmarks/ to evaluate on, of which eval_source and eval_revision are
+      then `source` and `revision`; it brings its own columns and graders.
     eval_split: split with the evaluation rows.
     eval_source, eval_subset, eval_revision: of the evaluation rows, if not those of training.
     eval_prompt_column, eval_messages_column, eval_answer_column: '' for those of training.
@@ -76,6 +82,7 @@ class Options:
   filters: tuple[str, ...] = ()
   holdout_examples: int = 0
   holdout_seed: int = 0
+  eval: str = ''
   eval_split: str = ''
   eval_source: str = ''
   eval_subset: str = ''
@@ -123,30 +130,39 @@ def _check(o):
       importlib.util.find_spec('math_verify') is None):
     raise ValueError(f"task.options.grader={o.grader!r} needs math-verify, which is not installed; "
                      "allowed: `pip install 'math-verify>=0.9'`, or 'exact'")
-  separate = bool(o.eval_split or o.eval_source)
+  known = tasks.names(BENCHMARKS)
+  if o.eval and o.eval not in known:
+    raise ValueError(f"task.options.eval={o.eval!r}; allowed: '' or one of {known}")
+  separate = bool(o.eval_split or o.eval_source or o.eval)
   if separate == bool(o.holdout_examples) or o.holdout_examples < -1:
     raise ValueError(
         f'task.options.holdout_examples={o.holdout_examples} with eval_split={o.eval_split!r}, '
-        f'eval_source={o.eval_source!r}; allowed: at least 1, -1, or 0 and one of the others: '
+        f'eval_source={o.eval_source!r}, eval={o.eval!r}; allowed: at least 1, -1, or 0 and one of '
+        'the others: '
         'evaluation rows come from one place')
   if o.holdout_seed < 0 or o.holdout_seed and separate:
     raise ValueError(f'task.options.holdout_seed={o.holdout_seed}; allowed: at least 0, and 0 '
                      'where no rows are held out')
+  for name in ('eval_split', 'eval_subset'):
+    if o.eval and getattr(o, name):
+      raise ValueError(f'task.options.{name}={getattr(o, name)!r} has no effect with '
+                       f"eval={o.eval!r}; allowed: ''")
   for name in ('eval_subset', 'eval_revision'):
     if getattr(o, name) and not o.eval_source:
       raise ValueError(f"task.options.{name}={getattr(o, name)!r} has no effect without "
                        "eval_source; allowed: ''")
   for name in ('eval_prompt_column', 'eval_messages_column', 'eval_answer_column', 'eval_filters'):
     value = getattr(o, name)
-    if value and not separate:
+    if value and (o.eval or not separate):
       raise ValueError(f'task.options.{name}={value!r} has no effect where evaluation rows are '
-                       f'held out of the training rows; allowed: {type(value)()!r}')
-  for part in (_train_part(o), _eval_part(o)):
+                       f'held out of the training rows, or those of eval={o.eval!r}; allowed: '
+                       f'{type(value)()!r}')
+  for part in (_train_part(o),) if o.eval else (_train_part(o), _eval_part(o)):
     if bool(part.prompt_column) == bool(part.messages_column):
       raise ValueError(
           f'task.options.{part.prefix}prompt_column={part.prompt_column!r}, '
           f'{part.prefix}messages_column={part.messages_column!r}; allowed: one of them')
-  answers = _eval_part(o).answer_column
+  answers = (_train_part(o) if o.eval else _eval_part(o)).answer_column
   if o.grader != AUTO and (o.grader != 'none') != bool(answers):
     raise ValueError(f'task.options.grader={o.grader!r} with answer_column={o.answer_column!r}, '
                      f"eval_answer_column={o.eval_answer_column!r}; allowed: 'none' without a "
@@ -175,8 +191,14 @@ def load(split: str, options: Options) -> datasets.Dataset:
   if split not in ('eval', 'train'):
     raise ValueError(f"split={split!r}; allowed: ['eval', 'train']")
   o = options
-  held_out = None
-  if not o.holdout_examples:
+  held_out, suffix = None, o.suffix
+  if o.eval:
+    benchmark = tasks.get(o.eval)
+    other = benchmark.Options(source=o.eval_source, revision=o.eval_revision)
+    held_out, suffix = benchmark.load('eval', other), other.suffix
+    if split == 'eval':
+      return held_out
+  elif not o.holdout_examples:
     held_out, told = _rows(_eval_part(o), o)
     if split == 'eval':
       return _told(held_out, told)
@@ -188,7 +210,7 @@ def load(split: str, options: Options) -> datasets.Dataset:
     told += [f'{len(held_out)} held out']
     if split == 'eval':
       return _told(held_out, told)
-  rows, left_out = leave_out(rows, held_out, o.source)
+  rows, left_out = leave_out(rows, held_out, o.source, (o.suffix, suffix))
   return _told(rows, told + left_out)
 
 
@@ -244,7 +266,7 @@ def _rows(part, o):
   table = _tables.read(part)
   told = [f'{len(table)} rows read']
   # Training rows may have no answers where evaluation rows, of another place, have some.
-  evaluated = bool(part.prefix or o.holdout_examples)
+  evaluated = bool(part.prefix or o.holdout_examples or o.eval and o.grader != 'none')
   part, guessed = _columns.guess(table, part, graded=evaluated and o.grader != AUTO)
   for name in ('prompt_column', 'messages_column', 'answer_column', 'completion_column'):
     column = getattr(part, name)
@@ -279,9 +301,12 @@ def prompt(example: dict[str, Any]) -> str | list[dict[str, str]]:
 
 
 def grade(example: dict[str, Any], text: str) -> float | None:
-  """Returns 1.0 for a right answer, else 0.0; None without an answer to compare."""
+  """Returns 1.0 for a right answer, or one that follows all instructions, else 0.0; None without an
+  answer to compare."""
   if example['grader'] == 'none':
     return None
+  if example['grader'] == 'instructions':
+    return float(all(_instructions.follow(example['instructions'], text)))
   answers = example['answer']
   return _graders.grade(example['grader'], [answers] if isinstance(answers, str) else answers, text)
 
@@ -290,3 +315,15 @@ def grade_all(examples: list[dict[str, Any]], texts: list[str]) -> list[float | 
   """Grades many at a time: threads wait for the processes that judge mathematics."""
   with futures.ThreadPoolExecutor(_math.WORKERS) as pool:
     return list(pool.map(grade, examples, texts))
+
+
+def group(example: dict[str, Any]) -> str:
+  """Returns the part of the data set that an example is of, '' where it has none."""
+  return example['group'] if 'group' in example else ''
+
+
+def measures(example: dict[str, Any], text: str) -> dict[str, list[float]]:
+  """Returns what else is said of an answer to instructions; nothing of others."""
+  if example['grader'] != 'instructions':
+    return {}
+  return _instructions.measures(example['instructions'], text)

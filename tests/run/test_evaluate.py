@@ -164,6 +164,9 @@ class TestEvaluator:
     mask = np.asarray(rollout.mask)
     assert values['reverse_kl'] == pytest.approx((kl * mask).sum() / mask.sum(), rel=1e-4)
     assert values['reverse_kl'] > 0.1
+    drawn = np.take_along_axis(
+        np.asarray(logprobs[1])[:, :-1], np.asarray(rollout.tokens)[:, 1:, None], axis=2)[..., 0]
+    assert values['teacher_logprob'] == pytest.approx((drawn * mask).sum() / mask.sum(), rel=1e-4)
     # And the overlap of the 16 most likely tokens, which are sets here.
     own, other = (x[:, :-1][mask > 0] for x in logprobs)
     mine, theirs = (np.argsort(-x)[:, :16] for x in (own, other))
@@ -185,7 +188,7 @@ class TestEvaluator:
     # 24 rows: the largest part of 16 that divides them is 8.
     assert 'f32[8,10,32]' in small.compare.lower(*both, rows).compile().as_text()
     mine, whole = small.compare(*both, rows), evaluator.compare(*both, rollout)
-    assert mine.keys() == whole.keys() == {'reverse_kl', 'tokens', *evaluate.OVERLAP}
+    assert mine.keys() == whole.keys() == {'tokens', *evaluate.BY_TEACHER}
     for name in mine:  # absolutely: of the mass outside little is left, as a difference from 1
       np.testing.assert_allclose(mine[name], whole[name][:24], rtol=1e-4, atol=1e-5, err_msg=name)
 

@@ -266,6 +266,29 @@ class TestEvaluationRows:
     assert prompts.grade(rows[0], '3') is None
     assert prompts.grade(prompts.load('eval', o)[0], '3') == 1.0
 
+  def test_of_a_benchmark(self, tmp_path, jsonl):
+    rules = [{'prompt': 'What is 3 plus one?', 'instruction_id_list': ['punctuation:no_comma'],
+              'kwargs': [{}], 'group': 'marks'},
+             {'prompt': 'Name cats.', 'instruction_id_list': ['keywords:existence'],
+              'kwargs': [{'keywords': ['tiger']}], 'group': 'words'}]
+    o = options(jsonl, holdout_examples=0, eval='ifeval',
+                eval_source=str(tiny.write_jsonl(tmp_path / 'rules.jsonl', rules)))
+    held_out, train = (prompts.load(split, o) for split in ('eval', 'train'))
+    assert asked(train) == [i for i in range(40) if i != 3]
+    assert [prompts.group(row) for row in held_out] == ['marks', 'words']
+    assert [prompts.grade(row, 'A tiger, a lion.') for row in held_out] == [0.0, 1.0]
+    assert prompts.measures(held_out[1], 'none')['keywords_strict'] == [0.0]
+    # The training rows have graders of their own.
+    assert prompts.grade(train[0], 'It is 1.') == 1.0 and prompts.measures(train[0], '1') == {}
+    assert prompts.group(train[0]) == ''
+
+  def test_suffixes_of_a_benchmark_do_not_hide_twins(self, tmp_path, jsonl):
+    aime = [{'problem': 'What is 4 plus one?', 'answer': '5'}]
+    o = options(jsonl, holdout_examples=0, eval='aime24', suffix=' Be brief.',
+                eval_source=str(tiny.write_jsonl(tmp_path / 'aime.jsonl', aime)))
+    assert asked(prompts.load('train', o)) == [i for i in range(40) if i != 4]
+    assert 'boxed' in prompts.load('eval', o)[0]['prompt']
+
   def test_nothing_but_evaluation_rows(self, jsonl):
     refused('all of 40 training rows', source=jsonl, holdout_examples=0, eval_source=str(jsonl))
 
@@ -283,6 +306,14 @@ class TestEvaluationRows:
     (dict(eval_revision='0' * 40), ('eval_revision', 'no effect')),
     (dict(eval_filters=('level > 1',)), ('eval_filters', 'no effect')),
     (dict(eval_prompt_column='q'), ('eval_prompt_column', 'no effect')),
+    (dict(eval='tulu3', holdout_examples=0), ("eval='tulu3'", "'ifeval'")),
+    (dict(eval='ifeval'), ('holdout_examples=10', "eval='ifeval'")),
+    (dict(eval='ifeval', holdout_examples=0, eval_split='test'), ("eval_split='test'",)),
+    (dict(eval='ifeval', holdout_examples=0, eval_prompt_column='q'),
+     ('eval_prompt_column', "eval='ifeval'")),
+    (dict(eval='ifeval', holdout_examples=0, eval_filters=('a > 1',)), ('eval_filters',)),
+    (dict(eval='ifeval', holdout_examples=0, eval_revision='0' * 40), ('eval_revision',)),
+    (dict(eval='ifeval', holdout_examples=0, grader='none'), ("grader='none'", 'solution')),
     (dict(prompt_column=''), ("prompt_column=''", "messages_column=''", 'one of them')),
     (dict(messages_column='talk'), ("prompt_column='question'", "messages_column='talk'")),
     (dict(filters=(3,)), ('filters=(3,)',)),

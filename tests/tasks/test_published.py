@@ -10,7 +10,7 @@ from opd_jax import config, tasks
 from opd_jax.files import hub
 
 COMMIT = '0123456789abcdef' * 2 + '01234567'
-PUBLISHED = [name for name in tasks.names() if hasattr(tasks.get(name), 'measures')]
+PUBLISHED = [name for name in tasks.names() if hasattr(tasks.get(name).Options, 'data')]
 DEEPMATH = [{'question': f'What is {i} times 2?', 'final_answer': str(2 * i), 'difficulty': i / 2,
              'topic': 'Numbers', 'r1_solution_1': 'x'} for i in range(12)]
 AIME = [{'id': i, 'problem': f'Find {i}.', 'answer': f'{i:03}', 'year': '2024'} for i in range(5)]

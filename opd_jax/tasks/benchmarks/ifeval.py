@@ -2,7 +2,8 @@
 
 Columns: prompt, instruction_id_list, kwargs, key. The reward is 1 if all instructions of a prompt
 are followed, strictly; evaluations report the loose accuracy, those of single instructions, and
-those of each kind, too. Prompts of your own with the same columns are `source`:
+those of each kind, too. Prompts of your own with the same columns are `source`; a column `group`
+names parts of them, whose accuracies are reported as well:
 
     {"prompt": "Name three rivers, without commas.",
      "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
@@ -39,7 +40,8 @@ class Options(_published.Options):
 
   data: ClassVar[Data] = Data(
       hub='google/IFEval', revision='966cd89545d6b6acfd7638bc708b98261ca58e84',
-      prompt_column='prompt', grader='instructions', train_split=None, eval_split='', make=_make,
+      prompt_column='prompt', group_column='group', grader='instructions', train_split=None,
+      eval_split='', make=_make,
       needs=('prompt', 'instruction_id_list', 'kwargs'))
 
   suffix: str = ''

@@ -7,12 +7,16 @@ teacher, on prompts of the old skills: do they come back, and does the knowledge
 instruction following falls from 85 to 45 % (79 % with 30 % of chat mixed in) and comes back to
 83 %, while the knowledge rises from 36 to 41 %.
 
-Everything is made from nothing, from the task `skills`. Expected (three seeds, docs/results.md,
-"The ablations at tiny size"): documents cost all of the skill, mixing saves half, OPD after it
-brings 0.9 of it back and loses a part of the facts; with documents beside it loses few. Time:
-about five minutes a seed on one CPU core.
+`tiny` makes everything from nothing, from the task `skills`. Expected (three seeds,
+docs/results.md, "The ablations at tiny size"): documents cost all of the skill, mixing saves half,
+OPD after it brings 0.9 of it back and loses a part of the facts; with documents beside it loses
+few. Time: about five minutes a seed on one CPU core.
+
+`smollm2` teaches SmolLM2-135M 16 facts (`experiments/assets/documents.jsonl`). The skill is to
+follow rules (`held_out/rules.jsonl`), and facts are asked for (`held_out/facts.jsonl`).
 
     opd train --config experiments/personalize.py:tiny,seeds=3
+    opd train --config experiments/personalize.py:smollm2
 """
 
 from ml_collections import ConfigDict
@@ -26,9 +30,13 @@ CHAT = 0.02  # of the mixture: with 30 % of old skills nothing was lost (seed 0)
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  """Argument: size (tiny), seeds."""
+  """Arguments: size (tiny, smollm2), seeds, models (of smollm2, see `ablation.parse_arg`)."""
   arg = ablation.parse_arg(arg)
-  experiment.pick({'tiny': 0}, size=arg.size)
+  return experiment.pick({'tiny': from_nothing, 'smollm2': smollm2}, size=arg.size)(arg)
+
+
+def from_nothing(arg: ConfigDict) -> ConfigDict:
+  """A model that knows two skills, made here, and three ways back."""
   arms = {
       'before': ('before', before()),
       'documents': ('+ documents only', documents(0.0)),
@@ -40,9 +48,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
       'sft_mixed': ("mixed + SFT on the teacher's answers", ablation.sft(opd('mixed'), 'fresh')),
       'alternate': ('documents only + OPD, with documents beside', alternate('documents'))}
   skill, fact = 'by_group.instruction', 'by_group.fact'
+  lost = f'(before.{skill} - documents.{skill})'
   return ablation.pipeline('personalize', arg, arms, {
-      'forgets': Claim('Documents cost the old skills', 'IFEval 85 to 45 %',
-                       f'before.{skill} - documents.{skill}', 0.0, 0.4),
+      'forgets': Claim('Documents cost the old skills', 'IFEval 85 to 45 %', lost[1:-1], 0.0, 0.4),
       'mixing': Claim('Mixing saves a part of the old skills', '79 % of 85 %',
                       f'mixed.{skill} - documents.{skill}', 0.0, 0.2),
       'mixing_not_all': Claim('Mixing does not save all of the old skills', '79 % against 85 %',
@@ -56,17 +64,49 @@ def get_config(arg: str | None = None) -> ConfigDict:
           'After mixed training, OPD brings more back than SFT', '-',
           f'opd_mixed.{skill} - sft_mixed.{skill}', 0.0, 0.02),
       'recovers': Claim('OPD brings the old skills back after documents only', '-',
-                        f'opd.{skill} - documents.{skill}'
-                       f' - 0.95 * (before.{skill} - documents.{skill})', 0.0, 0.0),
+                        f'opd.{skill} - documents.{skill} - 0.95 * {lost}', 0.0, 0.0),
       'keeps': Claim('OPD after documents only keeps the knowledge', '-',
                      f'opd.{fact} - documents.{fact}', -0.05, -0.05),
       'keeps_beside': Claim('OPD with documents beside keeps the knowledge', 'alternating phases',
                             f'alternate.{fact} - documents.{fact}', -0.05, -0.05),
       'recovers_beside': Claim('OPD with documents beside brings the old skills back',
-                               'alternating phases', f'alternate.{skill} - documents.{skill}'
-                               f' - 0.95 * (before.{skill} - documents.{skill})', 0.0, 0.0),
+                               'alternating phases',
+                               f'alternate.{skill} - documents.{skill} - 0.95 * {lost}', 0.0, 0.0),
       'opd_over_sft': Claim('After documents only, OPD brings more back than SFT', '-',
                             f'opd.{skill} - sft.{skill}', 0.0, 0.02)})
+
+
+def smollm2(arg: ConfigDict) -> ConfigDict:
+  """SmolLM2-135M reads 64 short documents on a company that does not exist, and the model from
+  before teaches it what that cost; phases alternate, as in the post."""
+  c = ablation.opd(arg)
+  c.task.options.eval_source = str(ablation.ASSETS / 'held_out')  # rules and questions on the facts
+  c.student.path = c.teacher.path
+  rows = ablation.changed(ablation.sampled(c), task=config_lib.task_config(
+      'prompts', source=str(ablation.ASSETS / 'documents.jsonl'), prompt_column='prompt',
+      completion_column='completion', eval='ifeval', eval_source=c.task.options.eval_source))
+  supervised(rows, 'train')
+  arms = {
+      'documents': ('+ documents', rows),
+      'opd': ('+ documents + OPD', ablation.changed(c, student__path='stage:documents')),
+      'documents_again': ('+ documents + OPD + documents', ablation.changed(
+          ablation.with_rate(rows, 0.5), student__path='stage:opd', steps=20)),
+      'opd_again': ('+ documents + OPD + documents + OPD', ablation.changed(
+          ablation.with_rate(c, 0.5), student__path='stage:documents_again', steps=20))}
+  skill, fact = 'by_group.rule', 'by_group.fact'
+  lost = f'(documents.before.{skill} - documents.{skill})'
+  learnt = f'(documents.{fact} - documents.before.{fact})'
+  return ablation.pipeline('personalize', arg, arms, {
+      'learns': Claim('Documents are learnt', '-', learnt[1:-1], 0.0, 0.2),
+      'forgets': Claim('Documents cost the old skills', '-', lost[1:-1], 0.0, 0.1),
+      'recovers': Claim('OPD brings the old skills back', '-',
+                        f'opd.{skill} - documents.{skill} - 0.95 * {lost}', 0.0, 0.0),
+      'keeps': Claim('OPD keeps the knowledge', '-', f'opd.{fact} - documents.{fact}', -0.05,
+                     -0.05),
+      'recovers_again': Claim('After alternating phases the old skills are back', '83 % of 85 %',
+                              f'opd_again.{skill} - documents.{skill} - 0.95 * {lost}', 0.0, 0.0),
+      'keeps_again': Claim('After alternating phases the knowledge is there', '36 to 41 %',
+                           f'opd_again.{fact} - documents.{fact}', -0.05, -0.05)})
 
 
 def tiny() -> ConfigDict:

@@ -102,8 +102,9 @@ def write_table(folder: pathlib.Path) -> None:
       'Made by `python benchmarks/pod_plans.py`; no machine of these was used. Times are at a '
       'roofline (products at their peak, bytes at full bandwidth, collectives at full rate with '
       'their latency), every answer takes all of its room, and evaluations are not in it: a real '
-      'run takes longer. Memory is that of the largest program, GiB a chip; of GPUs, temporaries '
-      "are those of XLA's CPU compiler, which takes more. Chip-hours are for 100 steps of 256 "
+      'run takes longer. Memory is that of the largest program, GiB a chip; of TPUs without the '
+      "program's own code, some tenths of a GiB; of GPUs, temporaries are those of XLA's CPU "
+      'compiler, which takes more. Chip-hours are for 100 steps of 256 '
       'answers. A row stays as it is until it is planned again. What is counted, and how, is in '
       '[docs/plan.md](../../docs/plan.md).', '']
   for file in sorted(PODS.glob('*.py')):

@@ -5,8 +5,9 @@
     python benchmarks/pod_plans.py --anew                (from nothing)
 
 Each is `opd plan` in a process of its own, one after the other; for TPUs libtpu has to be there
-(`pip install 'opd_jax[plan]'`). One takes half a minute (GPUs) to many minutes (TPUs) of a core.
-What was planned is kept in `--folder`, a JSON file each, and not planned again.
+(`pip install 'opd_jax[plan]'`). One takes half a minute (GPUs) to a few minutes (TPUs) of a core.
+What was planned is kept in `--folder`, a JSON file each, and its row in PLAN.md; either way it is
+not planned again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from opd_jax import experiment  # noqa: E402, the package of this checkout
 PODS = ROOT / 'experiments' / 'pods'
 MODELS = PODS / 'models'
 GIB = 2**30
+ABSENT = 'not planned yet'
 
 
 def names() -> dict[str, tuple[pathlib.Path, str, str]]:
@@ -58,7 +60,7 @@ def row(size: str, answers: str, found: dict | None) -> str:
   chips = experiment.MACHINES[size].chips
   start = f'| {size} | {chips} | {answers} | '
   if found is None:
-    return start + '| | | | | | not planned yet |'
+    return start + f'| | | | | | {ABSENT} |'
   if 'refused' in found:
     return start + f'| | | | | | {found["refused"]} |'
   phases = found['phases']
@@ -80,15 +82,29 @@ def row(size: str, answers: str, found: dict | None) -> str:
           f'{found["chip_hours"]:.3g} | {verdict} |')
 
 
+def rows_there() -> dict[str, str]:
+  """Reads the rows of PLAN.md of what was planned, by name."""
+  out, stem = {}, ''
+  for line in (PODS / 'PLAN.md').read_text().splitlines():
+    cells = [cell.strip() for cell in line.split('|')]
+    if line.startswith('## '):
+      stem = line.removeprefix('## ')
+    elif len(cells) > 3 and cells[1] in experiment.MACHINES and ABSENT not in line:
+      out[f'{stem}-{cells[1]}-{cells[3]}'] = line
+  return out
+
+
 def write_table(folder: pathlib.Path) -> None:
-  """Writes PLAN.md from what is in the folder."""
+  """Writes PLAN.md from what is in the folder; of what is not, its rows stay."""
+  there = rows_there()
   lines = [
       '# What `opd plan` says of these experiments', '',
       'Made by `python benchmarks/pod_plans.py`; no machine of these was used. Times are at a '
       'roofline (products at their peak, bytes at full bandwidth, collectives at full rate with '
       'their latency), every answer takes all of its room, and evaluations are not in it: a real '
-      'run takes longer. Memory is that of the largest program, GiB a chip; of GPUs, temporaries '
-      "are those of XLA's CPU compiler, which takes more. Chip-hours are for 100 steps of 256 "
+      'run takes longer. Memory is that of the largest program, GiB a chip; of TPUs without the '
+      "program's own code, some tenths of a GiB; of GPUs, temporaries are those of XLA's CPU "
+      'compiler, which takes more. Chip-hours are for 100 steps of 256 '
       'answers. A row stays as it is until it is planned again. What is counted, and how, is in '
       '[docs/plan.md](../../docs/plan.md).', '']
   for file in sorted(PODS.glob('*.py')):
@@ -98,7 +114,8 @@ def write_table(folder: pathlib.Path) -> None:
     for name, (of, size, answers) in names().items():
       if of == file:
         path = folder / f'{name}.json'
-        lines.append(row(size, answers, json.loads(path.read_text()) if path.exists() else None))
+        found = json.loads(path.read_text()) if path.exists() else None
+        lines.append(there[name] if found is None and name in there else row(size, answers, found))
     lines.append('')
   (PODS / 'PLAN.md').write_text('\n'.join(lines))
 
@@ -113,9 +130,10 @@ def main() -> None:
   args = flags.parse_args()
   folder = pathlib.Path(args.folder)
   folder.mkdir(parents=True, exist_ok=True)
+  there = rows_there()
   for name, what in names().items():
     out = folder / f'{name}.json'
-    if re.search(args.only, name) and (args.anew or not out.exists()):
+    if re.search(args.only, name) and (args.anew or not (out.exists() or name in there)):
       print(name, flush=True)
       plan(*what, out, args.timeout_s)
       write_table(folder)

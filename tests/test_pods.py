@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import pathlib
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -107,3 +109,19 @@ def test_the_table_has_every_size():
   for file in FILES:
     assert f'## {file.stem}' in text
   assert 'benchmarks/pod_plans.py' in text
+
+
+def test_rows_stay_until_they_are_planned_again(tmp_path, monkeypatch):
+  spec = importlib.util.spec_from_file_location(
+      'pod_plans', tiny.ROOT / 'benchmarks' / 'pod_plans.py')
+  pod_plans = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(pod_plans)
+  shutil.copytree(FOLDER, tmp_path / 'pods', ignore=shutil.ignore_patterns('models'))
+  monkeypatch.setattr(pod_plans, 'PODS', tmp_path / 'pods')
+  before = (FOLDER / 'PLAN.md').read_text().splitlines()
+  name = next(iter(pod_plans.rows_there()))
+  (tmp_path / f'{name}.json').write_text(json.dumps({'refused': 'no such mesh'}))
+  pod_plans.write_table(tmp_path)
+  after = (tmp_path / 'pods' / 'PLAN.md').read_text().splitlines()
+  changed = [(a, b) for a, b in zip(before, after, strict=True) if a != b and a.startswith('|')]
+  assert len(changed) == 1 and 'no such mesh' in changed[0][1]

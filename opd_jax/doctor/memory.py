@@ -58,9 +58,13 @@ def resident_bytes(there: lowered.Resident, mesh: jax.sharding.Mesh) -> dict[str
 
 def memory_of(call: lowered.Call, compiled: Any, there: lowered.Resident) -> Memory:
   """Says what a device holds while a compiled program runs."""
+  return memory_from(call, compiled.memory_analysis(), there)
+
+
+def memory_from(call: lowered.Call, stats: Any, there: lowered.Resident) -> Memory:
+  """Says what a device holds while a program runs, of which `memory_analysis` says `stats`."""
   stays = {id(x) for x in jax.tree.leaves(there.groups())}
   rows = {id(x): lowered.bytes_each(x) for x in jax.tree.leaves((call.args, call.keywords))}
-  stats = compiled.memory_analysis()
   return Memory(
       resident=resident_bytes(there, call.mesh),
       rows=sum(size for key, size in rows.items() if key not in stays),

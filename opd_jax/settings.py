@@ -246,8 +246,8 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Doctor:
-  """What is checked at every start, on this many rollouts of at most so many tokens. A check is
-  'on' or 'off: REASON' (doctor/)."""
+  """What is checked at every start, on this many rollouts of at most so many tokens (fewer where
+  `opd doctor` looks on a CPU). A check is 'on' or 'off: REASON' (doctor/)."""
 
   rollouts: int = 8
   max_new_tokens: int = 256

@@ -40,8 +40,8 @@ PURE_MAY_IMPORT = {'__future__', 'ast', 'collections', 'dataclasses', 'functools
                    'itertools', 'math', 're', 'types', 'typing', 'flax', 'jax', 'jaxtyping',
                    'numpy', 'optax', 'opd_jax'}
 FLAX = ('flax.struct', 'flax.traverse_util')  # the rest is for Flax modules
-COMPILES = ('programs.py', 'run/evaluator.py', 'doctor/rollouts.py', 'tools/compare_estimators.py',
-            'tools/compare_models.py')
+COMPILES = ('programs.py', 'run/evaluator.py', 'doctor/lowered.py', 'doctor/rollouts.py',
+            'tools/compare_estimators.py', 'tools/compare_models.py')
 # Who writes configs or reads them, and who takes one to hand it on to those.
 CONFIGS = ('config.py', 'experiment/__init__.py', 'experiment/ablation.py', 'presets.py')
 TAKES_CONFIG = ('train.py', 'doctor/examine.py')  # `train` and `command`; and all of tools/

@@ -162,7 +162,7 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
               max_new_tokens: int, temperature: float, top_p: float, top_k: int,
               stop_tokens: tuple[int, ...], pad_token: int, mix_params: Params | None = None,
               mix_model: Model | None = None, mix_share: float = 0.0,
-              mix_temperature: float = 1.0, slots: int = 0) -> Rollout:
+              mix_temperature: float = 1.0, slots: int = 0, cache_lengths: int = 0) -> Rollout:
   """Samples one completion a row: a prefill, then a decode loop that stops when all rows ended.
 
   Args:
@@ -182,6 +182,7 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
     slots: static. So many rows are written at a time, the next as one ends (`slots.write`); 0 for
       all at once, as it is for fewer rows than that, and for rows that a mesh does not divide as it
       does the slots. Tokens are the same, but for rounding in batches of another size.
+    cache_lengths: static. How many of `slots.lengths` the cache has, the last of them; 0 for all.
 
   Returns:
     A `Rollout` with T = P + C.
@@ -230,23 +231,23 @@ def sample_fn(params: Params, prompts: Prompts, key: PRNGKeyArray, *, model: Mod
   # All draws at once: within the loop, each would cost more than the token that it draws.
   dtype = jnp.result_type(float)  # float64 in tests that are about it
   uniforms = layout.rows(row_uniforms(key, numbers, max_new_tokens, dtype), layout.DECODE)
+  last = cache_lengths if all(m.grow for m, _ in writers) else 1
   how = dict(prompts=prompts, uniforms=uniforms, room=max_new_tokens, pad_token=pad_token,
-             prefill=prefill, decode=decode, choose=choose_from,
-             grow=grow if all(m.grow for m, _ in writers) else None,
+             prefill=prefill, decode=decode, choose=choose_from, grow=grow,
+             lengths=slots_lib.lengths(max_new_tokens, last),
              is_stop=lambda tokens: jnp.isin(tokens, jnp.array(stop_tokens, jnp.int32)))
   divided = layout.row_parts(batch, layout.DECODE) == layout.row_parts(slots, layout.DECODE)
   if 0 < slots <= batch and divided:
     out, done, _ = slots_lib.Writer(**how, slots=slots, refill=refill).write()
   else:
-    out, done = _all_at_once(**how)
+    out, done = _at_once(**how)
   return _as_rollout(prompts, out, done)
 
 
-def _all_at_once(prompts, uniforms, room, pad_token, prefill, decode, choose, grow, is_stop):
+def _at_once(prompts, uniforms, room, pad_token, prefill, decode, choose, grow, lengths, is_stop):
   """Writes all rows until the last has ended; arguments and results as of `slots.Writer`."""
   batch, prompt_length = prompts.tokens.shape
   sizes = jnp.sum(prompts.valid.astype(jnp.int32), axis=-1)
-  lengths = slots_lib.lengths(room) if grow else [room]
   logits, caches = prefill(prompts.tokens, prompts.valid, prompt_length + lengths[0])
   token, logprob, offset = choose(logits, uniforms[:, 0])
 

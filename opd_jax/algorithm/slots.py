@@ -33,10 +33,10 @@ def group_size(slots: int) -> int:
   return max(1, slots // PARTS)
 
 
-def lengths(room: int) -> list[int]:
+def lengths(room: int, last: int = 0) -> list[int]:
   """Lists for how many tokens of a completion the cache has places, one after another: each step
-  reads them all."""
-  return [room // 4, room // 2, room] if room >= LONG else [room]
+  reads them all. Of these the `last` so many, 0 for all."""
+  return ([room // 4, room // 2, room] if room >= LONG else [room])[-last:]
 
 
 def widths(slots: int, rows: int) -> list[int]:
@@ -58,14 +58,14 @@ class Writer:
     prompts: tokens [B, P], left-padded.
     uniforms: [B, C, 2], what each token is drawn with.
     slots: M, static; B, if there are no more rows.
-    room: C, for a completion.
+    room, lengths: C, for a completion, and for how many tokens of it there are places, in turn.
     pad_token: what fills a row after its end.
     prefill: (tokens [n,P], valid, length) -> logits of the next token, caches of `length` places.
     decode: (tokens [n,1], positions, valid, caches) -> logits, caches with them.
     choose: (logits, uniforms [n, 2]) -> tokens, log-probs, offsets [n].
     refill: (caches, new caches, source [n]) -> the caches, in which slot i has the prompt at
       source[i] of the new ones, ending before the present place; what it has, where that is -1.
-    grow: (caches, length) -> the caches with so many places; None where they cannot.
+    grow: (caches, length) -> the caches with so many places; not called for a single length.
     is_stop: (tokens) -> bool.
   """
 
@@ -73,12 +73,13 @@ class Writer:
   uniforms: jax.Array
   slots: int
   room: int
+  lengths: list[int]
   pad_token: int
   prefill: Callable[..., Any]
   decode: Callable[..., Any]
   choose: Callable[..., Any]
   refill: Callable[..., Any]
-  grow: Callable[..., Any] | None
+  grow: Callable[..., Any]
   is_stop: Callable[[jax.Array], jax.Array]
 
   @property
@@ -104,10 +105,9 @@ class Writer:
       how many slots were decoded, steps times slots, int32.
     """
     prompt_length, sizes = self.prompts.tokens.shape[1], [*widths(self.width, self.rows), 0]
-    rooms = lengths(self.room) if self.grow else [self.room]
-    state = self._begin(prompt_length + rooms[0])
-    for room in rooms:
-      if room != rooms[0]:
+    state = self._begin(prompt_length + self.lengths[0])
+    for room in self.lengths:
+      if room != self.lengths[0]:
         state = {**state, 'caches': self.grow(state['caches'], prompt_length + room)}
       state = self._through_queue(
           functools.partial(self._busy, enough=sizes[1], room=room), state)

@@ -57,12 +57,13 @@ def examine(run: Run, programs: Programs, say: Callable[[str], None] = lambda te
   return out + _examine(run, COMPILED, run, programs, say, look)
 
 
-def examine_rollouts(run: Run, parts: Parts, student: Params, teacher: Params | None
-                     ) -> list[Finding]:
-  """Makes the checks on a few rollouts of the student; nothing is run if all of them are off."""
+def examine_rollouts(run: Run, parts: Parts, student: Params, teacher: Params | None,
+                     look: bool = False) -> list[Finding]:
+  """Makes the checks on a few rollouts of the student; nothing is run if all of them are off. To
+  `look` only: as quickly as it goes."""
   if all(_reason(run.doctor, name) for name in ROLLOUTS):
     return _examine(run, ROLLOUTS)
-  probe = rollouts.take_probe(run, parts, student, teacher)
+  probe = rollouts.take_probe(run, parts, student, teacher, look)
   return _examine(run, ROLLOUTS, run, parts, probe)
 
 
@@ -142,6 +143,6 @@ def command(c: ConfigDict, console: Console) -> bool:
   base = parts.read_base()
   student = lora.join(base, parts.read_trained())
   say('writing and grading some rollouts')
-  findings += examine_rollouts(run, parts, student, parts.read_frozen('teacher', base))
+  findings += examine_rollouts(run, parts, student, parts.read_frozen('teacher', base), look=True)
   console.print(table(run.name, findings))
   return all(f.status != FAIL for f in findings)

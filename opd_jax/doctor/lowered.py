@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax.algorithm import score
+from opd_jax.algorithm import sample, score
 from opd_jax.algorithm.objective import wants
 from opd_jax.build import Parts
 from opd_jax.data.streams import OWN, Stream
@@ -97,6 +97,48 @@ class Call:
     """Compiles it, see `begin`."""
     with jax.set_mesh(self.mesh):
       return self.begin(options)()
+
+
+def for_a_look(calls: dict[str, Call], short: bool) -> dict[str, Call]:
+  """Picks what has to be compiled to know what the largest program takes: no sampler beside one
+  that takes as much.
+
+  Args:
+    calls: of a run.
+    short: whether to compile what is left of samplers with the last two lengths of their caches
+      alone. No other two take as much as these, while one is copied into the other.
+  """
+  samplers = {name: call for name, call in calls.items()
+              if getattr(_settings(call), 'func', None) is sample.sample_fn}
+  out = dict(calls)
+  for name, call in samplers.items():
+    if any(other != name and other in out and _takes_no_less(bigger, call)
+           for other, bigger in samplers.items()):
+      del out[name]
+    elif short:
+      out[name] = dataclasses.replace(call, program=jax.jit(
+          functools.partial(_settings(call), cache_lengths=2),
+          out_shardings=sharding.by_rows(call.mesh)))
+  return out
+
+
+def _settings(call: Call) -> Any:
+  """The function that is compiled, of a sampler with its settings."""
+  return call.program.__wrapped__
+
+
+def _takes_no_less(a: Call, b: Call) -> bool:
+  """Whether sampler `a` is known to take as much as `b`: with the same weights, as many rows of as
+  much room, and draws that look at the distribution as `b` does, or at more of it."""
+  mine, theirs = _settings(a).keywords, _settings(b).keywords
+  forms = [(how['model'], how['slots'], how['mix_model'] if how.get('mix_share') else None,
+            [id(x) for x in jax.tree.leaves((call.args[0], call.keywords))])
+           for call, how in ((a, mine), (b, theirs))]
+  truncations = [(how['top_k'], how['top_p']) for how in (mine, theirs)]
+  return (forms[0] == forms[1] and len(a.args[1].tokens) >= len(b.args[1].tokens)
+          and mine['max_new_tokens'] >= theirs['max_new_tokens']
+          and (mine['temperature'] > 0 or theirs['temperature'] == 0)
+          and truncations[1] in (truncations[0], (0, 1.0)))
 
 
 def look_options() -> dict[str, Any]:

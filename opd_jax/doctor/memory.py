@@ -76,13 +76,15 @@ def check_memory(run: Run, programs: Programs, say: Callable[[str], None], look:
                  ) -> Finding:
   """Compiles the programs of a run and compares what the largest takes with what a device has.
 
-  To `look` only, what is compiled for a CPU is not what runs later, and greedy samplers are left
-  out: there is one for no fewer rows that draws, and takes no less.
+  To `look` only, samplers that take no more than another are left out (`lowered.for_a_look`), and
+  what is compiled for a CPU is not what runs later.
   """
   there, limit, worst = lowered.resident(programs), device_bytes(), None
-  options = lowered.look_options() if look and jax.default_backend() == 'cpu' else None
-  calls = {name: call for name, call in lowered.calls(run, programs, there).items()
-           if not (look and name.endswith('greedy'))}
+  quick = look and jax.default_backend() == 'cpu'
+  options = lowered.look_options() if quick else None
+  calls = lowered.calls(run, programs, there)
+  if look:
+    calls = lowered.for_a_look(calls, short=quick)
   for name, compiled in compile_all(calls, options, say):
     try:
       found = memory_of(calls[name], compiled(), there)

@@ -17,15 +17,17 @@ from opd_jax.build import Parts
 from opd_jax.data import prompts as prompts_lib
 from opd_jax.data.examples import Examples
 from opd_jax.data.streams import OWN
+from opd_jax.doctor import lowered
 from opd_jax.doctor.finding import FAIL, OK, SKIPPED, WARN, Finding
 from opd_jax.files.huggingface import LoadedModel
 from opd_jax.models import flax_module, lora
 from opd_jax.parallel import hosts, sharding
 from opd_jax.run import evaluate, evaluator
-from opd_jax.settings import Run
+from opd_jax.settings import Doctor, Run
 from opd_jax.types import Params, Wants
 
 DTYPES = ('float32', 'bfloat16')  # of an export
+LOOK = 128  # tokens of a completion in a look on a CPU: they are most of its time
 FAR = 3.0  # nats a token; a student at 3.1 did not collapse, one at 5.4 did (docs/results.md)
 # By compute.dtype: the most of KL(sampler, scorer); and of the largest difference at a token, what
 # is worth a look and what is no rounding. A real model of 30 layers is at 4e-5, and in bfloat16 at
@@ -60,37 +62,36 @@ class Probe:
     return float((values * self.mask).sum() / max(self.mask.sum(), 1.0))
 
 
-def take_probe(run: Run, parts: Parts, student: Params, teacher: Params | None) -> Probe:
-  """Lets the student write `doctor.rollouts` completions and both models grade them."""
-  room = min(run.data.max_new_tokens, run.doctor.max_new_tokens)
+def take_probe(run: Run, parts: Parts, student: Params, teacher: Params | None,
+               look: bool = False) -> Probe:
+  """Lets the student write `doctor.rollouts` completions and both models grade them; on a CPU, to
+  `look` only, shorter ones (`_room`), with a sampler that is compiled without optimizing."""
+  quick = look and jax.default_backend() == 'cpu'
+  by_rows = sharding.by_rows(parts.mesh)
+  room = _room(run, quick)
   sample = evaluator.make_sampler(run, parts.student.model, parts.stop_tokens, parts.pad_token,
-                              max_new_tokens=room)
+                                  max_new_tokens=room)
 
-  how = dict(model=parts.student.model, teacher=parts.teacher and parts.teacher.model,
-             temperature=run.sample.temperature,
-             teacher_temperature=run.objective.teacher_temperature,
-             chunk_tokens=parts.chunk_tokens)
+  def write(student, prompts, key):
+    return sample(student, prompts, key)
 
-  def look(student, teacher, prompts, key):
-    rollout = sample(student, prompts, key)
-    return rollout, evaluate.compare(student, teacher, rollout, **how)
-
-  def look_apart(student, teacher, prompts, key):
-    there, by_rows = parts.apart, sharding.by_rows(parts.mesh)
-    rollout = jax.block_until_ready(jax.jit(sample, out_shardings=by_rows)(student, prompts, key))
-    score_it = jax.jit(functools.partial(
-        score.teacher_logprob_fn, model=how['teacher'], temperature=1.0,
-        wants=Wants(hidden=True), chunk_tokens=there.chunk_tokens, microbatch_rows=0),
-        out_shardings=sharding.by_rows(there.mesh))
-    theirs = evaluate.See(there, score_it, how['teacher'])(teacher, rollout)
-    compare = jax.jit(functools.partial(evaluate.compare, **how), out_shardings=by_rows)
-    return rollout, compare(student, theirs, rollout)
-
+  model = parts.teacher and parts.teacher.model
+  compare = jax.jit(functools.partial(
+      evaluate.compare, model=parts.student.model, teacher=model,
+      temperature=run.sample.temperature, teacher_temperature=run.objective.teacher_temperature,
+      chunk_tokens=parts.chunk_tokens), out_shardings=by_rows)
   prompts = _prompts(run, parts.examples[OWN], parts.mesh)
   with jax.set_mesh(parts.mesh):
-    program = look_apart if parts.apart else jax.jit(
-        look, out_shardings=sharding.by_rows(parts.mesh))
-    rollout, scores = hosts.fetch(program(student, teacher, prompts, jax.random.key(run.seed)))
+    program = jax.jit(write, out_shardings=by_rows,
+                      compiler_options=lowered.look_options() if quick else None)
+    rollout = jax.block_until_ready(program(student, prompts, jax.random.key(run.seed)))
+    if parts.apart:
+      score_it = jax.jit(functools.partial(
+          score.teacher_logprob_fn, model=model, temperature=1.0, wants=Wants(hidden=True),
+          chunk_tokens=parts.apart.chunk_tokens, microbatch_rows=0),
+          out_shardings=sharding.by_rows(parts.apart.mesh))
+      teacher = evaluate.See(parts.apart, score_it, model)(teacher, rollout)
+    rollout, scores = hosts.fetch((rollout, compare(student, teacher, rollout)))
   scores = {name: np.asarray(x, np.float64) for name, x in scores.items()}
   own = scores['logprobs']
   return Probe(
@@ -99,6 +100,14 @@ def take_probe(run: Run, parts: Parts, student: Params, teacher: Params | None) 
       logratio=scores['teacher_logprobs'] - own if teacher is not None else None,
       teacher_entropy=scores.get('teacher_entropy'), ended=np.asarray(rollout.ended),
       tokens=np.asarray(rollout.tokens), room=room)
+
+
+def _room(run, quick):
+  """How many tokens a completion may have: a quick look takes fewer where the run allows more than
+  would be looked at anyway, unless somebody said how many."""
+  asked, usual = run.doctor.max_new_tokens, Doctor().max_new_tokens
+  allowed = run.data.max_new_tokens
+  return LOOK if quick and asked == usual < allowed else min(asked, allowed)
 
 
 def _prompts(run, examples, mesh):

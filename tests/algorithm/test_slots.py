@@ -78,21 +78,23 @@ def test_a_cache_that_grows_changes_nothing(monkeypatch, slots):
   model, params = _model('gemma2')
   rows, key = left_padded(_prompts(6, 40), 6), jax.random.key(1)
 
-  def written():
+  def written(**how):
     return jax.jit(functools.partial(
         sample.sample_fn, model=model, max_new_tokens=20, temperature=1.0, top_p=1.0, top_k=0,
-        stop_tokens=STOPS[1:], pad_token=0, slots=slots))(params, rows, key)
+        stop_tokens=STOPS[1:], pad_token=0, slots=slots, **how))(params, rows, key)
 
   want, seen = written(), []
   monkeypatch.setattr(slots_lib, 'LONG', 20)
   grow = model.grow
   model = dataclasses.replace(model, grow=lambda c, n: seen.append(n) or grow(c, n))
-  found = written()
-  assert seen == [16, 26]  # from 11: prompts of 6
-  assert np.max(np.sum(want.mask, axis=1)) > 10
-  np.testing.assert_array_equal(want.tokens, found.tokens)
-  # Sums over fewer places.
-  np.testing.assert_allclose(want.sampler_logprobs, found.sampler_logprobs, atol=2e-5)
+  for last, grown in ((0, [16, 26]), (2, [26])):  # from 11, or from 16: prompts of 6
+    seen.clear()
+    found = written(cache_lengths=last)
+    assert seen == grown
+    assert np.max(np.sum(want.mask, axis=1)) > 10
+    np.testing.assert_array_equal(want.tokens, found.tokens)
+    # Sums over fewer places.
+    np.testing.assert_allclose(want.sampler_logprobs, found.sampler_logprobs, atol=2e-5)
 
 
 def test_a_teacher_is_mixed_in_with_a_cache_of_its_own():

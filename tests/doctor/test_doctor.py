@@ -243,6 +243,24 @@ def test_one_token_on_which_sampler_and_scorer_are_apart(dtype, worst, status):
   assert rollouts.check_self_kl(config.parse(c), None, unread).status == OK
 
 
+@pytest.mark.parametrize(('fields', 'look', 'room'), [
+    (dict(), True, 10), (dict(data__max_new_tokens=300), True, 128),
+    (dict(data__max_new_tokens=300), False, 256), (dict(data__max_new_tokens=200), True, 200),
+    (dict(data__max_new_tokens=300, doctor__max_new_tokens=160), True, 160)])
+def test_how_long_completions_may_be(fields, look, room):
+  run = config.parse(_pair(**fields))
+  assert rollouts._room(run, look) == min(room, run.data.max_new_tokens)
+
+
+def test_a_look_at_rollouts_sees_what_a_start_sees(healthy):
+  run, parts = _open(_pair())
+  looked = {f.check: f for f in doctor.examine_rollouts(
+      run, parts, parts.read_trained(), parts.read_frozen('teacher', None), look=True)}
+  assert not _statuses(looked)
+  for check in ('uniform_teacher', 'special_tokens', 'truncation'):
+    assert looked[check].detail == healthy[check].detail
+
+
 @pytest.mark.parametrize(('fields', 'name'), [
     (dict(optimizer__name='sgd', optimizer__b2=0.5), 'optimizer.b2=0.5'),
     (dict(doctor__max_reverse_kl=1.0, doctor__support='off: x'), 'doctor.max_reverse_kl=1.0'),

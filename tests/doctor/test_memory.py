@@ -209,20 +209,51 @@ def test_what_is_compiled_for_a_look_allocates_the_same(monkeypatch):
     looked, run_later = (memory.memory_of(calls[name], calls[name].compile(options), there)
                          for options in (lowered.look_options(), None))
     assert looked.temporaries == pytest.approx(run_later.temporaries, rel=0.01), name
-    if name == 'evaluate greedy':  # which is why it is not looked at
-      drawn = calls['evaluate sample'].compile(lowered.look_options())
-      assert looked.total <= memory.memory_of(calls['evaluate sample'], drawn, there).total
-
   monkeypatch.setattr(lowered.Call, 'begin', lambda self, options: (
       lambda: compiled.append(options)))
   monkeypatch.setattr(memory, 'memory_of', lambda *args: memory.Memory({}, 0.0, 1.0, 0.0))
   for look, expected in ((True, lowered.look_options()), (False, None)):
     said = []
     memory.check_memory(run, made, said.append, look=look)
-    assert said == [f'compiling: {name}' for name in calls
-                    if not (look and name.endswith('greedy'))]
+    assert said == [f'compiling: {name}' for name in (
+        lowered.for_a_look(calls, short=True) if look else calls)]
     assert compiled == [expected] * len(said)
     compiled.clear()
+
+
+@pytest.mark.parametrize(('fields', 'left'), [  # of 32 rows a step
+    (dict(eval__problems=4), {'sample'}),
+    (dict(eval__samples_per_problem=4), {'evaluate sample'}),
+    (dict(eval__samples_per_problem=4, sample__top_k=4, eval__top_k=8),
+     {'sample', 'evaluate sample'}),
+    (dict(eval__problems=4, eval__top_k=4), {'sample', 'evaluate sample'})])
+def test_no_sampler_is_looked_at_beside_one_that_takes_as_much(fields, left):
+  run, made = _open(tiny.with_models('opd_exact', **{**GOOD, **fields}))
+  there = lowered.resident(made)
+  calls = lowered.calls(run, made, there)
+  kept = lowered.for_a_look(calls, short=False)
+  samplers = {name for name in calls if name.endswith(('sample', 'greedy'))}
+  assert set(kept) - samplers == set(calls) - samplers
+  assert set(kept) & samplers == left
+  assert all(kept[name] is calls[name] for name in kept)  # what the run calls, where it is kept
+  found = {name: memory.memory_of(call, call.compile(lowered.look_options()), there).total
+           for name, call in calls.items() if name in samplers}
+  assert max(found.values()) == max(found[name] for name in left)
+
+
+def test_the_last_two_lengths_of_a_cache_allocate_as_much_as_all(tmp_path):
+  path = tiny.write_model(tmp_path / 'model', max_position_embeddings=1024)
+  c = tiny.config('opd_exact', student__path=str(path), teacher__path=str(path), **GOOD)
+  c.data.max_new_tokens, c.eval.max_new_tokens = 512, 8
+  run, made = _open(c)
+  there = lowered.resident(made)
+  calls = lowered.calls(run, made, there)
+  short = lowered.for_a_look(calls, short=True)['sample']
+  loops = [call.text().count(' while(') for call in (calls['sample'], short)]
+  assert loops[1] < loops[0]
+  all_of_them, two = (memory.memory_of(call, call.compile(lowered.look_options()), there)
+                      for call in (calls['sample'], short))
+  assert two.total == pytest.approx(all_of_them.total, rel=0.01)
 
 
 class TestRefusal:

@@ -151,7 +151,7 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Blocks until everything is on disk."""
-    with self._saving():
+    with self._saving(background=True):
       self._manager.wait_until_finished()
     self._delete()
 
@@ -161,20 +161,20 @@ class Checkpoints:
       if not self._read_only:
         self.wait()
     finally:
-      with self._saving():
+      with self._saving(background=True):
         self._manager.close()
 
   @contextlib.contextmanager
-  def _saving(self) -> Iterator[None]:
+  def _saving(self, background: bool = False) -> Iterator[None]:
     try:
       yield
     except Exception as e:
       if self._is_removed():
         raise disk.StorageError(f'{self._path} was removed while the run was going on') from e
       said = [os.strerror(n) for n in REFUSALS if os.strerror(n) in str(e)]
-      # A ValueError is tensorstore's word for a full disk, and orbax's for files that went missing
-      # before a checkpoint was whole.
-      if not said and not isinstance(e, (OSError, ValueError)):
+      # A ValueError of what is written in the background is orbax's word for files that went
+      # missing before a checkpoint was whole.
+      if not said and not isinstance(e, (OSError, ValueError) if background else OSError):
         raise
       reason = said[0] if said else getattr(e, 'strerror', None) or _first_line(e)
       raise disk.StorageError(f'{self._path} cannot be written: {reason}; the checkpoints in it '

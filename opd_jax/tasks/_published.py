@@ -8,7 +8,7 @@ Rows come from the hub at the commit that the file has, or from a local copy wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
 import pathlib
@@ -122,9 +122,18 @@ class _Part(_tables.Part):
       return f'task.options.{self.prefix}source={self.source!r}, column {getattr(self, name)!r}'
     return super().field(name)
 
+  def pick(self, splits: Sequence[str]) -> str:
+    if len(splits) == 1:
+      return splits[0]
+    if self.split not in splits:
+      raise ValueError(f'{self.field("source")} has the splits {list(splits)}; allowed: one split, '
+                       f'or {self.split!r} among them')
+    return self.split
 
-def load(split: str, options: Options) -> datasets.Dataset:
-  """Reads the examples of 'eval' or 'train'.
+
+def load(split: str, options: Options, prefix: str = '') -> datasets.Dataset:
+  """Reads the examples of 'eval' or 'train'; errors name fields with `prefix`, for a task that
+  evaluates on this one.
 
   Raises:
     ValueError: another split; data that are not there, or whose columns are not those of the
@@ -138,7 +147,7 @@ def load(split: str, options: Options) -> datasets.Dataset:
     suffix = other.suffix
     held_out, told = _read(other, 'eval_', other.data.eval_split)
   elif not o.holdout_examples:
-    held_out, told = _read(o, '', data.eval_split)
+    held_out, told = _read(o, prefix, data.eval_split)
   if split == 'eval' and held_out is not None:
     return _told(held_out, told)
   trained = data.eval_split if data.train_split is None else data.train_split
@@ -169,8 +178,7 @@ def _read(o, prefix, split, training=False):
   local = pathlib.Path(source).exists()
   part = _Part(
       prefix, source, '' if local else data.subset, o.revision if o.source else data.revision,
-      '' if pathlib.Path(source).is_file() else split, data.prompt_column, data.messages_column,
-      data.answer_column, '', o.filters)
+      split, data.prompt_column, data.messages_column, data.answer_column, '', o.filters)
   table = _open(part, data, local)
   told = [f'{len(table)} rows read']
   if part.filters:

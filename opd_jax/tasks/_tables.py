@@ -46,6 +46,19 @@ class Part:
     """Names a field with its value, as errors begin."""
     return f'task.options.{self.prefix}{name}={getattr(self, name)!r}'
 
+  def pick(self, splits: Sequence[str]) -> str:
+    """Picks a split of those that the source has.
+
+    Raises:
+      ValueError: it is not there, or several are and none is named.
+    """
+    name = self.split or (splits[0] if len(splits) == 1 else '')
+    if name not in splits:
+      key = 'eval_split' if self.prefix else 'train_split'
+      raise ValueError(f'task.options.{key}={self.split!r}; allowed: a split of {self.source!r}, '
+                       f'{list(splits)}')
+    return name
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:
@@ -131,12 +144,7 @@ def read(part: Part) -> Table:
     why = str(e.__cause__ or e) or 'it is empty'  # what an empty file raises has no text
     raise ValueError(f'{part.field("source")}, subset={part.subset!r} cannot be read: {why}; '
                      f'allowed: {KINDS}') from e
-  name = part.split or (next(iter(splits)) if len(splits) == 1 else '')
-  if name not in splits:
-    key = 'eval_split' if part.prefix else 'train_split'
-    raise ValueError(f'task.options.{key}={part.split!r}; allowed: a split of {part.source!r}, '
-                     f'{list(splits)}')
-  return splits[name]()
+  return splits[part.pick(list(splits))]()
 
 
 def _check(part, path):

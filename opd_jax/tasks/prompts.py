@@ -154,9 +154,9 @@ def _check(o):
   for name in ('eval_prompt_column', 'eval_messages_column', 'eval_answer_column', 'eval_filters'):
     value = getattr(o, name)
     if value and (o.eval or not separate):
+      where = f'those of eval={o.eval!r}' if o.eval else 'held out of the training rows'
       raise ValueError(f'task.options.{name}={value!r} has no effect where evaluation rows are '
-                       f'held out of the training rows, or those of eval={o.eval!r}; allowed: '
-                       f'{type(value)()!r}')
+                       f'{where}; allowed: {type(value)()!r}')
   for part in (_train_part(o),) if o.eval else (_train_part(o), _eval_part(o)):
     if bool(part.prompt_column) == bool(part.messages_column):
       raise ValueError(
@@ -195,7 +195,7 @@ def load(split: str, options: Options) -> datasets.Dataset:
   if o.eval:
     benchmark = tasks.get(o.eval)
     other = benchmark.Options(source=o.eval_source, revision=o.eval_revision)
-    held_out, suffix = benchmark.load('eval', other), other.suffix
+    held_out, suffix = benchmark.load('eval', other, 'eval_'), other.suffix
     if split == 'eval':
       return held_out
   elif not o.holdout_examples:

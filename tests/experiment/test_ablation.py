@@ -50,6 +50,17 @@ class TestSizes:
       models = {m.path for run in p.runs.values() for m in (run.student, run.teacher)} - {''}
       assert ablation.HUB[size][1] in models <= set(ablation.HUB[size])
 
+  @pytest.mark.parametrize('size', ablation.SIZES)
+  def test_the_longest_context_is_the_whole_room(self, size):
+    whole = ablation.opd(ablation.parse_arg(size)).data.max_new_tokens
+    longest = load('context_length').get_config(size).order[-1]
+    assert longest == f'opd_{whole}'
+
+  def test_sources_are_left_out_of_what_they_did_not_measure(self):
+    claims = load('personalize').get_config('smollm2').report.claims
+    assert claims.recovers_again.post == '83 % of 85 %'
+    assert {c.post for c in load('discount').get_config('smollm2').report.claims.values()} == {'–'}
+
   def test_an_unknown_size(self):
     with pytest.raises(ConfigError, match=r"size='70b'; allowed: \['tiny', 'small', 'smollm2'"):
       load('discount').get_config('70b')

@@ -157,12 +157,13 @@ class TestRefused:
     assert not folder.exists()
 
   def test_an_error_that_is_not_the_file_systems_stays_what_it_is(self, folder, monkeypatch):
-    def fail(*args, **options):
-      raise RuntimeError('of another kind')
+    for error in (RuntimeError, ValueError):
+      def fail(*args, error=error, **options):
+        raise error('of another kind')
 
-    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, 'save', fail)
-    with open_store(folder) as store, pytest.raises(RuntimeError, match='of another kind'):
-      store.save(make_state(3), 3, history(3), None)
+      monkeypatch.setattr(checkpoint.ocp.CheckpointManager, 'save', fail)
+      with open_store(folder) as store, pytest.raises(error, match='of another kind'):
+        store.save(make_state(3), 3, history(3), None)
 
 
 class TestDeleted:

@@ -289,6 +289,26 @@ class TestEvaluationRows:
     assert asked(prompts.load('train', o)) == [i for i in range(40) if i != 4]
     assert 'boxed' in prompts.load('eval', o)[0]['prompt']
 
+  def test_what_a_benchmark_cannot_read_is_said_of_eval_source(self, tmp_path, jsonl):
+    asked = dict(source=jsonl, holdout_examples=0, eval='ifeval')
+    refused(f"task.options.eval_source='{tmp_path}/no.jsonl' does not exist", **asked,
+            eval_source=f'{tmp_path}/no.jsonl')
+    refused('task.options.eval_source', "no columns ['prompt'", **asked, eval_source=str(jsonl))
+    refused("task.options.eval_revision='v1' has no effect", **asked, eval_source=str(jsonl),
+            eval_revision='v1')
+    (tmp_path / 'both').mkdir()
+    for split in ('train', 'validation'):
+      tiny.write_jsonl(tmp_path / 'both' / f'{split}.jsonl',
+                       [{'question': '1?', 'answer': '#### 1'}])
+    refused("task.options.eval_source=", "['train', 'validation']", "'test'", source=jsonl,
+            holdout_examples=0, eval='gsm8k', eval_source=str(tmp_path / 'both'))
+
+  def test_the_only_split_of_a_folder_is_the_benchmarks(self, tmp_path, jsonl):
+    (tmp_path / 'gsm8k').mkdir()
+    tiny.write_jsonl(tmp_path / 'gsm8k' / 'rows.jsonl', [{'question': '1?', 'answer': '#### 1'}])
+    o = options(jsonl, holdout_examples=0, eval='gsm8k', eval_source=str(tmp_path / 'gsm8k'))
+    assert prompts.load('eval', o)['answer'][:] == ['1']
+
   def test_nothing_but_evaluation_rows(self, jsonl):
     refused('all of 40 training rows', source=jsonl, holdout_examples=0, eval_source=str(jsonl))
 

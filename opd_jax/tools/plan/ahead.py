@@ -49,9 +49,12 @@ def allocate(make: Callable[..., Call], args: tuple[Any, ...], folder: str,
              enough: Callable[[Allocated], bool]) -> Allocated:
   """Compiles a program in a process of its own, which ends as soon as its memory is known.
 
+  The process imports the main module again, as `multiprocessing` does: a script that plans needs
+  its `if __name__ == '__main__'`.
+
   Args:
     make: of `args`, the program; a function of a module.
-    args: can be pickled.
+    args: can be pickled; the last is the program's name.
     folder: takes what the compiler writes out.
     enough: of what is allocated, whether that answers; else the program is compiled to its end.
 
@@ -60,6 +63,7 @@ def allocate(make: Callable[..., Call], args: tuple[Any, ...], folder: str,
 
   Raises:
     jax.errors.JaxRuntimeError: the compiler's.
+    RuntimeError: the process ended without a word, for example for want of memory.
   """
   context = multiprocessing.get_context('spawn')
   ours, theirs = context.Pipe(duplex=False)
@@ -67,7 +71,8 @@ def allocate(make: Callable[..., Call], args: tuple[Any, ...], folder: str,
   child.start()
   theirs.close()
   try:
-    while not ours.poll(LOOK_S):
+    found = None
+    while not ours.poll(LOOK_S if found is None else None):
       found = read(folder)
       if found is not None and enough(found):
         return found
@@ -75,7 +80,9 @@ def allocate(make: Callable[..., Call], args: tuple[Any, ...], folder: str,
       sizes, said = ours.recv()
     except EOFError:
       child.join()
-      raise RuntimeError(f'compiling for TPUs ended with status {child.exitcode}') from None
+      raise RuntimeError(
+          f'compiling {args[-1:]} for TPUs ended with status {child.exitcode}; allowed: a machine '
+          'with memory for it (status -9: it was killed)') from None
   finally:
     child.kill()
     child.join()

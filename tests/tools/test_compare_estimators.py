@@ -369,4 +369,4 @@ class TestEvaluation:
         evaluate.row_sums, model=model, teacher=model, temperature=1.0, teacher_temperature=1.0,
         chunk_tokens=8, microbatch_rows=0, overlap_top_k=k), params, params, rollout))
         for k in (0, 3)]
-    assert names == [{'reverse_kl', 'tokens'}, {'reverse_kl', 'tokens', *evaluate.OVERLAP}]
+    assert names == [{'reverse_kl', 'teacher_logprob', 'tokens'}, {'tokens', *evaluate.BY_TEACHER}]

@@ -78,7 +78,9 @@ class TestWhatIsGraded:
     got = examples_lib.measure(task, [{'name': 'a'}, {'name': 'b'}], rollout, texts, self.CHAT)
     assert seen == ['7', '']  # without thinking, and nothing of what has not ended
     assert got == {'words': 0.25, 'a': 1.0, 'b': 1.0}
-    assert examples_lib.measure(prompts, [{}] * 2, rollout, texts, self.CHAT) == {}
+    for none in (prompts, types.SimpleNamespace()):  # nothing of such rows, or at all
+      rows = [{'grader': 'none'}] * 2
+      assert examples_lib.measure(none, rows, rollout, texts, self.CHAT) == {}
 
   def grader(self, **grades):
     """A task that gives these grades, by the text."""

@@ -4,8 +4,9 @@ length of the evaluation).
 
 The student writes so many tokens a step and no more; evaluations have the whole room.
 
-Expected at `tiny` (three seeds, docs/results.md, "The ablations at tiny size"): 9 of 36 tokens 0.36
-behind, 18 of 36 0.22 behind. Time at `tiny`: about half a minute an arm and seed on one CPU core.
+Expected at `tiny` (three seeds, docs/results.md, "The ablations at tiny size"): 9 of 36 tokens stay
+0.36 short of nine tenths of what all of them bring, 18 of 36 0.22. Time at `tiny`: about half a
+minute an arm and seed on one CPU core.
 
     opd train --config experiments/context_length.py:tiny,seeds=3
 """

@@ -5,8 +5,8 @@ Each token is rewarded by its own log-ratio (discount 0), or by the discounted s
 follow, which is nearer to the gradient of the sequence's divergence. The post saw no gain.
 
 Expected at `tiny` (three seeds, docs/results.md, "The ablations at tiny size"): 0.5 as good as 0,
-0.9 and 1 no worse within the noise. Time at `tiny`: about half a minute an arm and seed on one CPU
-core.
+0.9 behind by 0.03 and 1 by 0.10, both within the noise of three seeds. Time at `tiny`: about half a
+minute an arm and seed on one CPU core.
 
     opd train --config experiments/discount.py:tiny,seeds=3
 """

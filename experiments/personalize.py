@@ -13,7 +13,8 @@ OPD after it brings 0.9 of it back and loses a part of the facts; with documents
 few. Time: about five minutes a seed on one CPU core.
 
 `smollm2` teaches SmolLM2-135M 16 facts (`experiments/assets/documents.jsonl`). The skill is to
-follow rules (`held_out/rules.jsonl`), and facts are asked for (`held_out/facts.jsonl`).
+follow rules (`held_out/rules.jsonl`), and facts are asked for (`held_out/facts.jsonl`). It has not
+been run yet.
 
     opd train --config experiments/personalize.py:tiny,seeds=3
     opd train --config experiments/personalize.py:smollm2

@@ -6,8 +6,8 @@ finds that SFT at any rate that is of use makes the model worse, and that a sche
 stops that and does not repair it. OPD with a fixed copy as the teacher stays.
 
 Expected at `tiny` (three seeds, docs/results.md, "The ablations at tiny size"): SFT 0.04 worse,
-0.02 at a rate that falls; OPD stays. Time at `tiny`: about half a minute an arm and seed on one CPU
-core.
+0.02 at a rate that falls; OPD by the sampled loss stays. Time at `tiny`: about half a minute an arm
+and seed on one CPU core.
 
     opd train --config experiments/self_sft.py:tiny,seeds=3
 """

@@ -6,8 +6,7 @@ answer the same N prompts anew in every step. The post: accuracy after SFT is lo
 number of prompts, and OPD gets to the same place with 9 to 30 times less compute.
 
 Expected at `tiny` (three seeds, docs/results.md, "The ablations at tiny size"): OPD 0.18 ahead with
-64 prompts, and no further with 1024. Time at `tiny`: about half a minute an arm and seed on one CPU
-core.
+64 prompts, and 0.01 with 1024. Time at `tiny`: about half a minute an arm and seed on one CPU core.
 
     opd train --config experiments/sft_vs_opd.py:tiny,seeds=3
 """

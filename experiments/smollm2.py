@@ -14,10 +14,11 @@ answered, reverse KL to the teacher, and how likely the teacher finds the sample
     opd train --config experiments/smollm2.py
     opd train --config experiments/smollm2.py:seeds=3     (seeds 0, 1, 2)
 
-Hardware: two CPU cores and 12 GiB. Time: an arm is about a quarter of an hour on two idle cores.
-Expected (one seed, docs/results.md, "A real language model recovers"): the reverse KL on held-out
-prompts falls from 0.96 to 0.55 nats a token in 20 steps of OPD, to 0.52 in 40; to 0.62 and 0.59 by
-SFT. Rules and knowledge do not come back on so few tokens.
+Hardware: two CPU cores and 12 GiB. Time: 103 minutes of processor time for both arms, with
+compiling and evaluations, 81 by the clock on two cores that did other work too. Expected (one seed,
+docs/results.md, "A real language model recovers"): the reverse KL on held-out prompts falls from
+0.96 to 0.55 nats a token in 20 steps of OPD, to 0.52 in 40; to 0.62 and 0.59 by SFT. Rules and
+knowledge do not come back on so few tokens.
 """
 
 from ml_collections import ConfigDict
@@ -33,8 +34,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   arg = ablation.parse_arg(arg, size='smollm2')
   experiment.pick({'smollm2': 0}, size=arg.size)
   c = ablation.opd(arg)
-  right = 'greedy_accuracy'  # rules followed and questions answered; samples of a teacher so small
-  # are often wrong
+  # Rules followed and questions answered; samples of a teacher so small are often wrong.
+  right = 'greedy_accuracy'
   out = ablation.pipeline('smollm2', arg, {
       'opd': ('OPD (exact reverse KL)', c),
       'sft': ("SFT on the teacher's samples", ablation.sft(c, 'fresh'))}, {

@@ -377,7 +377,7 @@ class TestTpus:
     assert plan['fits'] and plan['mesh']['tensor'] == 2
     for p in plan['phases']:
       assert {t['link'] for t in p['traffic']} == {'ICI'}
-      assert p['device_flops'] >= 0.98 * p['flops'] / 4  # decoding: a product may be made a sum
+      assert p['device_flops'] >= p['flops'] / 4
 
   def test_what_the_formula_was_wrong_about(self, tmp_path):
     """The update of a 0.6B on four v5p, of which a formula said 16.1 GiB and XLA 5.8."""

@@ -201,7 +201,9 @@ def _compile(run: Run, call: lowered.Call, there: lowered.Resident, topology: To
   out = stats.output_size_in_bytes if stats else 0.0
   hbm = sum(once) + out + counts.product_bytes + asked.other_bytes / mesh.size + 2 * sum(
       c.times * c.result_bytes for c in counts.collectives)
-  device_flops = counts.flops + asked.other_flops / mesh.size
+  # No device does less than its share: in decoding, XLA may make a sum of a product, which is not
+  # counted as one.
+  device_flops = max(counts.flops + asked.other_flops / mesh.size, asked.flops / mesh.size)
   traffic = _traffic(counts, mesh, topology)
   rate = chip.flops_per_s if run.compute.dtype == 'bfloat16' else chip.wide_flops_per_s
   return Phase(

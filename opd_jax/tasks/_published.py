@@ -143,13 +143,11 @@ def load(split: str, options: Options, prefix: str = '') -> datasets.Dataset:
     raise ValueError(f"split={split!r}; allowed: ['eval', 'train']")
   o, data, held_out, suffix = options, options.data, None, options.suffix
   if o.eval:
-    other = tasks.get(o.eval).Options(source=o.eval_source, revision=o.eval_revision)
-    suffix = other.suffix
-    held_out, told = _read(other, 'eval_', other.data.eval_split)
+    held_out, suffix = prompts.benchmark_rows(o.eval, o.eval_source, o.eval_revision)
   elif not o.holdout_examples:
-    held_out, told = _read(o, prefix, data.eval_split)
+    held_out = _told(*_read(o, prefix, data.eval_split))
   if split == 'eval' and held_out is not None:
-    return _told(held_out, told)
+    return held_out
   trained = data.eval_split if data.train_split is None else data.train_split
   if held_out is not None and not o.eval and data.train_split is None:
     raise ValueError(f'task.options.holdout_examples={o.holdout_examples} with eval={o.eval!r}: '

@@ -193,9 +193,7 @@ def load(split: str, options: Options) -> datasets.Dataset:
   o = options
   held_out, suffix = None, o.suffix
   if o.eval:
-    benchmark = tasks.get(o.eval)
-    other = benchmark.Options(source=o.eval_source, revision=o.eval_revision)
-    held_out, suffix = benchmark.load('eval', other, 'eval_'), other.suffix
+    held_out, suffix = benchmark_rows(o.eval, o.eval_source, o.eval_revision)
     if split == 'eval':
       return held_out
   elif not o.holdout_examples:
@@ -212,6 +210,18 @@ def load(split: str, options: Options) -> datasets.Dataset:
       return _told(held_out, told)
   rows, left_out = leave_out(rows, held_out, o.source, (o.suffix, suffix))
   return _told(rows, told + left_out)
+
+
+def benchmark_rows(name: str, source: str, revision: str) -> tuple[datasets.Dataset, str]:
+  """Reads the rows of a task of benchmarks/ that another evaluates on, whose fields are eval_source
+  and eval_revision: (those, the suffix that each of their prompts has).
+
+  Raises:
+    ValueError: as its `load`.
+  """
+  benchmark = tasks.get(name)
+  options = benchmark.Options(source=source, revision=revision)
+  return benchmark.load('eval', options, 'eval_'), options.suffix
 
 
 def hold_out(rows: datasets.Dataset, count: int, seed: int
